@@ -1,0 +1,8 @@
+"""chunkdist: train causal language models on long sequences, chunk by chunk, with exact gradients."""
+
+from chunkdist.config import ChunkConfig
+from chunkdist.errors import UnsupportedModelError
+from chunkdist.modeling import chunk_model, unchunk_model
+from chunkdist.samplers import ChunkSampler
+
+__all__ = ["ChunkConfig", "ChunkSampler", "UnsupportedModelError", "chunk_model", "unchunk_model"]

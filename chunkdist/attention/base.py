@@ -1,0 +1,72 @@
+"""What an attention backend is: two pure functions over one row (batch element) of a cell.
+
+Shape letters: T tokens of the chunk, S of the keys it sees, N query heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionVariant:
+    """What a layer asks for beside causal attention.
+
+    Args:
+        scale: Factor of the scores.
+        window: Number of tokens a query sees, itself included; `None`: all before it.
+        softcap: Scores become `softcap * tanh(scores / softcap)`; `None`: as they are.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of a cell that belongs to one segment.
+
+    Queries [q_start, q_end) of the chunk see keys [k_start, k_end) of the K view, causally, the last query aligned
+    with the last key. The spans of a row are ascending and adjacent, in the queries and in the keys.
+    """
+
+    q_start: int
+    q_end: int
+    k_start: int
+    k_end: int
+
+
+class Backend(Protocol):
+    """An attention kernel with its backward. Calls run without autograd; no mask is built, K and V are not copied."""
+
+    name: str
+    equal_head_dims: bool  # V must be as wide as Q and K: the caller pads it with zeros
+
+    def why_not(self, q: Tensor, variant: AttentionVariant) -> str | None:
+        """`None` when this backend can do it, else the reason in a few words. Reads metadata of `q` only."""
+        ...
+
+    def forward(
+        self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the output (T, N, D) in q's dtype, and the log-sum-exp (N, T) of the scaled, capped scores."""
+        ...
+
+    def backward(
+        self,
+        grad_out_TND: Tensor,
+        q_TND: Tensor,
+        k_SKD: Tensor,
+        v_SKD: Tensor,
+        out_TND: Tensor,
+        lse_NT: Tensor,
+        spans: tuple[Span, ...],
+        variant: AttentionVariant,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns dq (T, N, D), dk and dv (S, K, D), from the `out` and `lse` given, which the caller may have changed
+        (attention sinks)."""
+        ...

@@ -1,0 +1,114 @@
+"""`flash_attn`: the flash-attn package, version 2.7 or 2.8, by the functions beneath its autograd ones.
+
+`flash_attn_varlen_func` keeps its output and log-sum-exp for its own backward; ours are the caller's (attention sinks
+change them). The package is imported when it is used.
+
+Read in the source distributions of 2.7.0.post2, 2.7.1.post4, 2.7.4.post1 and 2.8.3 (flash_attn_interface.py,
+csrc/flash_attn/flash_api.cpp, src/mask.h, src/block_info.h, src/softmax.h, src/flash_bwd_kernel.h): the conventions are
+those of `chunkdist.attention.varlen`. Before 2.7 the window was one argument and more was returned. With a soft-cap c,
+scores are c * tanh(scale * q.k / c); the log-sum-exp is of those, and the backward takes c again (0 for none).
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import torch
+from torch import Tensor
+
+from chunkdist.attention.base import AttentionVariant, Span
+from chunkdist.attention.varlen import pack, readable_lse, simulated_workspace, why_no_kernel, window_left
+
+_INSTALL = "pip install chunkdist[flash]"
+
+
+class FlashAttnBackend:
+    name = "flash_attn"
+    equal_head_dims = True
+
+    def why_not(self, q: Tensor, variant: AttentionVariant) -> str | None:
+        return why_no_kernel(q) or _why_no_package()
+
+    def forward(
+        self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
+    ) -> tuple[Tensor, Tensor]:
+        packed = pack(q_TND, spans, variant.window)
+        interface = importlib.import_module("flash_attn.flash_attn_interface")
+        out_TND, lse_NT, *_ = interface._flash_attn_varlen_forward(
+            q_TND,
+            k_SKD[packed.first_key :],
+            v_SKD[packed.first_key :],
+            packed.cu_q,
+            packed.cu_k,
+            packed.max_q,
+            packed.max_k,
+            dropout_p=0.0,
+            softmax_scale=variant.scale,
+            causal=variant.window is None,
+            window_size_left=window_left(variant),
+            window_size_right=0,
+            softcap=variant.softcap or 0.0,
+        )
+        return out_TND, lse_NT
+
+    def backward(
+        self,
+        grad_out_TND: Tensor,
+        q_TND: Tensor,
+        k_SKD: Tensor,
+        v_SKD: Tensor,
+        out_TND: Tensor,
+        lse_NT: Tensor,
+        spans: tuple[Span, ...],
+        variant: AttentionVariant,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        packed = pack(q_TND, spans, variant.window)
+        seen = slice(packed.first_key, None)
+        dq_TND, dk_SKD, dv_SKD = (torch.empty_like(x) for x in (q_TND, k_SKD, v_SKD))
+        dk_SKD[: packed.first_key].zero_()
+        dv_SKD[: packed.first_key].zero_()
+        workspace = simulated_workspace(q_TND, k_SKD[seen], len(spans))
+        interface = importlib.import_module("flash_attn.flash_attn_interface")
+        interface._flash_attn_varlen_backward(
+            grad_out_TND,
+            q_TND,
+            k_SKD[seen],
+            v_SKD[seen],
+            out_TND,
+            readable_lse(lse_NT, q_TND),
+            dq_TND,
+            dk_SKD[seen],
+            dv_SKD[seen],
+            packed.cu_q,
+            packed.cu_k,
+            packed.max_q,
+            packed.max_k,
+            dropout_p=0.0,
+            softmax_scale=variant.scale,
+            causal=variant.window is None,
+            window_size_left=window_left(variant),
+            window_size_right=0,
+            softcap=variant.softcap or 0.0,
+            alibi_slopes=None,
+            deterministic=(
+                torch.are_deterministic_algorithms_enabled()
+                and not torch.is_deterministic_algorithms_warn_only_enabled()
+            ),
+        )
+        del workspace
+        return dq_TND, dk_SKD, dv_SKD
+
+
+def _why_no_package() -> str | None:
+    try:
+        version = getattr(importlib.import_module("flash_attn"), "__version__", "of an unknown version")
+        importlib.import_module("flash_attn.flash_attn_interface")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn":
+            return f"the flash-attn package is not installed: {_INSTALL}"
+        return f"the flash-attn package does not load with torch {torch.__version__} ({error}): build it anew"
+    release = re.match(r"(\d+)\.(\d+)", version)
+    if release is None or not (2, 7) <= (int(release[1]), int(release[2])) < (3, 0):
+        return f"it is written for flash-attn 2.7 and 2.8, {version} is installed: {_INSTALL}"
+    return None

@@ -1,0 +1,252 @@
+"""Attention of a running cell: the function that transformers calls, and its autograd node.
+
+B rows, T tokens of the chunk, S of the keys it sees, N query heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from chunkdist.attention import AttentionChoice
+from chunkdist.attention.base import AttentionVariant, Backend, Span
+from chunkdist.errors import UnsupportedModelError
+from chunkdist.kv_store import KVStore
+from chunkdist.schedule import Chunk, Stream
+
+ATTENTION_NAME = "chunkdist"
+"""The name under which `attend` is registered with transformers' `AttentionInterface`."""
+
+LAYER_ATTRIBUTE = "_chunkdist_layer"
+"""Set on the modules inside a chunked layer: how `attend` finds the running cell of the module that called it."""
+
+_HARMLESS = frozenset(
+    "position_ids cache_position position_embeddings cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx "
+    "num_items_in_batch use_cache return_dict labels layer_idx layer_id".split()
+)
+"""Arguments that layers hand on to their attention and that change nothing in it."""
+
+
+class KVStored(Exception):
+    """Ends the rerun of a layer as soon as its keys and values are stored."""
+
+
+@dataclass
+class Cell:
+    """One layer's part of a running cell.
+
+    Args:
+        chunk: The tokens.
+        store: K/V of the layer; `None` where no attention is expected.
+        stop_at_kv: Raise `KVStored` once the keys and values are written.
+    """
+
+    chunk: Chunk
+    stream: Stream
+    store: KVStore | None
+    choice: AttentionChoice
+    stop_at_kv: bool = False
+    num_calls: int = 0
+
+    def visible(self, row: int, window: int | None) -> tuple[int, tuple[Span, ...]]:
+        """The first key that any query of this chunk sees, and the spans relative to it."""
+        chunk, starts = self.chunk, self.stream.segment_starts[row]
+        ends = (*starts[1:], self.stream.num_tokens)
+        origin, spans = None, []
+        for seg_start, seg_end in zip(starts, ends, strict=True):
+            q_start, q_end = max(seg_start, chunk.start), min(seg_end, chunk.end)
+            if q_start >= q_end:
+                continue
+            k_start = seg_start if window is None else max(seg_start, q_start - window + 1)
+            origin = k_start if origin is None else origin
+            spans.append(Span(q_start - chunk.start, q_end - chunk.start, k_start - origin, q_end - origin))
+        assert origin is not None
+        return origin, tuple(spans)
+
+
+@dataclass
+class LayerState:
+    """What the modules of one layer share: the cell that runs now, if any."""
+
+    name: str
+    cell: Cell | None = None
+    expected_window: int | None = field(default=None)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the running cell over the stored prefix, with the signature of transformers' `AttentionInterface`.
+
+    Args:
+        query: (B, N, T, D); key, value: (B, K, T, D), of the chunk.
+        s_aux: (N,) attention sinks.
+
+    Returns:
+        (B, T, N, D), and no attention weights.
+
+    Raises:
+        UnsupportedModelError: the call asks for something that would not be computed exactly.
+    """
+    state: LayerState | None = module.__dict__.get(LAYER_ATTRIBUTE)
+    name = type(module).__name__
+    if state is None or state.cell is None:
+        raise UnsupportedModelError(f"{name} attends outside of a chunked decoder layer")
+    cell = state.cell
+    cell.num_calls += 1
+    _refuse_unsupported(name, module, query, attention_mask, dropout, is_causal, kwargs)
+    if state.expected_window is not None and sliding_window is None:
+        raise UnsupportedModelError(
+            f"{state.name} is a sliding-window layer, but {name} does not say its window to the attention function"
+        )
+    if cell.store is None or cell.num_calls > 1:
+        raise UnsupportedModelError(f"{state.name} calls its attention more than once: its K/V cannot be told apart")
+    if query.shape[2] != cell.chunk.num_tokens or key.shape[2] != cell.chunk.num_tokens:
+        raise UnsupportedModelError(
+            f"{name} attends from {query.shape[2]} queries to {key.shape[2]} keys in a chunk of "
+            f"{cell.chunk.num_tokens} tokens: cross-attention and shared or compressed K/V cannot be chunked"
+        )
+    query, key, value = _in_one_dtype(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    variant = AttentionVariant(scale=scale, window=_window(cell, sliding_window), softcap=softcap or None)
+    backend = cell.choice.backend_for(query, variant)
+    q_BTND, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (query, key, value))
+    value_dim = v_BTKD.shape[-1]
+    if backend.equal_head_dims and value_dim != q_BTND.shape[-1]:
+        v_BTKD = F.pad(v_BTKD, (0, q_BTND.shape[-1] - value_dim))
+    if cell.stop_at_kv:
+        cell.store.write(cell.chunk, k_BTKD.detach(), v_BTKD.detach())
+        raise KVStored
+    sink_N = None if s_aux is None else s_aux.reshape(-1)
+    out: Tensor = _ChunkAttention.apply(cell, backend, variant, q_BTND, k_BTKD, v_BTKD, sink_N)  # type: ignore[no-untyped-call]
+    return out[..., :value_dim], None
+
+
+def _refuse_unsupported(
+    name: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    mask: object,
+    dropout: float,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> None:
+    if mask is not None:
+        raise UnsupportedModelError(
+            f"{name} attends with a mask of its own: only causal attention, sliding windows and packed segments are "
+            "chunked; pass no 4-dimensional attention_mask"
+        )
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise UnsupportedModelError(f"{name} is not causal")
+    if dropout:
+        raise UnsupportedModelError(
+            f"{name} drops attention weights with probability {dropout}, which no backend does: set the model's "
+            "attention dropout to 0"
+        )
+    unknown = [key for key, x in kwargs.items() if x is not None and x is not False and key not in _HARMLESS]
+    if unknown:
+        raise UnsupportedModelError(
+            f"{name} passes {', '.join(sorted(unknown))} to its attention, which the chunked attention does not know"
+        )
+
+
+def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As `scaled_dot_product_attention` does: under autocast, in its dtype; else as they are, which must be the same."""
+    device_type = tensors[0].device.type
+    if torch.is_autocast_enabled(device_type) and tensors[0].dtype != torch.float64:
+        return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
+    dtype = tensors[-1].dtype  # values pass through no rotary embedding, which is sometimes in fp32
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def _window(cell: Cell, sliding_window: int | None) -> int | None:
+    """No window where the whole stream fits in it: more kernels can do that."""
+    return None if sliding_window is None or sliding_window >= cell.stream.num_tokens else int(sliding_window)
+
+
+class _ChunkAttention(torch.autograd.Function):
+    """Stores the chunk's K/V and attends to the prefix; the backward leaves the prefix's gradients in the store, and
+    takes there what later chunks left for this one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cell: Cell,
+        backend: Backend,
+        variant: AttentionVariant,
+        q_BTND: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
+        sink_N: Tensor | None,
+    ) -> Tensor:
+        store = cell.store
+        assert store is not None
+        store.write(cell.chunk, k_BTKD, v_BTKD)
+        outs, lses = [], []
+        with torch.autocast(q_BTND.device.type, enabled=False):
+            for row, q_TND in enumerate(q_BTND):
+                origin, spans = cell.visible(row, variant.window)
+                out_TND, lse_NT = backend.forward(q_TND, *store.read(row, origin, cell.chunk.end), spans, variant)
+                if sink_N is not None:
+                    lse_with_sink = torch.logaddexp(lse_NT, sink_N.to(lse_NT.dtype)[:, None])
+                    out_TND = (out_TND * torch.exp(lse_NT - lse_with_sink).T[..., None]).to(out_TND.dtype)
+                    lse_NT = lse_with_sink
+                outs.append(out_TND)
+                lses.append(lse_NT)
+        out_BTND, lse_BNT = _stack(outs), _stack(lses)
+        ctx.save_for_backward(q_BTND, out_BTND, lse_BNT, sink_N)
+        ctx.cell, ctx.store, ctx.backend, ctx.variant = cell, store, backend, variant
+        return out_BTND
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_out_BTND: Tensor) -> tuple[Tensor | None, ...]:
+        q_BTND, out_BTND, lse_BNT, sink_N = ctx.saved_tensors
+        cell: Cell = ctx.cell
+        store: KVStore = ctx.store
+        dqs = []
+        with torch.autocast(q_BTND.device.type, enabled=False):
+            for row, q_TND in enumerate(q_BTND):
+                origin, spans = cell.visible(row, ctx.variant.window)
+                dq_TND, dk_SKD, dv_SKD = ctx.backend.backward(
+                    grad_out_BTND[row],
+                    q_TND,
+                    *store.read(row, origin, cell.chunk.end),
+                    out_BTND[row],
+                    lse_BNT[row],
+                    spans,
+                    ctx.variant,
+                )
+                dqs.append(dq_TND)
+                store.add_grads(row, origin, dk_SKD, dv_SKD)
+        dk_BTKD, dv_BTKD = (grad.to(q_BTND.dtype) for grad in store.take_grads(cell.chunk))
+        dsink_N = None
+        if sink_N is not None and ctx.needs_input_grad[6]:
+            out_dot_BNT = (grad_out_BTND.to(lse_BNT.dtype) * out_BTND).sum(-1).transpose(1, 2)
+            share_BNT = torch.exp(sink_N.to(lse_BNT.dtype)[:, None] - lse_BNT)
+            dsink_N = -(share_BNT * out_dot_BNT).sum((0, 2)).to(sink_N.dtype)
+        return None, None, None, _stack(dqs), dk_BTKD, dv_BTKD, dsink_N
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
+AttentionFunction = Callable[..., tuple[Tensor, None]]

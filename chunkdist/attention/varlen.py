@@ -1,0 +1,184 @@
+"""`varlen`: torch's own CUDA flash attention for sequences of different lengths, by its aten operators.
+
+`torch.nn.attention.varlen.varlen_attn` calls the same operators, but hands its own output and log-sum-exp to its
+backward; ours are the caller's (attention sinks change them).
+
+The operators, read in the 2.11.0 and 2.13.0 wheels (native_functions.yaml, nn/attention/varlen.py,
+_meta_registrations.py) and in pytorch's aten/src/ATen/native/transformers/cuda (flash_attn/flash_api.cpp:
+mha_varlen_fwd, mha_varlen_bwd; attention_backward.cu; sdp_utils.cpp). The kernels are those of flash-attn 2:
+- Sequence b has queries [cu_q[b], cu_q[b + 1]) and keys [cu_k[b], cu_k[b + 1]): int32, contiguous, on the device.
+- Query i of a sequence of n queries and m keys stands at key i + m - n (bottom-right), and sees the keys from
+  `window_size_left` before it to `window_size_right` after it, -1 for no limit. So a window of w tokens is (w - 1, 0).
+- The log-sum-exp is (N, T), fp32, natural. The backward reads it through a bare pointer: fp32 and contiguous, unchecked.
+- q, k and v need unit stride in D only. Gradients of K/V come back per kv head; key rows of no sequence stay unwritten.
+- Without dropout the backward does not read `rng_state`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import pad
+
+from chunkdist.attention.base import AttentionVariant, Span
+
+MAX_HEAD_DIM = 256
+
+
+class VarlenBackend:
+    name = "varlen"
+    equal_head_dims = True
+
+    def why_not(self, q: Tensor, variant: AttentionVariant) -> str | None:
+        if (reason := why_no_kernel(q)) is not None:
+            return reason
+        if variant.softcap is not None:
+            return "torch's kernel has no soft-cap"
+        if isinstance(q, FakeTensor):
+            return None
+        if not torch.backends.cuda.is_flash_attention_available():
+            return "this torch was built without flash attention"
+        capability = torch.cuda.get_device_capability(q.device)
+        if 192 < q.shape[-1] <= 224 and ((8, 6) <= capability <= (8, 9) or capability[0] == 12):
+            return f"its backward has no head dim {q.shape[-1]} on compute capability {capability[0]}.{capability[1]}"
+        return None
+
+    def forward(
+        self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
+    ) -> tuple[Tensor, Tensor]:
+        packed = pack(q_TND, spans, variant.window)
+        out_TND, lse_NT, *_ = torch.ops.aten._flash_attention_forward(
+            q_TND,
+            k_SKD[packed.first_key :],
+            v_SKD[packed.first_key :],
+            packed.cu_q,
+            packed.cu_k,
+            packed.max_q,
+            packed.max_k,
+            0.0,
+            variant.window is None,
+            False,
+            scale=variant.scale,
+            window_size_left=window_left(variant),
+            window_size_right=0,
+        )
+        return out_TND, lse_NT
+
+    def backward(
+        self,
+        grad_out_TND: Tensor,
+        q_TND: Tensor,
+        k_SKD: Tensor,
+        v_SKD: Tensor,
+        out_TND: Tensor,
+        lse_NT: Tensor,
+        spans: tuple[Span, ...],
+        variant: AttentionVariant,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        packed = pack(q_TND, spans, variant.window)
+        keys = k_SKD[packed.first_key :]
+        workspace = simulated_workspace(q_TND, keys, len(spans))
+        dq_TND, dk, dv = torch.ops.aten._flash_attention_backward(
+            grad_out_TND,
+            q_TND,
+            keys,
+            v_SKD[packed.first_key :],
+            out_TND,
+            readable_lse(lse_NT, q_TND),
+            packed.cu_q,
+            packed.cu_k,
+            packed.max_q,
+            packed.max_k,
+            0.0,
+            variant.window is None,
+            torch.empty(2, dtype=torch.uint64, device=q_TND.device),
+            torch.empty((), dtype=torch.uint64, device=q_TND.device),
+            scale=variant.scale,
+            window_size_left=window_left(variant),
+            window_size_right=0,
+        )
+        del workspace
+        if packed.first_key:
+            dk, dv = (pad(grad, (0, 0, 0, 0, packed.first_key, 0)) for grad in (dk, dv))
+        return dq_TND, dk, dv
+
+
+class Packing(NamedTuple):
+    """The spans as the kernels take them, counted from the first key that any query sees."""
+
+    first_key: int
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
+def pack(q: Tensor, spans: tuple[Span, ...], window: int | None) -> Packing:
+    """Cumulative lengths, (num_spans + 1,) int32 each, on q's device.
+
+    Keys before the first span, or before the window of its first query, are cut off by a view: the kernels would
+    leave their gradients unwritten, or sweep over them for nothing.
+    """
+    first = spans[0]
+    first_key = first.k_start
+    if window is not None:
+        first_key = max(first_key, first.k_end - (first.q_end - first.q_start) - (window - 1))
+    q_ends = [0, *(span.q_end for span in spans)]
+    k_ends = [0, *(span.k_end - first_key for span in spans)]
+    # From pinned memory, since a copy from pageable memory waits for the stream.
+    pinned = q.device.type == "cuda" and not isinstance(q, FakeTensor)
+    lengths = torch.tensor([q_ends, k_ends], dtype=torch.int32, pin_memory=pinned).to(q.device, non_blocking=True)
+    return Packing(first_key, lengths[0], lengths[1], _longest(q_ends), _longest(k_ends))
+
+
+def window_left(variant: AttentionVariant) -> int:
+    """The kernels' left window: tokens before the query, itself not counted; -1 for all."""
+    return -1 if variant.window is None else variant.window - 1
+
+
+def readable_lse(lse_NT: Tensor, q: Tensor) -> Tensor:
+    """The log-sum-exp in the layout that the kernels assume and do not check."""
+    assert lse_NT.dtype == torch.promote_types(q.dtype, torch.float32), lse_NT.dtype
+    return lse_NT.contiguous()
+
+
+def why_no_kernel(q: Tensor) -> str | None:
+    """The limits of flash-attn 2's kernels, whoever built them. Fake tensors pass on any device."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, the tensors are {str(q.dtype).removeprefix('torch.')}"
+    head_dim = q.shape[-1]
+    if head_dim > MAX_HEAD_DIM or head_dim % 8:
+        return f"it takes head dims up to {MAX_HEAD_DIM} that 8 divides, this one is {head_dim}"
+    if isinstance(q, FakeTensor):
+        return None
+    if q.device.type != "cuda":
+        return f"it runs on an NVIDIA GPU, the tensors are on {q.device.type}"
+    if torch.version.hip is not None:
+        return "it runs on an NVIDIA GPU, this torch is built for ROCm"  # torch 2.11 has another log-sum-exp layout there
+    major, minor = torch.cuda.get_device_capability(q.device)
+    if major < 8:
+        return f"it needs compute capability 8.0, the GPU has {major}.{minor}"
+    return None
+
+
+def simulated_workspace(q_TND: Tensor, k_SKD: Tensor, num_spans: int) -> tuple[Tensor, ...]:
+    """With fake tensors, what the kernels' backward allocates inside (mha_varlen_bwd) and their fake version does not,
+    so that simulated memory is the real one: dq in fp32, and with fewer kv heads dk and dv per query head."""
+    if not isinstance(q_TND, FakeTensor):
+        return ()
+    num_tokens, num_heads, head_dim = q_TND.shape
+    rounding = 32 if head_dim <= 128 else 64
+    padded_tokens, padded_dim = num_tokens + 128 * num_spans, -(-head_dim // rounding) * rounding
+    dq_sum = q_TND.new_empty((padded_tokens, num_heads, padded_dim), dtype=torch.float32)
+    row_dot = q_TND.new_empty((num_heads, padded_tokens), dtype=torch.float32)
+    if k_SKD.shape[1] == num_heads:
+        return dq_sum, row_dot
+    dk, dv = (k_SKD.new_empty((k_SKD.shape[0], num_heads, head_dim)) for _ in range(2))
+    return dq_sum, row_dot, dk, dv
+
+
+def _longest(ends: list[int]) -> int:
+    return max(end - start for start, end in zip(ends, ends[1:]))

@@ -1,0 +1,85 @@
+"""`ChunkConfig`: how a model is cut into cells. Plain values, checked when built; nothing here touches a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from chunkdist.samplers import ChunkSampler
+
+AttentionName = Literal["auto", "math", "cpu_flash", "varlen", "flash_attn"]
+ATTENTION_NAMES: tuple[AttentionName, ...] = ("auto", "math", "cpu_flash", "varlen", "flash_attn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkConfig:
+    """The schedule of a chunked model.
+
+    Args:
+        chunk_size: Tokens of a chunk. A sequence of T tokens runs as ceil(T / chunk_size) chunks.
+        layers_per_group: Consecutive decoder layers that form one autograd node; `"all"` is the schedule of SeCO
+            (arXiv 2505.16710), 1 keeps the least K/V, and is what DeepSpeed ZeRO-3 needs.
+        retained_chunks: Chunks at the end of a sequence whose graphs are kept from the forward instead of being
+            rebuilt in the backward (the K of ChunkFlow, arXiv 2503.02356). More is faster and takes more memory.
+        sampler: Which chunks are backpropagated, and with which weights. `None`: all of them, exact gradients.
+        kv_grad_dtype: Dtype in which the gradients of keys and values are summed over the chunks that read them;
+            never narrower than the keys and values themselves. `None`: their own dtype.
+        offload: Where group inputs and K/V wait for the backward.
+        attention: The attention backend. `"auto"` takes the fastest that can do what the layer asks for.
+        rebuild_kv: Whether K/V are rebuilt in the backward (by the layer's norm and projections) instead of being kept
+            from the forward. `"auto"`: rebuilt when a group is one layer and no chunk is retained, kept otherwise.
+
+    Raises:
+        ValueError: a value is out of its range, or two values exclude each other.
+        NotImplementedError: a value is part of the design but not built yet.
+    """
+
+    chunk_size: int | Literal["auto"]
+    layers_per_group: int | Literal["all", "auto"] = 1
+    retained_chunks: int | Literal["auto"] = 0
+    sampler: ChunkSampler | None = None
+    kv_grad_dtype: torch.dtype | None = torch.float32
+    offload: Literal["none", "host", "auto"] = "none"
+    attention: AttentionName = "auto"
+    rebuild_kv: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "layers_per_group", "retained_chunks"):
+            if getattr(self, name) == "auto":
+                raise NotImplementedError(f"{name}='auto' is not built yet: write a number of {_UNITS[name]}")
+        if self.offload in ("host", "auto"):
+            raise NotImplementedError(f"offload={self.offload!r} is not built yet: write offload='none'")
+        _check_count("chunk_size", self.chunk_size, minimum=1)
+        if self.layers_per_group != "all":
+            _check_count("layers_per_group", self.layers_per_group, minimum=1, others=" or 'all'")
+        _check_count("retained_chunks", self.retained_chunks, minimum=0)
+        if self.offload != "none":
+            raise ValueError(f"offload={self.offload!r} is unknown: write 'none', 'host' or 'auto'")
+        if self.attention not in ATTENTION_NAMES:
+            raise ValueError(f"attention={self.attention!r} is unknown: write one of {', '.join(ATTENTION_NAMES)}")
+        if self.kv_grad_dtype is not None and not self.kv_grad_dtype.is_floating_point:
+            raise ValueError(f"kv_grad_dtype={self.kv_grad_dtype} cannot hold gradients: write torch.float32 or None")
+        if self.rebuild_kv not in (True, False, "auto"):
+            raise ValueError(f"rebuild_kv={self.rebuild_kv!r} is unknown: write True, False or 'auto'")
+        if self.rebuild_kv is True and self.retained_chunks != 0:
+            raise ValueError(
+                f"rebuild_kv=True needs retained_chunks=0, not {self.retained_chunks}: the graphs of retained chunks "
+                "hold the K/V that they read; write rebuild_kv='auto'"
+            )
+
+    @property
+    def rebuilds_kv(self) -> bool:
+        """Whether K/V are rebuilt in the backward, with `"auto"` resolved."""
+        if self.rebuild_kv == "auto":
+            return self.layers_per_group == 1 and self.retained_chunks == 0
+        return self.rebuild_kv
+
+
+_UNITS = {"chunk_size": "tokens", "layers_per_group": "layers, or 'all'", "retained_chunks": "chunks"}
+
+
+def _check_count(name: str, value: object, *, minimum: int, others: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name}={value!r} is not a count of {_UNITS[name]}: write an integer >= {minimum}{others}")

@@ -1,0 +1,91 @@
+"""What the chunked parts of one model share, and the hooks on its decoder that open and close a chunked forward.
+
+Holds no module, so that a copied submodule (PEFT's `modules_to_save`) does not drag the model along.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from chunkdist.attention import AttentionChoice
+from chunkdist.attention.function import ATTENTION_NAME
+from chunkdist.config import ChunkConfig
+from chunkdist.schedule import Stream
+from chunkdist.stream import read_stream
+
+if TYPE_CHECKING:
+    from chunkdist.layer_group import GroupRun
+
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+class ChunkContext:
+    """State of one chunked model.
+
+    Args:
+        model_configs: The config objects that the model's attention modules read their implementation from.
+    """
+
+    def __init__(self, config: ChunkConfig, model_configs: Sequence[PreTrainedConfig]) -> None:
+        self.config = config
+        self.attention = AttentionChoice(config.attention)
+        self.stream: Stream | None = None
+        """The tokens of the forward that runs; `None` outside of one, and in one that is not chunked."""
+        self.open_run: GroupRun | None = None
+        """A group of which some layers, not all, have been called."""
+        self._model_configs = model_configs
+        self._exit = ExitStack()
+
+    @contextmanager
+    def attention_installed(self) -> Iterator[None]:
+        """The model's attention goes to chunkdist. Config objects may be shared with other models: only for a while."""
+        before = [config._attn_implementation_internal for config in self._model_configs]
+        try:
+            for config in self._model_configs:
+                config._attn_implementation_internal = ATTENTION_NAME
+            yield
+        finally:
+            for config, name in zip(self._model_configs, before, strict=True):
+                config._attn_implementation_internal = name
+
+    def before_decoder(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook: reads the stream from what the caller passed."""
+        self.close()
+        arguments = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments
+        arguments = {**arguments, **arguments.get("kwargs", {})}
+        caches = [key for key in ("past_key_values", "cache_params") if arguments.get(key) is not None]
+        caches += ["use_cache=True"] if arguments.get("use_cache") else []
+        if caches and not decoder.training:
+            return None  # generation
+        if caches:
+            raise ValueError(f"{caches[0]} was passed while training, and a chunked model makes no cache: leave it out")
+        for name in _OUTPUTS:
+            if arguments.get(name, getattr(decoder.config, name, False)):
+                raise ValueError(
+                    f"{name}=True, but a chunked forward has no such outputs of the whole sequence: write {name}=False"
+                    + ("; in TRL, router_aux_loss_coef: 0" if name == "output_router_logits" else "")
+                )
+        self.stream = read_stream(arguments, self.config.chunk_size)
+        self._exit.enter_context(self.attention_installed())
+        names = list(inspect.signature(decoder.forward).parameters)
+        if "use_cache" in names and "use_cache" not in names[: len(args)]:
+            return args, {**kwargs, "use_cache": False}
+        return None
+
+    def after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook, called when the forward raised, too."""
+        self.close()
+
+    def close(self) -> None:
+        """Forgets the running forward."""
+        self._exit.close()
+        self.stream = self.open_run = None

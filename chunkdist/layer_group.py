@@ -1,0 +1,250 @@
+"""The layer group: consecutive layers as one autograd node that runs them chunk by chunk.
+
+SeCO (arXiv 2505.16710, algorithm 1) and the retained chunks of ChunkFlow (arXiv 2503.02356, algorithm 2), turned
+inside out: not a training loop with a backward per chunk, but one forward and one backward whose inside is the loop.
+
+- forward: chunks ascending, without a graph; each layer's K and V are appended to its store. The group's input is kept.
+- backward: chunks descending; each is run again with a graph, and its gradient goes to the group's input, to the
+  parameters, and to the K and V of the chunks before it.
+
+The node's inputs are the group's hidden states (B, T, H) and its trainable parameters; a parameter's gradient comes out
+once, summed over the chunks in at least fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from chunkdist.attention.function import Cell, KVStored, LayerState
+from chunkdist.context import ChunkContext
+from chunkdist.errors import UnsupportedModelError
+from chunkdist.kv_store import KVStore
+from chunkdist.layer_arguments import LayerSignature, refuse_arguments, slice_tokens
+from chunkdist.parameters import GroupParameters
+from chunkdist.replay import AutocastState, RngState, undisturbed_rng
+from chunkdist.schedule import Chunk, Stream
+
+
+class GroupLayer:
+    """Stands in for one layer's `forward`, set on the instance: hooks around the layer's call run as before."""
+
+    def __init__(self, layer: nn.Module, state: LayerState | None) -> None:
+        self.layer = layer
+        self.state = state
+        self.original_forward: Callable[..., Any] = layer.forward
+        self.signature = LayerSignature(layer)
+        self.returns_tuple: bool | None = None
+        self.group: LayerGroup
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.group.context.stream is None:
+            return self.original_forward(*args, **kwargs)
+        hidden, arguments = self.signature.bind(args, kwargs)
+        return self.group.call(self, hidden, arguments)
+
+    def run(self, cell: Cell | None, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The layer itself on one chunk (B, T, H)."""
+        if self.state is not None:
+            self.state.cell = cell
+        try:
+            output = self.original_forward(hidden, **arguments)
+        finally:
+            if self.state is not None:
+                self.state.cell = None
+        if cell is not None and cell.num_calls != 1:
+            raise UnsupportedModelError(
+                f"{type(self.layer).__name__} called the attention function {cell.num_calls} times in one pass, not "
+                "once: it keeps state between tokens that is not in its keys and values"
+            )
+        self.returns_tuple = isinstance(output, tuple)
+        if isinstance(output, tuple):
+            output, *others = output
+            if any(x is not None for x in others):
+                raise UnsupportedModelError(f"{type(self.layer).__name__} returns more than hidden states")
+        if not isinstance(output, Tensor):
+            raise UnsupportedModelError(f"{type(self.layer).__name__} returns {type(output).__name__}, not a tensor")
+        return output
+
+    def wrap(self, hidden: Tensor) -> Any:
+        """`hidden`, in the form in which the layer returns it."""
+        return (hidden,) if self.returns_tuple else hidden
+
+
+class LayerGroup:
+    """Consecutive layers that run as one node. Its first layers pass the hidden states on, its last one runs all."""
+
+    def __init__(self, layers: Sequence[GroupLayer], context: ChunkContext) -> None:
+        self.layers = tuple(layers)
+        self.context = context
+        for layer in layers:
+            layer.group = self
+
+    def call(self, layer: GroupLayer, hidden: Tensor, arguments: dict[str, Any]) -> Any:
+        """What `layer.forward(hidden, **arguments)` returns in a chunked step."""
+        stream = self.context.stream
+        assert stream is not None
+        refuse_arguments(layer.layer, hidden, arguments, stream)
+        position = self.layers.index(layer)
+        run = GroupRun(self, stream) if position == 0 else self.context.open_run
+        if run is None or run.group is not self or len(run.arguments) != position:
+            raise UnsupportedModelError(
+                f"the decoder does not call its layers one after another: write layers_per_group=1, not {len(self.layers)}"
+            )
+        self.context.open_run = run
+        run.add(hidden, arguments)
+        if layer is not self.layers[-1]:
+            if layer.returns_tuple is None:
+                run.learn_output_form(layer)
+            return layer.wrap(hidden)
+        self.context.open_run = None
+        return layer.wrap(run(hidden))
+
+
+class GroupRun:
+    """One forward of a group, and what its backward needs."""
+
+    def __init__(self, group: LayerGroup, stream: Stream) -> None:
+        self.group = group
+        self.stream = stream
+        self.arguments: list[dict[str, Any]] = []
+        self._input: tuple[Tensor, int] | None = None
+        self._stores: list[KVStore | None] = []
+        self._rng: list[RngState] = []
+        self._autocast: AutocastState
+        self._retained: dict[int, tuple[Tensor, Tensor]] = {}
+        """Chunk index -> the leaf and the output of a cell whose graph is kept."""
+
+    def add(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """Records one layer's arguments; all layers must get the same hidden states."""
+        if self._input is None:
+            self._input = hidden, hidden._version
+        first, version = self._input
+        same_storage = hidden.untyped_storage()._cdata == first.untyped_storage()._cdata
+        if not same_storage or hidden.shape != first.shape or hidden._version != version:
+            raise UnsupportedModelError(
+                "the decoder changes the hidden states between its layers: write layers_per_group=1, not "
+                f"{len(self.group.layers)}"
+            )
+        self.arguments.append(arguments)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self._input = None
+        self.parameters = GroupParameters(layer.layer for layer in self.group.layers)
+        if torch.is_grad_enabled() and (hidden.requires_grad or self.parameters.trainable):
+            output: Tensor = _GroupFunction.apply(self, hidden, *self.parameters.trainable)  # type: ignore[no-untyped-call]
+            return output
+        with torch.no_grad():
+            return self.forward(hidden, num_retained=0)
+
+    def learn_output_form(self, layer: GroupLayer) -> None:
+        """Runs `layer` on the first token alone, to see whether it returns a tensor or a tuple."""
+        assert self._input is not None
+        hidden = self._input[0]
+        token = Chunk(0, 1)
+        stream = Stream(num_tokens=1, chunks=(token,), segment_starts=((0,),) * hidden.shape[0])
+        with torch.no_grad(), undisturbed_rng(hidden):
+            cell = self._cell(layer, token, stream, self._new_store(layer, num_tokens=1))
+            layer.run(cell, hidden[:, :1], slice_tokens(self.arguments[-1], token, self.stream.num_tokens))
+
+    def forward(self, hidden: Tensor, num_retained: int) -> Tensor:
+        """Runs all chunks without a graph, but the last `num_retained` with one. (B, T, H) to (B, T, H)."""
+        chunks = self.stream.chunks
+        self._autocast = AutocastState.capture(hidden.device.type)
+        self._stores = [self._new_store(layer, self.stream.num_tokens) for layer in self.group.layers]
+        output = None
+        for index, chunk in enumerate(chunks):
+            self._rng.append(RngState.capture(hidden))
+            if index >= len(chunks) - num_retained:
+                part = self._retain(index, hidden)
+            else:
+                part = self._run_layers(chunk, hidden[:, chunk.start : chunk.end])
+            if len(chunks) == 1:
+                output = part
+                break
+            if output is None:
+                output = part.new_empty((part.shape[0], self.stream.num_tokens, *part.shape[2:]))
+            output[:, chunk.start : chunk.end] = part
+        assert output is not None
+        if self.group.context.config.rebuilds_kv:
+            self._stores = []
+        return output
+
+    def backward(self, hidden: Tensor, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the hidden states and of each trainable parameter."""
+        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        with undisturbed_rng(hidden), self.group.context.attention_installed():
+            if not self._stores:
+                self._rebuild_kv(hidden)
+            for index, chunk in reversed(list(enumerate(self.stream.chunks))):
+                leaf, output = self._retained.pop(index, None) or self._rerun(index, hidden)
+                if output.requires_grad:
+                    torch.autograd.backward(output, grad_output[:, chunk.start : chunk.end])
+                if grad_hidden is not None:
+                    grad_hidden[:, chunk.start : chunk.end] = 0 if leaf.grad is None else leaf.grad
+                del leaf, output
+        self._stores = []
+        return grad_hidden, *self.parameters.take_grads()
+
+    def _retain(self, index: int, hidden: Tensor) -> Tensor:
+        with torch.enable_grad():
+            self._retained[index] = self._run_with_graph(index, hidden)
+        return self._retained[index][1].detach()
+
+    def _rerun(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        self._rng[index].restore()
+        with torch.enable_grad(), self._autocast.apply():
+            return self._run_with_graph(index, hidden)
+
+    def _run_with_graph(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        chunk = self.stream.chunks[index]
+        leaf = hidden[:, chunk.start : chunk.end].detach().requires_grad_(hidden.requires_grad)
+        with self.parameters.aliased():
+            return leaf, self._run_layers(chunk, leaf)
+
+    def _run_layers(self, chunk: Chunk, hidden: Tensor, *, stop_at_kv: bool = False) -> Tensor:
+        for layer, arguments, store in zip(self.group.layers, self.arguments, self._stores, strict=True):
+            cell = self._cell(layer, chunk, self.stream, store, stop_at_kv=stop_at_kv)
+            hidden = layer.run(cell, hidden, slice_tokens(arguments, chunk, self.stream.num_tokens))
+        return hidden
+
+    def _rebuild_kv(self, hidden: Tensor) -> None:
+        """Stores the keys and values of all chunks but the last, which stores its own: one layer runs up to its
+        attention, several run whole."""
+        self._stores = [self._new_store(layer, self.stream.num_tokens) for layer in self.group.layers]
+        if all(store is None for store in self._stores):
+            return
+        stop_at_kv = len(self.group.layers) == 1
+        for rng, chunk in zip(self._rng[:-1], self.stream.chunks[:-1], strict=True):
+            rng.restore()
+            with torch.no_grad(), self._autocast.apply(), suppress(KVStored):
+                self._run_layers(chunk, hidden[:, chunk.start : chunk.end], stop_at_kv=stop_at_kv)
+
+    def _new_store(self, layer: GroupLayer, num_tokens: int) -> KVStore | None:
+        return None if layer.state is None else KVStore(num_tokens, self.group.context.config.kv_grad_dtype)
+
+    def _cell(
+        self, layer: GroupLayer, chunk: Chunk, stream: Stream, store: KVStore | None, *, stop_at_kv: bool = False
+    ) -> Cell | None:
+        if layer.state is None:
+            return None
+        return Cell(chunk, stream, store, self.group.context.attention, stop_at_kv)
+
+
+class _GroupFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: GroupRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(hidden)
+        return run.forward(hidden, num_retained=run.group.context.config.retained_chunks)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,) = ctx.saved_tensors
+        return None, *ctx.run.backward(hidden, grad_output)

@@ -1,0 +1,266 @@
+"""Linear cross-entropy in tiles: the logits of a whole sequence never exist.
+
+A causal LM computes `logits = head(hidden)`, changes them (soft-cap, scale, `.float()`), and hands them to its loss
+function. During a forward with labels, the head returns `LazyLogits` instead: a tensor without storage that writes down
+the elementwise operations and is computed when somebody needs it. The loss function takes it tile by tile, gradients
+included, so that the head runs once (as in Liger, arXiv 2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+TILE_BYTES = 2**29
+"""Memory of one tile: its logits in the model's dtype and in fp32, and their gradients."""
+
+Operation = Callable[[Tensor], Tensor]
+
+_ELEMENTWISE = frozenset(
+    (torch.Tensor.div, torch.Tensor.mul, torch.Tensor.__rmul__, torch.Tensor.tanh, torch.tanh, torch.div, torch.mul)
+    + (torch.Tensor.true_divide, torch.Tensor.__truediv__, torch.Tensor.__mul__, torch.Tensor.float, torch.Tensor.to)
+    + (torch.Tensor.contiguous,)
+)
+_METADATA = frozenset(
+    (torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.is_floating_point)
+    + tuple(
+        getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")
+    )
+)
+
+
+class LazyLogits(torch.Tensor):
+    """`head(hidden)` and the operations after it, not computed yet: (B, T, V). Whatever else is asked of it computes it.
+
+    Args:
+        hidden: (B, T, H).
+        head: H to V.
+        operations: Elementwise, in their order.
+        dtype: Of the result.
+    """
+
+    hidden: Tensor
+    head: nn.Linear
+    operations: tuple[Operation, ...]
+
+    @staticmethod
+    def __new__(
+        cls, hidden: Tensor, head: nn.Linear, operations: tuple[Operation, ...], dtype: torch.dtype
+    ) -> LazyLogits:
+        shape = (*hidden.shape[:-1], head.weight.shape[0])
+        self: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)  # type: ignore[attr-defined]
+        self.hidden, self.head, self.operations = hidden, head, operations
+        return self
+
+    def compute(self) -> Tensor:
+        """The logits as a tensor, connected to the graph."""
+        return _logits(self.hidden, self.head.weight, self.head.bias, self.operations)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        lazy, *others = args or (None,)
+        if (
+            isinstance(lazy, LazyLogits)
+            and func in _ELEMENTWISE
+            and not any(isinstance(x, Tensor) for x in (*others, *kwargs.values()))
+        ):
+            operation: Operation = lambda logits: func(logits, *others, **kwargs)  # noqa: E731
+            dtype = operation(torch.empty(0, dtype=lazy.dtype)).dtype
+            return LazyLogits(lazy.hidden, lazy.head, (*lazy.operations, operation), dtype)
+        return func(*_computed(args), **_computed(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*_computed(args), **_computed(kwargs or {}))  # what C++ calls without asking __torch_function__
+
+
+def _computed(x: Any) -> Any:
+    if isinstance(x, LazyLogits):
+        return x.compute()
+    if isinstance(x, (list, tuple)):
+        return type(x)(_computed(item) for item in x)
+    if isinstance(x, dict):
+        return {key: _computed(item) for key, item in x.items()}
+    return x
+
+
+@contextmanager
+def lazy_logits(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `model`'s head returns `LazyLogits` and its loss function takes them tile by tile.
+
+    A head that is no plain linear map, or a loss of the model's own, stays as it is, with all its logits.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or model.loss_function is not ForCausalLMLoss:
+        yield
+        return
+
+    def forward(hidden: Tensor) -> Tensor:
+        device_type = hidden.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        return LazyLogits(hidden, head, (), torch.get_autocast_dtype(device_type) if autocast else hidden.dtype)
+
+    before = [(head, "forward", head.__dict__.get("forward")), (model, "_loss_function", model.__dict__.get("_loss_function"))]
+    try:
+        head.forward = forward
+        model._loss_function = tiled_causal_lm_loss
+        yield
+    finally:
+        for owner, name, value in before:
+            if value is None:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = value
+
+
+def tiled_causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' `ForCausalLMLoss`, for `LazyLogits` without ever making them.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), shifted here; `shift_labels`: (B, T), shifted already.
+        num_items_in_batch: The loss is the sum over tokens divided by this; else the mean, 0 if all are ignored.
+    """
+    if not isinstance(logits, LazyLogits) or logits.shape[-1] != vocab_size:
+        return ForCausalLMLoss(
+            _computed(logits), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+        )
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return linear_cross_entropy(
+        logits.hidden,
+        logits.head.weight,
+        logits.head.bias,
+        shift_labels.to(logits.device),
+        operations=logits.operations,
+        num_items=num_items_in_batch,
+        ignore_index=ignore_index,
+    )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    operations: tuple[Operation, ...] = (),
+    num_items: Tensor | int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T + bias` after `operations`, in fp32, in tiles of tokens.
+
+    Args:
+        hidden: (..., H); weight: (V, H); bias: (V,); labels: (...), of the tokens to be predicted.
+        num_items: Divides the sum; `None`: the number of labels that are not `ignore_index`, at least 1.
+    """
+    labels_N = labels.reshape(-1)
+    if num_items is None:
+        num_items = (labels_N != ignore_index).sum().clamp(min=1)
+    scale = 1 / torch.as_tensor(num_items, device=hidden.device, dtype=torch.float32)
+    hidden_NH = hidden.reshape(-1, hidden.shape[-1])
+    # fp16 gradients divided by the number of tokens would underflow before a loss scaler sees them
+    late_scale = scale if hidden.dtype == torch.float16 else 1.0
+    early_scale = torch.ones_like(scale) if hidden.dtype == torch.float16 else scale
+    wants_grad = torch.is_grad_enabled()
+    loss: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_NH, weight, bias, labels_N, early_scale, operations, ignore_index, wants_grad
+    )
+    return loss * late_scale
+
+
+def tile_tokens(vocab_size: int, element_bytes: int) -> int:
+    """Tokens of a tile: `TILE_BYTES` hold its logits, and their gradients, in the model's dtype and in fp32."""
+    return max(16, TILE_BYTES // (vocab_size * 2 * (element_bytes + 4)))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, operations: tuple[Operation, ...]) -> Tensor:
+    logits = F.linear(hidden, weight, bias)
+    for operation in operations:
+        logits = operation(logits)
+    return logits
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    """The gradients are computed in the forward, while a tile's logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        scale: Tensor,
+        operations: tuple[Operation, ...],
+        ignore_index: int,
+        wants_grad: bool,
+    ) -> Tensor:
+        needs = [wants_grad and need for need in ctx.needs_input_grad[:3]]
+        num_tokens = tile_tokens(weight_VH.shape[0], hidden_NH.element_size())
+        loss = hidden_NH.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.zeros_like(hidden_NH) if needs[0] else None
+        sums: list[Tensor | None] = [
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if need and x is not None else None
+            for x, need in zip((weight_VH, bias_V), needs[1:], strict=True)
+        ]
+        leaves = [x.detach().requires_grad_(need) if x is not None else None for x, need in zip((weight_VH, bias_V), needs[1:], strict=True)]
+        for start in _tiles_with_labels(labels_N, num_tokens, ignore_index):
+            tile = slice(start, start + num_tokens)
+            hidden = hidden_NH[tile].detach().requires_grad_(needs[0])
+            with torch.set_grad_enabled(any(needs)):
+                logits = _logits(hidden, *leaves, operations).float()
+                tile_loss = F.cross_entropy(logits, labels_N[tile], ignore_index=ignore_index, reduction="sum") * scale
+            loss += tile_loss.detach()
+            inputs = [x for x in (hidden, *leaves) if x is not None and x.requires_grad]
+            if not inputs:
+                continue
+            del logits
+            grads = dict(zip(map(id, inputs), torch.autograd.grad(tile_loss, inputs), strict=True))
+            if grad_hidden is not None:
+                grad_hidden[tile] = grads[id(hidden)]
+            for total, leaf in zip(sums, leaves, strict=True):
+                if total is not None:
+                    total += grads[id(leaf)]
+        ctx.save_for_backward(grad_hidden, *(None if total is None else total.to(weight_VH.dtype) for total in sums))
+        return loss
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if x is None else x * grad_loss.to(x.dtype) for x in ctx.saved_tensors), None, None, None, None, None
+
+
+def _tiles_with_labels(labels_N: Tensor, num_tokens: int, ignore_index: int) -> list[int]:
+    """Starts of the tiles that have a label: prompts cost nothing."""
+    starts = list(range(0, labels_N.shape[0], num_tokens))
+    if isinstance(labels_N, FakeTensor):
+        return starts
+    has_label = torch.stack([(tile != ignore_index).any() for tile in labels_N.split(num_tokens)]).tolist()
+    return [start for start, labelled in zip(starts, has_label, strict=True) if labelled]

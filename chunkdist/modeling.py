@@ -1,0 +1,262 @@
+"""`chunk_model`: finds a model's decoder layers, forms groups, and puts the chunked forward in their place.
+
+No code for any particular model: layers are the elements of the decoder's one list of layers, their attention is
+whatever calls transformers' `AttentionInterface`. What cannot be computed exactly is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+
+from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, LayerState, attend
+from chunkdist.config import ChunkConfig
+from chunkdist.context import ChunkContext
+from chunkdist.errors import UnsupportedModelError
+from chunkdist.layer_group import GroupLayer, LayerGroup
+from chunkdist.loss import lazy_logits, tile_tokens
+
+logger = logging.getLogger(__name__)
+
+_HANDLE = "_chunkdist_model"
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
+_STATEFUL_MODULE = re.compile(r"conv|mamba|ssm|recurrent|rwkv|gateddelta|deltanet|linearattention|shortconv|hyena", re.IGNORECASE)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+AttentionInterface.register(ATTENTION_NAME, attend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkReport:
+    """How a model is chunked, for people to read.
+
+    The attention fields name the backends and why they were taken; before the first step, what was configured.
+    """
+
+    num_layers: int
+    layers_per_group: int
+    num_groups: int
+    chunk_size: int
+    retained_chunks: int
+    rebuilds_kv: bool
+    attention: str
+    attention_reason: str
+    head_tile_tokens: int | None
+    warnings: tuple[str, ...]
+
+
+def chunk_model(model: Model, config: ChunkConfig) -> Model:
+    """Makes a causal LM run its layers chunk by chunk, in place, with exact gradients.
+
+    Chunked are the forwards without a cache: training, and evaluation under `no_grad`. Generation is the model's own.
+    Gradients, state dict, and collectives of sharding engines are those of the model before.
+
+    Args:
+        model: A transformers causal LM, or a PEFT model of one; chunk before FSDP or DDP wrap it.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model is chunked already, wrapped, or its setting excludes chunks.
+        UnsupportedModelError: gradients would not be exact. Some models are known only in their first forward.
+    """
+    causal_lm = _causal_lm(model)
+    if _HANDLE in causal_lm.__dict__:
+        raise ValueError("the model is chunked already: call unchunk_model(model) first")
+    causal_lm.__dict__[_HANDLE] = ChunkedModel(causal_lm, config)
+    return model
+
+
+def unchunk_model(model: Model) -> Model:
+    """Takes back what `chunk_model` did, and leaves no trace. Returns the same object.
+
+    Raises:
+        ValueError: the model is not chunked.
+    """
+    causal_lm = _causal_lm(model)
+    _handle(causal_lm).remove()
+    del causal_lm.__dict__[_HANDLE]
+    return model
+
+
+def chunk_report(model: nn.Module) -> ChunkReport:
+    """What is chunked, and how.
+
+    Raises:
+        ValueError: the model is not chunked.
+    """
+    return _handle(_causal_lm(model)).report()
+
+
+class ChunkedModel:
+    """Everything that `chunk_model` puts into a model."""
+
+    def __init__(self, model: PreTrainedModel, config: ChunkConfig) -> None:
+        decoder, layers = _find_layers(model)
+        _refuse_known(model, layers)
+        num_layers = len(layers)
+        height = num_layers if config.layers_per_group == "all" else config.layers_per_group
+        assert isinstance(height, int)
+        if height > num_layers:
+            raise ValueError(f"layers_per_group={height}, but the model has {num_layers} layers: write 'all'")
+        self.model = model
+        self.config = config
+        self.context = ChunkContext(config, _configs(decoder, layers))
+        self.groups: list[LayerGroup] = []
+        self._forwards: list[tuple[nn.Module, Any]] = []
+        for start in range(0, num_layers, height):
+            self.groups.append(self._group(layers[start : start + height], start))
+        for name, module in decoder.named_children():
+            if "norm" in type(module).__name__.lower() or "norm" in name.lower():
+                self._group([module], None)
+        self._original_forward = model.forward
+        self._replace_forward(model, self.forward)
+        self._hooks: list[RemovableHandle] = [
+            decoder.register_forward_pre_hook(self.context.before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self.context.after_decoder, always_call=True),
+        ]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward; with labels, without ever making the logits of the whole sequence."""
+        if kwargs.get("labels") is None or _HANDLE not in self.model.__dict__:
+            return self._original_forward(*args, **kwargs)
+        with lazy_logits(self.model):
+            return self._original_forward(*args, **kwargs)
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for module, forward in self._forwards:
+            if module.__dict__.get("forward") == forward:
+                del module.__dict__["forward"]
+        for group in self.groups:
+            for layer in group.layers:
+                for module in layer.layer.modules():
+                    module.__dict__.pop(LAYER_ATTRIBUTE, None)
+
+    def report(self) -> ChunkReport:
+        head = self.model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        reasons = self.context.attention.reasons
+        return ChunkReport(
+            num_layers=sum(len(group.layers) for group in self.groups),
+            layers_per_group=max(len(group.layers) for group in self.groups),
+            num_groups=len(self.groups),
+            chunk_size=int(self.config.chunk_size),
+            retained_chunks=int(self.config.retained_chunks),
+            rebuilds_kv=self.config.rebuilds_kv,
+            attention=" and ".join(reasons) or self.config.attention,
+            attention_reason="; ".join(reasons.values()) or "chosen in the first step",
+            head_tile_tokens=None if weight is None else tile_tokens(weight.shape[0], weight.element_size()),
+            warnings=(),
+        )
+
+    def _group(self, modules: list[nn.Module], first_index: int | None) -> LayerGroup:
+        """A group of decoder layers, or, without an index, of modules that treat each token alone."""
+        layers = []
+        for offset, module in enumerate(modules):
+            state = None
+            if first_index is not None:
+                index = first_index + offset
+                state = LayerState(name=f"layer {index} ({type(module).__name__})", expected_window=_window(module, index))
+                for submodule in module.modules():
+                    submodule.__dict__[LAYER_ATTRIBUTE] = state
+            layer = GroupLayer(module, state)
+            self._replace_forward(module, layer.forward)
+            layers.append(layer)
+        return LayerGroup(layers, self.context)
+
+    def _replace_forward(self, module: nn.Module, forward: Any) -> None:
+        if "forward" in module.__dict__:
+            raise ValueError(
+                f"{type(module).__name__}.forward has been replaced on the instance already: call chunk_model before "
+                "what did that (device_map hooks, other wrappers)"
+            )
+        module.__dict__["forward"] = forward
+        self._forwards.append((module, forward))
+
+
+def _causal_lm(model: nn.Module) -> PreTrainedModel:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            f"{type(inner).__name__} is not a transformers model: pass the model itself, before DDP, FSDP or DeepSpeed "
+            "wrap it"
+        )
+    return inner
+
+
+def _handle(model: PreTrainedModel) -> ChunkedModel:
+    handle = model.__dict__.get(_HANDLE)
+    if not isinstance(handle, ChunkedModel):
+        raise ValueError("the model is not chunked: call chunk_model(model, config) first")
+    return handle
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, list[nn.Module]]:
+    """The decoder, and its layers: the one list as long as `num_hidden_layers`."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder: its decoder attends to something else than itself")
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = [
+        (parent, list(child))
+        for parent in model.get_decoder().modules()
+        for child in parent.children()
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers
+    ]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{name} has {len(found)} lists of {num_layers} decoder layers, not one: cannot tell what to chunk"
+        )
+    decoder, layers = found[0]
+    if len({id(layer) for layer in layers}) < len(layers):
+        raise UnsupportedModelError(f"{name} uses one layer several times")
+    return decoder, layers
+
+
+def _refuse_known(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    if not model._can_set_attn_implementation():
+        raise UnsupportedModelError(f"{name} does not call transformers' AttentionInterface: its attention cannot be chunked")
+    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
+    if kinds:
+        raise UnsupportedModelError(f"{name} has layers of type {', '.join(sorted(map(str, kinds)))}")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(f"{name} shares keys and values between layers")
+    if getattr(config, "is_decoder", True) is False and hasattr(config, "add_cross_attention"):
+        raise UnsupportedModelError(f"{name} is set up as an encoder (is_decoder=False): it is not causal")
+    for layer in layers:
+        for path, module in layer.named_modules():
+            if _STATEFUL_MODULE.search(type(module).__name__):
+                raise UnsupportedModelError(
+                    f"{name} has {type(module).__name__} ({path}) in its layers: state between tokens other than keys "
+                    "and values"
+                )
+
+
+def _window(layer: nn.Module, index: int) -> int | None:
+    """The window that the config gives this layer, to be sure that the layer tells it to the attention function."""
+    config = next((module.config for module in layer.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)), None)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and kinds[index] != "sliding_attention"):
+        return None
+    return int(window) if getattr(config, "use_sliding_window", True) else None
+
+
+def _configs(decoder: nn.Module, layers: list[nn.Module]) -> list[PreTrainedConfig]:
+    """The config objects, each once, from which masks and attention modules read their implementation."""
+    modules = [decoder, *(module for layer in layers for module in layer.modules())]
+    configs = [module.config for module in modules if isinstance(getattr(module, "config", None), PreTrainedConfig)]
+    return list({id(config): config for config in configs}.values())

@@ -1,0 +1,58 @@
+"""What a rerun needs to compute the same as the first run: random number generators and autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+
+@dataclass(frozen=True)
+class RngState:
+    """The states of the CPU's generator and of the device's on which a tensor lies."""
+
+    cpu: Tensor
+    devices: list[int]
+    device_states: list[Tensor]
+    device_type: str
+
+    @classmethod
+    def capture(cls, like: Tensor) -> RngState:
+        devices, states = get_device_states(like)
+        return cls(torch.get_rng_state(), devices, states, like.device.type)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.devices:
+            set_device_states(self.devices, self.device_states, device_type=self.device_type)
+
+
+@contextmanager
+def undisturbed_rng(like: Tensor) -> Iterator[None]:
+    """Leaves the generators as they were, whatever runs inside."""
+    state = RngState.capture(like)
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+@dataclass(frozen=True)
+class AutocastState:
+    """The autocast setting of one device type."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def capture(cls, device_type: str) -> AutocastState:
+        enabled = torch.is_autocast_enabled(device_type)
+        return cls(device_type, enabled, torch.get_autocast_dtype(device_type))
+
+    def apply(self) -> torch.autocast:
+        return torch.autocast(self.device_type, enabled=self.enabled, dtype=self.dtype)

@@ -1,0 +1,78 @@
+"""Reads the stream of a forward from what the caller passed: rows, tokens, padding, segments.
+
+Read once a step, so a GPU waits at most once, and not at all without attention_mask, position_ids and cu_seq_lens_q.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from chunkdist.schedule import Stream, cut
+
+
+def read_stream(arguments: dict[str, Any], chunk_size: int) -> Stream:
+    """The stream of a decoder's arguments.
+
+    Segments come from `cu_seq_lens_q` (N + 1,), or from `position_ids` (B, T) that do not go on by one, as in
+    transformers' packing; with an `attention_mask` (B, T) rows are padded, not packed.
+
+    Raises:
+        ValueError: left padding, or a mask of another shape.
+    """
+    ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    tokens = embeddings if ids is None else ids
+    if tokens is None:
+        raise ValueError("neither input_ids nor inputs_embeds were passed")
+    num_rows, num_tokens = tokens.shape[:2]
+    if num_tokens == 0:
+        raise ValueError("input_ids have no tokens: pass at least one")
+    mask = arguments.get("attention_mask")
+    if mask is not None:
+        _refuse_mask(mask, num_tokens)
+    starts: tuple[tuple[int, ...], ...] = ((0,),) * num_rows
+    cu_seq_lens, position_ids = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
+    if cu_seq_lens is not None and not isinstance(cu_seq_lens, FakeTensor):
+        starts = _starts_from_lengths(cu_seq_lens, num_rows, num_tokens)
+    elif position_ids is not None and mask is None and not isinstance(position_ids, FakeTensor):
+        starts = _starts_from_positions(position_ids, num_rows)
+    return Stream(num_tokens=num_tokens, chunks=cut(num_tokens, chunk_size), segment_starts=starts)
+
+
+def _refuse_mask(mask: object, num_tokens: int) -> None:
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != num_tokens:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask {shape} is not (rows, {num_tokens} tokens): chunked models take right padding, and packed "
+            "segments by position_ids; leave custom masks out"
+        )
+    if isinstance(mask, FakeTensor):
+        return
+    rises = (mask[:, 1:] != 0) & (mask[:, :-1] == 0)
+    if bool(rises.any()):
+        raise ValueError(
+            "attention_mask has left padding or a gap, and chunks run from the left: set padding_side='right'"
+        )
+
+
+def _starts_from_lengths(cu_seq_lens: Tensor, num_rows: int, num_tokens: int) -> tuple[tuple[int, ...], ...]:
+    bounds = cu_seq_lens.tolist()
+    if num_rows != 1 or bounds[0] != 0 or bounds[-1] != num_tokens or bounds != sorted(bounds):
+        raise ValueError(
+            f"cu_seq_lens_q {bounds[:3]}...{bounds[-1:]} does not cut one row of {num_tokens} tokens, but {num_rows} "
+            f"row(s) were passed: it must ascend from 0 to {num_tokens}"
+        )
+    return (tuple(sorted(set(bounds[:-1]) - {num_tokens})),)
+
+
+def _starts_from_positions(position_ids: Tensor, num_rows: int) -> tuple[tuple[int, ...], ...]:
+    positions_BT = position_ids[0] if position_ids.ndim == 3 else position_ids  # 3: one plane a rotary axis
+    breaks = torch.diff(positions_BT, dim=-1) != 1
+    rows: list[list[int]] = [[0] for _ in range(positions_BT.shape[0])]
+    for row, before in breaks.nonzero().tolist():
+        rows[row].append(before + 1)
+    starts = tuple(tuple(row) for row in rows)
+    return starts * num_rows if len(starts) == 1 else starts
