@@ -1,4 +1,4 @@
-"""What the chunked parts of one model share, and the hooks on its decoder that open and close a chunked forward.
+"""What the chunked parts of one model share, and how a chunked forward of its decoder begins and ends.
 
 Holds no module, so that a copied submodule (PEFT's `modules_to_save`) does not drag the model along.
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -41,7 +40,6 @@ class ChunkContext:
         self.open_run: GroupRun | None = None
         """A group of which some layers, not all, have been called."""
         self._model_configs = model_configs
-        self._exit = ExitStack()
 
     @contextmanager
     def attention_installed(self) -> Iterator[None]:
@@ -55,37 +53,31 @@ class ChunkContext:
             for config, name in zip(self._model_configs, before, strict=True):
                 config._attn_implementation_internal = name
 
-    def before_decoder(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook: reads the stream from what the caller passed."""
-        self.close()
-        arguments = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments
+    @contextmanager
+    def running(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Inside, the decoder's layers run in chunks. Reads the stream from what the caller passed, and gives the
+        keyword arguments to go on with."""
+        signature = inspect.signature(decoder.forward)
+        arguments = signature.bind(*args, **kwargs).arguments
         arguments = {**arguments, **arguments.get("kwargs", {})}
         caches = [key for key in ("past_key_values", "cache_params") if arguments.get(key) is not None]
         caches += ["use_cache=True"] if arguments.get("use_cache") else []
-        if caches and not decoder.training:
-            return None  # generation
-        if caches:
+        if caches and decoder.training:
             raise ValueError(f"{caches[0]} was passed while training, and a chunked model makes no cache: leave it out")
+        if caches:  # generation
+            yield kwargs
+            return
         for name in _OUTPUTS:
             if arguments.get(name, getattr(decoder.config, name, False)):
                 raise ValueError(
                     f"{name}=True, but a chunked forward has no such outputs of the whole sequence: write {name}=False"
                     + ("; in TRL, router_aux_loss_coef: 0" if name == "output_router_logits" else "")
                 )
-        self.stream = read_stream(arguments, self.config.chunk_size)
-        self._exit.enter_context(self.attention_installed())
-        names = list(inspect.signature(decoder.forward).parameters)
-        if "use_cache" in names and "use_cache" not in names[: len(args)]:
-            return args, {**kwargs, "use_cache": False}
-        return None
-
-    def after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook, called when the forward raised, too."""
-        self.close()
-
-    def close(self) -> None:
-        """Forgets the running forward."""
-        self._exit.close()
-        self.stream = self.open_run = None
+        if "use_cache" in signature.parameters and "use_cache" not in list(signature.parameters)[: len(args)]:
+            kwargs = {**kwargs, "use_cache": False}
+        try:
+            self.stream = read_stream(arguments, self.config.chunk_size)
+            with self.attention_installed():
+                yield kwargs
+        finally:
+            self.stream = self.open_run = None

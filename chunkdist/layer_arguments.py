@@ -47,6 +47,8 @@ def refuse_arguments(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]
     for key, argument in arguments.items():
         if key in ("past_key_values", "past_key_value", "layer_past", "cache_params") and argument is not None:
             raise UnsupportedModelError(f"{name} gets a cache ({key}) from a decoder that was told not to make one")
+        if isinstance(argument, dict):
+            raise UnsupportedModelError(f"{name} gets a dict ({key}), through which layers may pass on what is not chunked")
         for tensor in _tensors(argument):
             if tensor.requires_grad and torch.is_grad_enabled():
                 raise UnsupportedModelError(f"{name} gets an argument that carries a gradient: {key}")

@@ -46,6 +46,8 @@ class GroupLayer:
         if self.group.context.stream is None:
             return self.original_forward(*args, **kwargs)
         hidden, arguments = self.signature.bind(args, kwargs)
+        if self.state is None and (arguments or hidden.ndim != 3):
+            return self.original_forward(*args, **kwargs)
         return self.group.call(self, hidden, arguments)
 
     def run(self, cell: Cell | None, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -163,7 +165,7 @@ class GroupRun:
             if index >= len(chunks) - num_retained:
                 part = self._retain(index, hidden)
             else:
-                part = self._run_layers(chunk, hidden[:, chunk.start : chunk.end])
+                part = self._run_layers(chunk, _tokens_of(hidden, chunk))
             if len(chunks) == 1:
                 output = part
                 break
@@ -203,7 +205,7 @@ class GroupRun:
 
     def _run_with_graph(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         chunk = self.stream.chunks[index]
-        leaf = hidden[:, chunk.start : chunk.end].detach().requires_grad_(hidden.requires_grad)
+        leaf = _tokens_of(hidden, chunk).detach().requires_grad_(hidden.requires_grad)
         with self.parameters.aliased():
             return leaf, self._run_layers(chunk, leaf)
 
@@ -223,7 +225,7 @@ class GroupRun:
         for rng, chunk in zip(self._rng[:-1], self.stream.chunks[:-1], strict=True):
             rng.restore()
             with torch.no_grad(), self._autocast.apply(), suppress(KVStored):
-                self._run_layers(chunk, hidden[:, chunk.start : chunk.end], stop_at_kv=stop_at_kv)
+                self._run_layers(chunk, _tokens_of(hidden, chunk), stop_at_kv=stop_at_kv)
 
     def _new_store(self, layer: GroupLayer, num_tokens: int) -> KVStore | None:
         return None if layer.state is None else KVStore(num_tokens, self.group.context.config.kv_grad_dtype)
@@ -234,6 +236,11 @@ class GroupRun:
         if layer.state is None:
             return None
         return Cell(chunk, stream, store, self.group.context.attention, stop_at_kv)
+
+
+def _tokens_of(hidden: Tensor, chunk: Chunk) -> Tensor:
+    """A chunk's hidden states, contiguous as a layer gets them without chunks: some call `.view`. One row: no copy."""
+    return hidden[:, chunk.start : chunk.end].contiguous()
 
 
 class _GroupFunction(torch.autograd.Function):

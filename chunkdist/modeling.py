@@ -6,17 +6,21 @@ whatever calls transformers' `AttentionInterface`. What cannot be computed exact
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial, wraps
+from types import MethodType
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, LayerState, attend
+from chunkdist.attention.mask import chunk_mask
 from chunkdist.config import ChunkConfig
 from chunkdist.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
@@ -26,12 +30,18 @@ from chunkdist.loss import lazy_logits, tile_tokens
 logger = logging.getLogger(__name__)
 
 _HANDLE = "_chunkdist_model"
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
-_STATEFUL_MODULE = re.compile(r"conv|mamba|ssm|recurrent|rwkv|gateddelta|deltanet|linearattention|shortconv|hyena", re.IGNORECASE)
+_CONTEXT = "_chunkdist_context"
+_ORIGINAL_FORWARD = "_chunkdist_original_forward"
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_MIXERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCellBase, nn.ZeroPad2d)
+"""Modules that look at neighbouring tokens; the last one is how token shifts are written."""
+_MIXER_NAMES = re.compile(r"Mamba|SSM(?!LP)|RecurrentBlock|Rwkv|RWKV|DeltaNet|LinearAttention|ShortConv|Hyena|Indexer")
+"""The same for classes that need no such module. A layer that is missed by both has been swept in the tests."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
 AttentionInterface.register(ATTENTION_NAME, attend)
+AttentionMaskInterface.register(ATTENTION_NAME, chunk_mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +111,7 @@ class ChunkedModel:
     """Everything that `chunk_model` puts into a model."""
 
     def __init__(self, model: PreTrainedModel, config: ChunkConfig) -> None:
-        decoder, layers = _find_layers(model)
+        entry, decoder, layers = _find_layers(model)
         _refuse_known(model, layers)
         num_layers = len(layers)
         height = num_layers if config.layers_per_group == "all" else config.layers_per_group
@@ -109,35 +119,30 @@ class ChunkedModel:
         if height > num_layers:
             raise ValueError(f"layers_per_group={height}, but the model has {num_layers} layers: write 'all'")
         self.model = model
+        self.entry = entry
         self.config = config
-        self.context = ChunkContext(config, _configs(decoder, layers))
+        self.context = ChunkContext(config, _configs(entry, decoder, layers))
         self.groups: list[LayerGroup] = []
-        self._forwards: list[tuple[nn.Module, Any]] = []
+        self._forwards: list[tuple[nn.Module, Any, Any]] = []
         for start in range(0, num_layers, height):
             self.groups.append(self._group(layers[start : start + height], start))
         for name, module in decoder.named_children():
             if "norm" in type(module).__name__.lower() or "norm" in name.lower():
                 self._group([module], None)
-        self._original_forward = model.forward
-        self._replace_forward(model, self.forward)
-        self._hooks: list[RemovableHandle] = [
-            decoder.register_forward_pre_hook(self.context.before_decoder, with_kwargs=True),
-            decoder.register_forward_hook(self.context.after_decoder, always_call=True),
-        ]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; with labels, without ever making the logits of the whole sequence."""
-        if kwargs.get("labels") is None or _HANDLE not in self.model.__dict__:
-            return self._original_forward(*args, **kwargs)
-        with lazy_logits(self.model):
-            return self._original_forward(*args, **kwargs)
+        entry.__dict__[_CONTEXT] = self.context
+        self._replace_forward(entry, _method(_decoder_forward, entry))
+        self._replace_forward(model, _method(_causal_lm_forward, model))
 
     def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for module, forward in self._forwards:
-            if module.__dict__.get("forward") == forward:
-                del module.__dict__["forward"]
+        """Puts the forwards back; where others have wrapped ours, ours only passes on from now."""
+        self.entry.__dict__.pop(_CONTEXT)
+        for module, forward, before in self._forwards:
+            if module.__dict__.get("forward") != forward:
+                continue
+            module.__dict__.pop(_ORIGINAL_FORWARD, None)
+            del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
         for group in self.groups:
             for layer in group.layers:
                 for module in layer.layer.modules():
@@ -167,7 +172,7 @@ class ChunkedModel:
             state = None
             if first_index is not None:
                 index = first_index + offset
-                state = LayerState(name=f"layer {index} ({type(module).__name__})", expected_window=_window(module, index))
+                state = LayerState(name=f"layer {index} ({type(module).__name__})")
                 for submodule in module.modules():
                     submodule.__dict__[LAYER_ATTRIBUTE] = state
             layer = GroupLayer(module, state)
@@ -176,13 +181,29 @@ class ChunkedModel:
         return LayerGroup(layers, self.context)
 
     def _replace_forward(self, module: nn.Module, forward: Any) -> None:
-        if "forward" in module.__dict__:
-            raise ValueError(
-                f"{type(module).__name__}.forward has been replaced on the instance already: call chunk_model before "
-                "what did that (device_map hooks, other wrappers)"
-            )
+        self._forwards.append((module, forward, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
-        self._forwards.append((module, forward))
+
+
+def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A causal LM's forward; with labels, without ever making the logits of the whole sequence."""
+    handle = model.__dict__.get(_HANDLE)
+    with nullcontext() if handle is None or kwargs.get("labels") is None else lazy_logits(handle.model):
+        return model.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
+
+
+def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A decoder's forward, in chunks unless it uses a cache."""
+    context = decoder.__dict__.get(_CONTEXT)
+    with nullcontext(kwargs) if context is None else context.running(decoder, args, kwargs) as kwargs:
+        return decoder.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
+
+
+def _method(forward: Callable[..., Any], module: nn.Module) -> MethodType:
+    """`forward` as a method of `module`, with the signature of its own, which trainers and `generate` read."""
+    module.__dict__[_ORIGINAL_FORWARD] = module.forward
+    own: Any = getattr(module.forward, "__func__", module.forward)
+    return MethodType(wraps(own)(partial(forward)), module)
 
 
 def _causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -202,26 +223,39 @@ def _handle(model: PreTrainedModel) -> ChunkedModel:
     return handle
 
 
-def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, list[nn.Module]]:
-    """The decoder, and its layers: the one list as long as `num_hidden_layers`."""
+def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, list[nn.Module]]:
+    """The module that takes the token ids and makes the masks, the decoder, and the decoder's layers.
+
+    The layers are the one list as long as `num_hidden_layers`; in a model with other towers, the least nested one.
+    """
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder: its decoder attends to something else than itself")
     num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [
-        (parent, list(child))
-        for parent in model.get_decoder().modules()
-        for child in parent.children()
-        if isinstance(child, nn.ModuleList) and len(child) == num_layers
-    ]
+    found = _lists_of(num_layers, model.get_decoder()) or _lists_of(num_layers, model)
+    depth = min((path.count(".") for path, _ in found), default=0)
+    found = [(path, decoder) for path, decoder in found if path.count(".") == depth]
     if len(found) != 1:
         raise UnsupportedModelError(
             f"{name} has {len(found)} lists of {num_layers} decoder layers, not one: cannot tell what to chunk"
         )
-    decoder, layers = found[0]
+    ((path, decoder),) = found
+    layers = list(next(child for child in decoder.children() if _is_list_of(num_layers, child)))
     if len({id(layer) for layer in layers}) < len(layers):
         raise UnsupportedModelError(f"{name} uses one layer several times")
-    return decoder, layers
+    inside = [module for module in model.modules() if module is not model and decoder in module.modules()]
+    entry = next((module for module in inside if "input_ids" in inspect.signature(module.forward).parameters), None)
+    if entry is None:
+        raise UnsupportedModelError(f"{name} has no module that takes input_ids, other than itself: cannot tell where it begins")
+    return entry, decoder, layers
+
+
+def _lists_of(num_layers: object, root: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(path, m) for path, m in root.named_modules() for child in m.children() if _is_list_of(num_layers, child)]
+
+
+def _is_list_of(num_layers: object, module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) == num_layers
 
 
 def _refuse_known(model: PreTrainedModel, layers: list[nn.Module]) -> None:
@@ -238,25 +272,16 @@ def _refuse_known(model: PreTrainedModel, layers: list[nn.Module]) -> None:
         raise UnsupportedModelError(f"{name} is set up as an encoder (is_decoder=False): it is not causal")
     for layer in layers:
         for path, module in layer.named_modules():
-            if _STATEFUL_MODULE.search(type(module).__name__):
+            if isinstance(module, _MIXERS) or _MIXER_NAMES.search(type(module).__name__):
                 raise UnsupportedModelError(
                     f"{name} has {type(module).__name__} ({path}) in its layers: state between tokens other than keys "
                     "and values"
                 )
 
 
-def _window(layer: nn.Module, index: int) -> int | None:
-    """The window that the config gives this layer, to be sure that the layer tells it to the attention function."""
-    config = next((module.config for module in layer.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)), None)
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if window is None or (kinds is not None and kinds[index] != "sliding_attention"):
-        return None
-    return int(window) if getattr(config, "use_sliding_window", True) else None
-
-
-def _configs(decoder: nn.Module, layers: list[nn.Module]) -> list[PreTrainedConfig]:
+def _configs(entry: nn.Module, decoder: nn.Module, layers: list[nn.Module]) -> list[PreTrainedConfig]:
     """The config objects, each once, from which masks and attention modules read their implementation."""
-    modules = [decoder, *(module for layer in layers for module in layer.modules())]
+    modules = [entry, decoder, *(module for layer in layers for module in layer.modules())]
     configs = [module.config for module in modules if isinstance(getattr(module, "config", None), PreTrainedConfig)]
+    configs += [config.get_text_config() for config in configs]
     return list({id(config): config for config in configs}.values())

@@ -59,6 +59,7 @@ class CpuFlashBackend:
         variant: AttentionVariant,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = torch.empty_like(q_TND), torch.empty_like(k_SKD), torch.empty_like(v_SKD)
+        dk[: spans[0].k_start] = dv[: spans[0].k_start] = 0
         for span in spans:
             queries, prefix, own = _parts(span)
             row = [_heads_first(x[queries]) for x in (grad_out_TND, q_TND)]

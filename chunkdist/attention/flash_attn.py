@@ -1,12 +1,13 @@
 """`flash_attn`: the flash-attn package, version 2.7 or 2.8, by the functions beneath its autograd ones.
 
-`flash_attn_varlen_func` keeps its output and log-sum-exp for its own backward; ours are the caller's (attention sinks
-change them). The package is imported when it is used.
+`flash_attn_varlen_func` keeps its output and log-sum-exp for its own backward; ours are the caller's
+(attention sinks change them). The package is imported when it is used.
 
-Read in the source distributions of 2.7.0.post2, 2.7.1.post4, 2.7.4.post1 and 2.8.3 (flash_attn_interface.py,
-csrc/flash_attn/flash_api.cpp, src/mask.h, src/block_info.h, src/softmax.h, src/flash_bwd_kernel.h): the conventions are
-those of `chunkdist.attention.varlen`. Before 2.7 the window was one argument and more was returned. With a soft-cap c,
-scores are c * tanh(scale * q.k / c); the log-sum-exp is of those, and the backward takes c again (0 for none).
+Read in the source distributions: flash_attn_interface.py of 2.7.0.post2, 2.7.1.post4, 2.7.4.post1 and 2.8.3,
+and of 2.8.3 csrc/flash_attn/flash_api.cpp, src/mask.h, src/block_info.h, src/softmax.h and
+src/flash_bwd_kernel.h. The conventions are those of `chunkdist.attention.varlen`. With a soft-cap c, scores
+are c * tanh(scale * q.k / c), the log-sum-exp is of those, and the backward takes c again (0 for none).
+Before 2.7 the signatures are others.
 """
 
 from __future__ import annotations

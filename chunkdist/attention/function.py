@@ -6,7 +6,7 @@ B rows, T tokens of the chunk, S of the keys it sees, N query heads, K kv heads,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.base import AttentionVariant, Backend, Span
+from chunkdist.attention.mask import ChunkMask
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.kv_store import KVStore
 from chunkdist.schedule import Chunk, Stream
@@ -54,10 +55,17 @@ class Cell:
     stop_at_kv: bool = False
     num_calls: int = 0
 
-    def visible(self, row: int, window: int | None) -> tuple[int, tuple[Span, ...]]:
-        """The first key that any query of this chunk sees, and the spans relative to it."""
+    def visible(self, row: int, window: int | None, block: int | None) -> tuple[int, tuple[Span, ...]]:
+        """The first key that any query of this chunk sees, and the spans relative to it.
+
+        Blocks of `block` tokens, counted from the start of a segment, are to attention what segments are.
+        """
         chunk, starts = self.chunk, self.stream.segment_starts[row]
         ends = (*starts[1:], self.stream.num_tokens)
+        if block is not None:
+            cuts = [range(start, end, block) for start, end in zip(starts, ends, strict=True)]
+            starts = tuple(start for cut in cuts for start in cut)
+            ends = (*starts[1:], self.stream.num_tokens)
         origin, spans = None, []
         for seg_start, seg_end in zip(starts, ends, strict=True):
             q_start, q_end = max(seg_start, chunk.start), min(seg_end, chunk.end)
@@ -76,7 +84,6 @@ class LayerState:
 
     name: str
     cell: Cell | None = None
-    expected_window: int | None = field(default=None)
 
 
 def attend(
@@ -84,13 +91,13 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: ChunkMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
+    is_causal: bool | None = None,  # the mask says it
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of the running cell over the stored prefix, with the signature of transformers' `AttentionInterface`.
@@ -111,11 +118,8 @@ def attend(
         raise UnsupportedModelError(f"{name} attends outside of a chunked decoder layer")
     cell = state.cell
     cell.num_calls += 1
-    _refuse_unsupported(name, module, query, attention_mask, dropout, is_causal, kwargs)
-    if state.expected_window is not None and sliding_window is None:
-        raise UnsupportedModelError(
-            f"{state.name} is a sliding-window layer, but {name} does not say its window to the attention function"
-        )
+    mask = _understood(name, attention_mask, sliding_window)
+    _refuse_unsupported(name, dropout, kwargs)
     if cell.store is None or cell.num_calls > 1:
         raise UnsupportedModelError(f"{state.name} calls its attention more than once: its K/V cannot be told apart")
     if query.shape[2] != cell.chunk.num_tokens or key.shape[2] != cell.chunk.num_tokens:
@@ -125,7 +129,7 @@ def attend(
         )
     query, key, value = _in_one_dtype(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    variant = AttentionVariant(scale=scale, window=_window(cell, sliding_window), softcap=softcap or None)
+    variant = AttentionVariant(scale=scale, window=_window_in(cell.stream, mask.window), softcap=softcap or None)
     backend = cell.choice.backend_for(query, variant)
     q_BTND, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (query, key, value))
     value_dim = v_BTKD.shape[-1]
@@ -135,26 +139,29 @@ def attend(
         cell.store.write(cell.chunk, k_BTKD.detach(), v_BTKD.detach())
         raise KVStored
     sink_N = None if s_aux is None else s_aux.reshape(-1)
-    out: Tensor = _ChunkAttention.apply(cell, backend, variant, q_BTND, k_BTKD, v_BTKD, sink_N)  # type: ignore[no-untyped-call]
+    out: Tensor = _ChunkAttention.apply(cell, backend, variant, mask.block, q_BTND, k_BTKD, v_BTKD, sink_N)  # type: ignore[no-untyped-call]
     return out[..., :value_dim], None
 
 
-def _refuse_unsupported(
-    name: str,
-    module: torch.nn.Module,
-    query: Tensor,
-    mask: object,
-    dropout: float,
-    is_causal: bool | None,
-    kwargs: dict[str, Any],
-) -> None:
-    if mask is not None:
+def _understood(name: str, mask: ChunkMask | Tensor | None, sliding_window: int | None) -> ChunkMask:
+    """The layer's mask, if it can be chunked; a window passed to the attention function may only repeat it."""
+    if not isinstance(mask, ChunkMask):
+        what = "without a mask" if mask is None else "with a mask of its own"
         raise UnsupportedModelError(
-            f"{name} attends with a mask of its own: only causal attention, sliding windows and packed segments are "
-            "chunked; pass no 4-dimensional attention_mask"
+            f"{name} attends {what}: only masks made by transformers' masking_utils can be told apart; pass no "
+            "4-dimensional attention_mask"
         )
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise UnsupportedModelError(f"{name} is not causal")
+    if mask.unsupported is not None:
+        raise UnsupportedModelError(f"{name} has a mask that is not chunked: {mask.unsupported}")
+    if sliding_window is not None and sliding_window != mask.window:
+        raise UnsupportedModelError(
+            f"{name} passes a window of {sliding_window} tokens, its mask has {mask.window or 'none'}: cannot tell "
+            "which one is meant"
+        )
+    return mask
+
+
+def _refuse_unsupported(name: str, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise UnsupportedModelError(
             f"{name} drops attention weights with probability {dropout}, which no backend does: set the model's "
@@ -176,9 +183,9 @@ def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in tensors)
 
 
-def _window(cell: Cell, sliding_window: int | None) -> int | None:
+def _window_in(stream: Stream, window: int | None) -> int | None:
     """No window where the whole stream fits in it: more kernels can do that."""
-    return None if sliding_window is None or sliding_window >= cell.stream.num_tokens else int(sliding_window)
+    return None if window is None or window >= stream.num_tokens else window
 
 
 class _ChunkAttention(torch.autograd.Function):
@@ -191,6 +198,7 @@ class _ChunkAttention(torch.autograd.Function):
         cell: Cell,
         backend: Backend,
         variant: AttentionVariant,
+        block: int | None,
         q_BTND: Tensor,
         k_BTKD: Tensor,
         v_BTKD: Tensor,
@@ -202,7 +210,7 @@ class _ChunkAttention(torch.autograd.Function):
         outs, lses = [], []
         with torch.autocast(q_BTND.device.type, enabled=False):
             for row, q_TND in enumerate(q_BTND):
-                origin, spans = cell.visible(row, variant.window)
+                origin, spans = cell.visible(row, variant.window, block)
                 out_TND, lse_NT = backend.forward(q_TND, *store.read(row, origin, cell.chunk.end), spans, variant)
                 if sink_N is not None:
                     lse_with_sink = torch.logaddexp(lse_NT, sink_N.to(lse_NT.dtype)[:, None])
@@ -212,7 +220,7 @@ class _ChunkAttention(torch.autograd.Function):
                 lses.append(lse_NT)
         out_BTND, lse_BNT = _stack(outs), _stack(lses)
         ctx.save_for_backward(q_BTND, out_BTND, lse_BNT, sink_N)
-        ctx.cell, ctx.store, ctx.backend, ctx.variant = cell, store, backend, variant
+        ctx.cell, ctx.store, ctx.backend, ctx.variant, ctx.block = cell, store, backend, variant, block
         return out_BTND
 
     @staticmethod
@@ -224,7 +232,7 @@ class _ChunkAttention(torch.autograd.Function):
         dqs = []
         with torch.autocast(q_BTND.device.type, enabled=False):
             for row, q_TND in enumerate(q_BTND):
-                origin, spans = cell.visible(row, ctx.variant.window)
+                origin, spans = cell.visible(row, ctx.variant.window, ctx.block)
                 dq_TND, dk_SKD, dv_SKD = ctx.backend.backward(
                     grad_out_BTND[row],
                     q_TND,
@@ -238,11 +246,11 @@ class _ChunkAttention(torch.autograd.Function):
                 store.add_grads(row, origin, dk_SKD, dv_SKD)
         dk_BTKD, dv_BTKD = (grad.to(q_BTND.dtype) for grad in store.take_grads(cell.chunk))
         dsink_N = None
-        if sink_N is not None and ctx.needs_input_grad[6]:
+        if sink_N is not None and ctx.needs_input_grad[7]:
             out_dot_BNT = (grad_out_BTND.to(lse_BNT.dtype) * out_BTND).sum(-1).transpose(1, 2)
             share_BNT = torch.exp(sink_N.to(lse_BNT.dtype)[:, None] - lse_BNT)
             dsink_N = -(share_BNT * out_dot_BNT).sum((0, 2)).to(sink_N.dtype)
-        return None, None, None, _stack(dqs), dk_BTKD, dv_BTKD, dsink_N
+        return None, None, None, None, _stack(dqs), dk_BTKD, dv_BTKD, dsink_N
 
 
 def _stack(rows: list[Tensor]) -> Tensor:

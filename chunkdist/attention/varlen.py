@@ -1,21 +1,23 @@
 """`varlen`: torch's own CUDA flash attention for sequences of different lengths, by its aten operators.
 
-`torch.nn.attention.varlen.varlen_attn` calls the same operators, but hands its own output and log-sum-exp to its
-backward; ours are the caller's (attention sinks change them).
+`torch.nn.attention.varlen.varlen_attn` calls the same operators, but hands its own output and log-sum-exp to
+its backward; ours are the caller's (attention sinks change them).
 
-The operators, read in the 2.11.0 and 2.13.0 wheels (native_functions.yaml, nn/attention/varlen.py,
-_meta_registrations.py) and in pytorch's aten/src/ATen/native/transformers/cuda (flash_attn/flash_api.cpp:
-mha_varlen_fwd, mha_varlen_bwd; attention_backward.cu; sdp_utils.cpp). The kernels are those of flash-attn 2:
-- Sequence b has queries [cu_q[b], cu_q[b + 1]) and keys [cu_k[b], cu_k[b + 1]): int32, contiguous, on the device.
-- Query i of a sequence of n queries and m keys stands at key i + m - n (bottom-right), and sees the keys from
-  `window_size_left` before it to `window_size_right` after it, -1 for no limit. So a window of w tokens is (w - 1, 0).
-- The log-sum-exp is (N, T), fp32, natural. The backward reads it through a bare pointer: fp32 and contiguous, unchecked.
-- q, k and v need unit stride in D only. Gradients of K/V come back per kv head; key rows of no sequence stay unwritten.
+Read in the wheels of torch 2.11.0 and 2.13.0 (native_functions.yaml, nn/attention/varlen.py,
+_meta_registrations.py) and, at pytorch commit 03b7c19d, in
+aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp (mha_varlen_fwd, mha_varlen_bwd), which calls
+the kernels of flash-attn 2:
+- Sequence b has queries [cu_q[b], cu_q[b + 1]) and keys [cu_k[b], cu_k[b + 1]), both int32 and contiguous.
+- Query i of a sequence of n queries and m keys is at key i + m - n (bottom-right), and sees the keys from
+  `window_size_left` before to `window_size_right` after it, -1 for all: a window of w tokens is (w - 1, 0).
+- The log-sum-exp is (N, T), fp32, natural. The backward takes it for fp32 and contiguous, without a check.
+- q, k and v need unit stride in D only. dk and dv come per kv head; keys of no sequence get no value at all.
 - Without dropout the backward does not read `rng_state`.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -41,9 +43,10 @@ class VarlenBackend:
             return None
         if not torch.backends.cuda.is_flash_attention_available():
             return "this torch was built without flash attention"
-        capability = torch.cuda.get_device_capability(q.device)
-        if 192 < q.shape[-1] <= 224 and ((8, 6) <= capability <= (8, 9) or capability[0] == 12):
-            return f"its backward has no head dim {q.shape[-1]} on compute capability {capability[0]}.{capability[1]}"
+        major, minor = torch.cuda.get_device_capability(q.device)
+        if 192 < q.shape[-1] <= 224 and ((8, 6) <= (major, minor) <= (8, 9) or major == 12):
+            # sdp_utils.cpp, check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120
+            return f"its backward has no head dim {q.shape[-1]} on compute capability {major}.{minor}"
         return None
 
     def forward(
@@ -119,8 +122,8 @@ class Packing(NamedTuple):
 def pack(q: Tensor, spans: tuple[Span, ...], window: int | None) -> Packing:
     """Cumulative lengths, (num_spans + 1,) int32 each, on q's device.
 
-    Keys before the first span, or before the window of its first query, are cut off by a view: the kernels would
-    leave their gradients unwritten, or sweep over them for nothing.
+    Keys before the first span, or before the window of its first query, are cut off by a view: the kernels
+    would leave their gradients unwritten, or sweep over them in vain.
     """
     first = spans[0]
     first_key = first.k_start
@@ -130,7 +133,9 @@ def pack(q: Tensor, spans: tuple[Span, ...], window: int | None) -> Packing:
     k_ends = [0, *(span.k_end - first_key for span in spans)]
     # From pinned memory, since a copy from pageable memory waits for the stream.
     pinned = q.device.type == "cuda" and not isinstance(q, FakeTensor)
-    lengths = torch.tensor([q_ends, k_ends], dtype=torch.int32, pin_memory=pinned).to(q.device, non_blocking=True)
+    lengths = torch.tensor([q_ends, k_ends], dtype=torch.int32, pin_memory=pinned).to(
+        q.device, non_blocking=True
+    )
     return Packing(first_key, lengths[0], lengths[1], _longest(q_ends), _longest(k_ends))
 
 
@@ -157,7 +162,8 @@ def why_no_kernel(q: Tensor) -> str | None:
     if q.device.type != "cuda":
         return f"it runs on an NVIDIA GPU, the tensors are on {q.device.type}"
     if torch.version.hip is not None:
-        return "it runs on an NVIDIA GPU, this torch is built for ROCm"  # torch 2.11 has another log-sum-exp layout there
+        # torch 2.11 lays the log-sum-exp out as (sequences, N, max_q) there
+        return "it runs on an NVIDIA GPU, this torch is built for ROCm"
     major, minor = torch.cuda.get_device_capability(q.device)
     if major < 8:
         return f"it needs compute capability 8.0, the GPU has {major}.{minor}"
@@ -165,8 +171,10 @@ def why_no_kernel(q: Tensor) -> str | None:
 
 
 def simulated_workspace(q_TND: Tensor, k_SKD: Tensor, num_spans: int) -> tuple[Tensor, ...]:
-    """With fake tensors, what the kernels' backward allocates inside (mha_varlen_bwd) and their fake version does not,
-    so that simulated memory is the real one: dq in fp32, and with fewer kv heads dk and dv per query head."""
+    """With fake tensors, what the kernels' backward allocates (mha_varlen_bwd) and its fake version does not,
+    so that simulated memory is the real one: dq in fp32 and, with fewer kv heads than query heads, dk and dv
+    per query head.
+    """
     if not isinstance(q_TND, FakeTensor):
         return ()
     num_tokens, num_heads, head_dim = q_TND.shape
@@ -181,4 +189,4 @@ def simulated_workspace(q_TND: Tensor, k_SKD: Tensor, num_spans: int) -> tuple[T
 
 
 def _longest(ends: list[int]) -> int:
-    return max(end - start for start, end in zip(ends, ends[1:]))
+    return max(end - start for start, end in pairwise(ends))

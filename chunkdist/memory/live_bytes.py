@@ -1,17 +1,22 @@
 """`LiveBytes`: the bytes of the storages that are alive, counted op by op.
 
-A dispatch mode that sees every tensor an op returns, counts its storage once however many views share it, and takes it
-off when the last reference to the storage goes. It counts real tensors and fake ones alike, so that the real code at
-128K tokens of an 8B model can be measured in seconds on any machine:
+A dispatch mode that sees every tensor an op returns, counts its storage once however many views share it, and
+takes it off when the last reference to the storage goes. It counts real, fake and meta tensors alike, so that
+the real code at 128K tokens of an 8B model can be measured on any machine:
 
-    with FakeTensorMode(), LiveBytes(exclude=model.parameters()) as live:   # LiveBytes inside, or nothing is seen
+    with FakeTensorMode(), LiveBytes(exclude=model.parameters()) as live:   # either order counts the same
         model(ids, labels=ids).loss.backward()
     live.peak_bytes
 
-What always holds: a storage that existed before the mode was entered is baseline and not part of `current_bytes`, also
-when it was not passed in `exclude` and shows up later as a view or an in-place result. A kernel's own scratch space and
-an allocator's rounding are not counted. A resize is noticed with the next op that returns a tensor on the storage
-(`Tensor.resize_` is one; `UntypedStorage.resize_` is not). Backward passes and custom `autograd.Function`s are, on whatever thread they run.
+An op costs about 0.2 ms under a `FakeTensorMode`, and 0.06 ms with tensors on the meta device and no other
+mode; the count's own share is 0.04 ms. Which kernels run (and so what they save) is decided by the device:
+fake CPU tensors may take another attention than real ones.
+
+What always holds: a storage that existed before the mode was entered is baseline and not part of
+`current_bytes`, also when it was not passed in `exclude` and shows up later as a view or an in-place result.
+A kernel's own scratch space and an allocator's rounding are not counted. A resize is noticed with the next op
+that returns a tensor on the storage (`Tensor.resize_` is one; `UntypedStorage.resize_` is not). Backward
+passes and custom `autograd.Function`s are, on whatever thread they run.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 @dataclass(frozen=True, kw_only=True)
 class LiveTensor:
-    """A storage alive at the peak, described by the first tensor that was seen on it, and the op that returned that."""
+    """A storage alive at the peak, described by the first tensor that was seen on it, and the op that
+    returned that."""
 
     num_bytes: int
     shape: tuple[int, ...]
@@ -49,25 +56,23 @@ class _Record:
         self.ref: weakref.ref[torch.UntypedStorage] | None = None
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live storages while it is active. Enter it after (inside) a `FakeTensorMode`.
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of live storages while it is active.
 
     Args:
-        exclude: Tensors that are alive already (weights, inputs), to be listed in `baseline_bytes` from the start.
+        exclude: Tensors that are alive already (weights, inputs), to be listed in `baseline_bytes` from the
+            start.
         record: Keep a log of allocations, for `peak_contributors`. Costs about 200 bytes an op.
 
     Attributes:
-        current_bytes: Bytes of the storages that ops have made since the mode was entered and that are alive now. It
-            goes on falling after the mode is left, as tensors made inside it die.
+        current_bytes: Bytes of the storages that ops have made since the mode was entered and that are alive
+            now. It goes on falling after the mode is left, as tensors made inside it die.
         peak_bytes: The largest `current_bytes` since the mode was entered, or since `reset_peak`.
         baseline_bytes: Bytes of the storages that were there before, as far as they were passed or met.
-
-    Raises:
-        RuntimeError: entered outside a `FakeTensorMode` that is active within it; only the other order can be counted.
     """
 
     def __init__(self, exclude: Iterable[Tensor] = (), *, record: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current_bytes = 0
         self.peak_bytes = 0
         self.baseline_bytes = 0
@@ -90,7 +95,9 @@ class LiveBytes(TorchDispatchMode):
     def peak_contributors(self, num_largest: int = 10) -> list[LiveTensor]:
         """The largest storages alive at the peak, largest first. Needs `record=True`."""
         if self._log is None:
-            raise ValueError("peak_contributors needs the log of allocations: write LiveBytes(..., record=True)")
+            raise ValueError(
+                "peak_contributors needs the log of allocations: write LiveBytes(..., record=True)"
+            )
         alive: dict[int, tuple[int, tuple[Any, ...]]] = {}
         for order, num_bytes, what in self._log[: self._peak_at]:
             if what is None:
@@ -114,7 +121,9 @@ class LiveBytes(TorchDispatchMode):
                 self._resize(record, storage.nbytes())
                 continue
             if before is None:
-                before = {plain.untyped_storage()._cdata for plain in _tensors((args, tuple(kwargs.values())))}
+                before = {
+                    plain.untyped_storage()._cdata for plain in _tensors((args, tuple(kwargs.values())))
+                }
             # An unknown storage that the op was given is older than this mode: an input, or a view of one.
             self._add(storage, tensor, counted=storage._cdata not in before, op=str(func))
         return out
@@ -125,8 +134,9 @@ class LiveBytes(TorchDispatchMode):
         record = _Record(storage.nbytes(), counted, self._num_seen, what)
         self._num_seen += 1
         self._records[key] = record
-        # torch keeps one Python object per storage for as long as the storage lives, so its death is the storage's.
-        record.ref = weakref.ref(storage, lambda _, self_ref=weakref.ref(self): _forget(self_ref, key, record))
+        # torch keeps one Python object per storage for as long as the storage lives, so its death is the
+        # storage's.
+        record.ref = weakref.ref(storage, partial(_forget, weakref.ref(self), key, record))
         self._change(record, record.num_bytes)
 
     def _resize(self, record: _Record, num_bytes: int) -> None:
@@ -158,7 +168,7 @@ class LiveBytes(TorchDispatchMode):
             self._log.append((record.order, 0, None))
 
 
-def _forget(self_ref: weakref.ref[LiveBytes], key: int, record: _Record) -> None:
+def _forget(self_ref: weakref.ref[LiveBytes], key: int, record: _Record, _: object) -> None:
     counter = self_ref()
     if counter is not None:
         counter._remove(key, record)
@@ -178,9 +188,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor itself, or the ones inside a wrapper such as a DTensor, which has no storage of its own."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        for name in names:
-            yield from _plain_tensors(getattr(tensor, name))
+    inner: Any = tensor
+    if is_traceable_wrapper_subclass(inner):
+        for name in inner.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(inner, name))
     elif tensor.layout == torch.strided:
         yield tensor

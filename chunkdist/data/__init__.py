@@ -1,0 +1,1 @@
+"""What the trainer is fed: where samples come from, and which of them it refuses."""

@@ -1,0 +1,274 @@
+"""The options of a training run: TRL's own, and the few of ours; one name for each in YAML and on the command line.
+
+What an option of `ChunkConfig` means is said in its docstring, and its default is set there, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import torch
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from chunkdist.config import ATTENTION_NAMES, ChunkConfig
+from chunkdist.data.samples import LongSamples
+
+_KV_GRAD_DTYPES: dict[str, torch.dtype | None] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "model": None}
+_PLANNED_METHODS = ("spaco", "chunkflow")
+
+
+def _of_config(name: str, *, default: object = None, choices: tuple[str, ...] | None = None) -> Any:
+    """A field that hands its value to `ChunkConfig`: help, and the default if none is given, come from there."""
+    if default is None:
+        default = inspect.signature(ChunkConfig).parameters[name].default
+    match = re.search(rf"^ {{8}}{name}: (.*?)(?=^ {{8}}\w+: |^ {{4}}\w+:|\Z)", ChunkConfig.__doc__ or "", re.S | re.M)
+    assert match, f"ChunkConfig's docstring does not tell about {name}"
+    help_text = " ".join(match[1].split()).replace("`", "").replace("%", "%%")
+    metadata: dict[str, object] = {"help": help_text}
+    if choices:
+        metadata["choices"] = choices
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkArguments:
+    """How the model is chunked; `chunk_config` says it in the library's own terms."""
+
+    chunk_method: str = field(
+        default="seco", metadata={"help": "seco: exact gradients, chunk by chunk. none: plain TRL, to compare with."}
+    )
+    chunk_size: int = _of_config("chunk_size", default=4096)
+    layers_per_group: str = _of_config("layers_per_group", default="1")
+    retained_chunks: int = _of_config("retained_chunks")
+    chunk_kv_grad_dtype: str = _of_config("kv_grad_dtype", default="float32", choices=tuple(_KV_GRAD_DTYPES))
+    chunk_offload: str = _of_config("offload", choices=("none", "host", "auto"))
+    chunk_attention: str = _of_config("attention", choices=ATTENTION_NAMES)
+    chunk_rebuild_kv: str = _of_config("rebuild_kv", choices=("auto", "true", "false"))
+    chunk_check: bool = field(
+        default=True,
+        metadata={"help": "Before training, compare the gradients of a short sample with those of the unchunked model."},
+    )
+
+    def chunk_config(self) -> ChunkConfig | None:
+        """The library's config; `None` for `chunk_method=none`.
+
+        Raises:
+            ValueError, NotImplementedError: a value is out of range, or not built yet.
+        """
+        if self.chunk_method in _PLANNED_METHODS:
+            raise NotImplementedError(f"chunk_method={self.chunk_method} is not built yet: write seco")
+        if self.chunk_method not in ("seco", "none"):
+            raise ValueError(f"chunk_method={self.chunk_method} is unknown: write seco, or none")
+        if self.chunk_method == "none":
+            return None
+        rebuild_kv: Any = {"true": True, "false": False}.get(self.chunk_rebuild_kv, self.chunk_rebuild_kv)
+        offload: Any = self.chunk_offload
+        attention: Any = self.chunk_attention
+        return ChunkConfig(
+            chunk_size=self.chunk_size,
+            layers_per_group=_count_or_word(self.layers_per_group),
+            retained_chunks=self.retained_chunks,
+            kv_grad_dtype=_KV_GRAD_DTYPES[self.chunk_kv_grad_dtype],
+            offload=offload,
+            attention=attention,
+            rebuild_kv=rebuild_kv,
+        )
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's dataset options, and what becomes of samples that do not fit."""
+
+    long_samples: str = field(
+        default="error",
+        metadata={
+            "help": "What becomes of a sample longer than max_length: error (before training), truncate, split (plain "
+            "text only), or drop. What was done is said.",
+            "choices": get_args(LongSamples),
+        },
+    )
+    corpus_max_bytes: int = field(
+        default=4_000_000,
+        metadata={"help": "How much of the interpreter's standard library dataset_name: python-stdlib reads."},
+    )
+
+
+@dataclass
+class TrainArguments(SFTConfig):
+    """TRL's `SFTConfig`, with Hugging Face's gradient checkpointing off: a chunked step is its own checkpointing."""
+
+    # `None` and not `False`: in recent transformers any other value is taken for the deprecated spelling.
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Hugging Face's gradient checkpointing, for chunk_method: none. A chunked step excludes it."},
+    )
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's model options."""
+
+    from_scratch: bool = field(
+        default=False,
+        metadata={
+            "help": "Draw the weights from the model's config instead of loading them; model_name_or_path then is a "
+            "folder (or a name on the Hub) with config.json and a tokenizer."
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Everything that one run was told."""
+
+    chunk: ChunkArguments
+    data: DataArguments
+    training: TrainArguments
+    model: ModelArguments
+    mixture: DatasetMixtureConfig
+
+
+class OptionParser(TrlParser):
+    """TRL's parser; faults of YAML and command line alike are one line that names the option."""
+
+    def __init__(self) -> None:
+        types = (ChunkArguments, DataArguments, TrainArguments, ModelArguments, DatasetMixtureConfig)
+        super().__init__(types, allow_abbrev=False)
+
+    def parse(self, arguments: Sequence[str] | None = None) -> TrainingOptions:
+        """The options of a command line, `--config FILE.yaml` among them.
+
+        Raises:
+            ValueError: an unknown or unfit option, or an unreadable YAML file.
+        """
+        given = [part for argument in (arguments or []) for part in _split_config(argument)]
+        if "--config" in given:
+            _check_yaml(given[given.index("--config") + 1 : given.index("--config") + 2])
+        try:
+            *parsed, from_yaml, from_command_line = self.parse_args_and_config(
+                given, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except TypeError as error:  # a value of a wrong kind that only a dataclass notices
+            raise ValueError(f"an option has a value of a wrong kind: {error}") from error
+        for unknown in [*from_yaml[::2], *(part for part in from_command_line if part.startswith("-"))]:
+            self.error(f"unknown option {unknown.split('=')[0].lstrip('-')!r}{self._nearest(unknown)}")
+        if from_command_line:
+            self.error(f"{from_command_line[0]!r} belongs to no option: write --option value")
+        chunk, data, training, model, mixture = parsed
+        return TrainingOptions(chunk=chunk, data=data, training=training, model=model, mixture=mixture)
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        """As TRL's, but values of a YAML file pass the checks that values of the command line pass."""
+        actions = {action.dest: action for action in self._actions}
+        for key, value in values.items():
+            if key in actions:
+                values[key] = self._checked(actions[key], key, value)
+        return super().set_defaults_with_config(**values)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the whole usage and leaving."""
+        raise ValueError(message)
+
+    def _checked(self, action: argparse.Action, key: str, value: Any) -> Any:
+        if value is None or isinstance(value, dict) or (isinstance(value, list) and action.nargs is None):
+            return value
+        values = value if isinstance(value, list) else [value]
+        values = [str(element).lower() if isinstance(element, bool) else element for element in values]
+        if any(isinstance(element, (list, dict)) for element in values):
+            return value
+        try:
+            checked = [self._get_value(action, str(element)) for element in values]
+            for element in checked:
+                self._check_value(action, element)
+        except argparse.ArgumentError as fault:
+            self.error(f"{key}: {value!r} in the config file: {fault.message}")
+        return checked if isinstance(value, list) or action.nargs == "+" else checked[0]
+
+    def _nearest(self, unknown: str) -> str:
+        known = sorted({option.lstrip("-").replace("-", "_") for option in self._option_string_actions})
+        name = unknown.split("=")[0].lstrip("-").replace("-", "_")
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        return f": did you mean {close[0]!r}?" if close else ": --help lists those that there are"
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> TrainingOptions:
+    """The options of this process's command line, or of `arguments`."""
+    return OptionParser().parse(sys.argv[1:] if arguments is None else arguments)
+
+
+def check_options(options: TrainingOptions) -> ChunkConfig | None:
+    """What can be said from the options alone. Returns the chunk config.
+
+    Raises:
+        ValueError, NotImplementedError: options exclude each other, or one would silently do harm.
+    """
+    chunk_config = options.chunk.chunk_config()
+    training, model, data = options.training, options.model, options.data
+    if chunk_config is not None and training.gradient_checkpointing:
+        raise ValueError(
+            "gradient_checkpointing=True: a chunked step is its own checkpointing, both would recompute twice; write "
+            "gradient_checkpointing: false, or chunk_method: none"
+        )
+    if chunk_config is not None and training.router_aux_loss_coef:
+        raise ValueError(
+            f"router_aux_loss_coef={training.router_aux_loss_coef}: chunked layers hand out no router logits; write 0.0"
+        )
+    if training.packing and training.packing_strategy == "wrapped":
+        raise ValueError(
+            "packing_strategy=wrapped lets the documents of a sequence attend to each other; write bfd, which keeps "
+            "them apart (and long_samples: split to cut long ones)"
+        )
+    if (training.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        raise ValueError(
+            "dataset_kwargs.skip_prepare_dataset=True skips the checks of the samples; leave it out: a dataset with "
+            "input_ids and labels is taken as it is"
+        )
+    if data.dataset_streaming or options.mixture.streaming:
+        raise ValueError("dataset_streaming=True: samples that stream cannot be checked before training; write false")
+    if not data.dataset_name and not options.mixture.datasets:
+        raise ValueError("dataset_name is missing: write a file, a folder, a name on the Hub, or python-stdlib")
+    if data.dataset_name and options.mixture.datasets:
+        raise ValueError("dataset_name and datasets are both set, and one would be ignored: write one of them")
+    if not model.model_name_or_path:
+        raise ValueError("model_name_or_path is missing: write a folder or a name on the Hub")
+    if model.from_scratch and (model.use_peft or model.load_in_4bit or model.load_in_8bit):
+        raise ValueError("from_scratch=True with use_peft or a quantised model: the base weights would be lost; drop one")
+    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
+        raise ValueError("load_in_4bit=True needs use_peft: true, quantised weights are not trained themselves")
+    if training.max_length is not None and training.max_length < 2:
+        raise ValueError(f"max_length={training.max_length} leaves no token to predict: write at least 2")
+    return chunk_config
+
+
+def _count_or_word(text: str) -> Any:
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else text
+
+
+def _split_config(argument: str) -> list[str]:
+    """`--config=FILE` as two words: TRL's parser knows only these."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _check_yaml(after_config: list[str]) -> None:
+    if not after_config:
+        raise ValueError("--config is followed by nothing: write the name of a YAML file")
+    path = Path(after_config[0])
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ValueError(f"--config {path} cannot be read: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} holds no options: write 'name: value' lines")
+    unnamed = [key for key in content if not isinstance(key, str)]
+    if unnamed:
+        raise ValueError(f"--config {path}: {unnamed[0]!r} is no option's name")

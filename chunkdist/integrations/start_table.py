@@ -1,0 +1,158 @@
+"""The table that a run starts with: what was chosen, and why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import TrainingArguments
+
+from chunkdist.attention import AttentionChoice
+from chunkdist.attention.base import AttentionVariant
+from chunkdist.config import ChunkConfig
+from chunkdist.memory.estimate import MemoryEstimate, estimate_memory
+from chunkdist.modeling import ChunkReport
+
+GIB = 2**30
+
+
+def start_table(model: nn.Module, config: ChunkConfig, report: ChunkReport, args: TrainingArguments) -> Table:
+    """The choices for a run of `args` on `model`, one a row.
+
+    Args:
+        report: Of `model`; its attention may not be known before the first step.
+    """
+    table = Table(title="chunkdist", title_justify="left", header_style="", show_lines=False)
+    for column in ("what", "chosen", "why"):
+        table.add_column(column, overflow="fold")
+    for row in (
+        *_schedule_rows(config, report, num_tokens(args)),
+        *_memory_rows(model, config, report, args),
+    ):
+        table.add_row(*row)
+    for warning in report.warnings:
+        table.add_row("warning", "", warning)
+    return table
+
+
+def num_tokens(args: TrainingArguments) -> int | None:
+    """Tokens of the longest row that a trainer will make, where its arguments say it (TRL's `max_length`)."""
+    return getattr(args, "max_length", None)
+
+
+def _schedule_rows(
+    config: ChunkConfig, report: ChunkReport, tokens: int | None
+) -> list[tuple[str, str, str]]:
+    size = report.chunk_size
+    chunks = (
+        "as configured"
+        if tokens is None
+        else f"as configured: {-(-tokens // size):,} chunks of {tokens:,} tokens"
+    )
+    height = report.layers_per_group
+    groups = {
+        1: "the least K/V memory, what ZeRO-3 needs",
+        report.num_layers: "all layers: the schedule of SeCO",
+    }
+    kept = "rebuilt in the backward" if report.rebuilds_kv else "kept from the forward"
+    if config.rebuild_kv != "auto":
+        why_kept = "as configured"
+    elif report.rebuilds_kv:
+        why_kept = "one layer a group and no retained chunk: costs its norm and projections again"
+    else:
+        why_kept = (
+            "retained chunks hold them"
+            if report.retained_chunks
+            else "rebuilding would rerun a group's layers"
+        )
+    retained = (
+        "less memory"
+        if report.retained_chunks == 0
+        else "not recomputed: faster, their graphs stay in memory"
+    )
+    return [
+        ("attention", report.attention, report.attention_reason),
+        ("chunk size", f"{size:,} tokens", chunks),
+        ("layers per group", f"{height} of {report.num_layers}", groups.get(height, "as configured")),
+        ("retained chunks", str(report.retained_chunks), retained),
+        ("keys and values", kept, why_kept),
+    ]
+
+
+def _memory_rows(
+    model: nn.Module, config: ChunkConfig, report: ChunkReport, args: TrainingArguments
+) -> list[tuple[str, str, str]]:
+    tokens = num_tokens(args)
+    rows = args.per_device_train_batch_size
+    if getattr(args, "packing", False) or getattr(args, "padding_free", False):
+        tokens, rows = (tokens * rows if tokens else tokens), 1
+    optimizer = "" if args.deepspeed else str(getattr(args.optim, "value", args.optim))
+    estimate = estimate_memory(
+        model,
+        config,
+        report,
+        num_tokens=tokens or report.chunk_size,
+        num_rows=rows,
+        activation_bytes=2 if args.bf16 or args.fp16 else None,
+        optimizer=optimizer,
+    )
+    fixed = [f"weights {_gib(estimate.weights_bytes)}", f"gradients {_gib(estimate.gradients_bytes)}"]
+    if estimate.optimizer_bytes is None:
+        fixed.append("the optimizer's states not counted")
+    else:
+        fixed.append(f"{optimizer} {_gib(estimate.optimizer_bytes)}")
+    growing = f"{estimate.sequence_bytes_per_token / 1024:,.0f} KiB a token"
+    if tokens is None:
+        return [("expected memory", f"{_gib(estimate.peak_bytes - estimate.sequence_bytes)} and {growing}",
+                 "; ".join([*fixed, *_step_parts(estimate)]))]  # fmt: skip
+    sequence = f"sequence {_gib(estimate.sequence_bytes)} ({growing})"
+    return [
+        (
+            "expected memory",
+            f"about {_gib(estimate.peak_bytes)}",
+            "; ".join([*fixed, sequence, *_step_parts(estimate)]),
+        )
+    ]
+
+
+def _step_parts(estimate: MemoryEstimate) -> list[str]:
+    return [f"one cell {_gib(estimate.cell_bytes)} or one tile of logits {_gib(estimate.head_bytes)}"]
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.3g} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.3g} MiB"
+
+
+def with_expected_attention(
+    model: nn.Module, config: ChunkConfig, report: ChunkReport, args: TrainingArguments
+) -> ChunkReport:
+    """`report` with the attention that the first step will most likely choose, where it has not chosen yet.
+
+    Asks the same rules, about a query made from the model's config.
+    """
+    model_config: Any = model.config
+    text = model_config.get_text_config(decoder=True)
+    head_dim = getattr(text, "qk_head_dim", None) or getattr(text, "head_dim", None)
+    head_dim = head_dim or text.hidden_size // text.num_attention_heads
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else parameter.dtype
+    q_TND = torch.empty(1, 1, head_dim, dtype=dtype, device=args.device)
+    window, tokens = getattr(text, "sliding_window", None), num_tokens(args)
+    if getattr(text, "use_sliding_window", True) is False or (window and tokens and window >= tokens):
+        window = None
+    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention"])
+    windows = (
+        [None]
+        if window is None
+        else [window if kind == "sliding_attention" else None for kind in sorted(kinds)]
+    )
+    choice = AttentionChoice(config.attention)
+    for window in windows:
+        softcap = getattr(text, "attn_logit_softcapping", None)
+        choice.backend_for(q_TND, AttentionVariant(scale=head_dim**-0.5, window=window, softcap=softcap))
+    return replace(
+        report, attention=" and ".join(choice.reasons), attention_reason="; ".join(choice.reasons.values())
+    )

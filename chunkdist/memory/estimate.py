@@ -1,0 +1,133 @@
+"""What a chunked step needs of memory, by formula: DESIGN section 4 with the sizes of one model.
+
+The formula knows the parts that grow (with the sequence, with the chunk, with the vocabulary) and leaves out
+what a kernel or an allocator takes for itself; `LiveBytes` counts a given model exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from chunkdist.config import ChunkConfig
+    from chunkdist.modeling import ChunkReport
+
+# States of an optimizer, in numbers of the parameter's own dtype, by the name that TrainingArguments gives
+# it.
+_OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on one device.
+
+    Args:
+        weights_bytes: Parameters, as they lie here: a rank's shard, quantised ones packed.
+        gradients_bytes: Gradients of the trainable parameters.
+        optimizer_bytes: The optimizer's states; `None` where they are not known.
+        sequence_bytes_per_token: What grows with the sequence: group inputs, K/V and their gradients.
+        sequence_bytes: The same for all tokens of a micro-batch.
+        cell_bytes: The graph of one cell, and of the retained ones.
+        head_bytes: The logits of one tile.
+    """
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int | None
+    sequence_bytes_per_token: int
+    sequence_bytes: int
+    cell_bytes: int
+    head_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """A cell runs when the head's tile is gone."""
+        step_bytes = self.sequence_bytes + max(self.cell_bytes, self.head_bytes)
+        return self.weights_bytes + self.gradients_bytes + (self.optimizer_bytes or 0) + step_bytes
+
+
+def estimate_memory(
+    model: nn.Module,
+    config: ChunkConfig,
+    report: ChunkReport,
+    *,
+    num_tokens: int,
+    num_rows: int = 1,
+    activation_bytes: int | None = None,
+    optimizer: str = "",
+) -> MemoryEstimate:
+    """Expected memory of a training step.
+
+    Args:
+        num_tokens: Of a row.
+        num_rows: Of a micro-batch.
+        activation_bytes: Of a number in the hidden states; `None`: as in the parameters (autocast: 2).
+        optimizer: As in `TrainingArguments.optim`.
+    """
+    model_config: Any = model.config
+    text = model_config.get_text_config(decoder=True)
+    parameters = list(model.parameters())
+    trainable_bytes = sum(_local_bytes(p) for p in parameters if p.requires_grad)
+    element = activation_bytes or max(
+        (p.element_size() for p in parameters if p.is_floating_point()), default=2
+    )
+    hidden = text.hidden_size
+    kv = 2 * _kv_width(text)
+    grad_element = element if config.kv_grad_dtype is None else max(element, config.kv_grad_dtype.itemsize)
+    stored_layers = report.layers_per_group if report.rebuilds_kv else report.num_layers
+    per_token = (
+        report.num_groups * hidden * element  # the groups' inputs
+        + stored_layers * kv * element
+        + report.layers_per_group * kv * grad_element
+        + kv * element  # what the attention's backward returns for the prefix
+        + 3 * hidden * element  # hidden states in and out, and their gradient
+    )
+    # Measured on Llama layers: 6 numbers a unit of the MLP, 8 of the hidden size, and norms that compute in
+    # fp32.
+    layer_per_token = (6 * _mlp_width(text) + 8 * hidden) * element + (6 * hidden if element < 4 else 0)
+    chunk_tokens = min(report.chunk_size, num_tokens) * num_rows
+    retained_tokens = min(report.retained_chunks * report.chunk_size, num_tokens) * num_rows
+    graph_tokens = max(report.layers_per_group * chunk_tokens, report.num_layers * retained_tokens)
+    head_tokens = min(report.head_tile_tokens or 0, num_tokens * num_rows)
+    states = _OPTIMIZER_STATES.get(optimizer)
+    return MemoryEstimate(
+        weights_bytes=sum(_local_bytes(p) for p in parameters),
+        gradients_bytes=trainable_bytes,
+        optimizer_bytes=None if states is None else states * trainable_bytes,
+        sequence_bytes_per_token=per_token,
+        sequence_bytes=per_token * num_tokens * num_rows,
+        cell_bytes=layer_per_token * graph_tokens,
+        head_bytes=2 * head_tokens * text.vocab_size * (element + 4),
+    )
+
+
+def _kv_width(text: Any) -> int:
+    if getattr(text, "qk_nope_head_dim", None):  # MLA: K as wide as Q, V padded to it at most
+        return int(text.num_attention_heads * (text.qk_nope_head_dim + text.qk_rope_head_dim))
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int((getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim)
+
+
+def _mlp_width(text: Any) -> int:
+    """Units of the MLP that one token passes through."""
+    per_token = getattr(text, "num_experts_per_tok", None)
+    if per_token:
+        return int(per_token * (getattr(text, "moe_intermediate_size", None) or text.intermediate_size))
+    return int(
+        getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    )
+
+
+def _local_bytes(parameter: Tensor) -> int:
+    local = getattr(parameter, "ds_tensor", None)  # ZeRO-3's shard
+    if local is None:
+        local = parameter.to_local() if isinstance(parameter, _dtensor()) else parameter
+    return int(local.numel() * local.element_size())
+
+
+def _dtensor() -> Any:
+    return torch.distributed.tensor.DTensor if torch.distributed.is_available() else ()

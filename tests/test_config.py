@@ -1,0 +1,55 @@
+"""`ChunkConfig` refuses what it cannot do, when it is built, and says what to write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from chunkdist import ChunkConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size=0 is not a count of tokens: write an integer >= 1"),
+        ({"chunk_size": -4}, "chunk_size=-4"),
+        ({"chunk_size": 2.5}, "chunk_size=2.5"),
+        ({"chunk_size": True}, "chunk_size=True"),
+        ({"layers_per_group": 0}, "write an integer >= 1 or 'all'"),
+        ({"layers_per_group": "some"}, "layers_per_group='some'"),
+        ({"retained_chunks": -1}, "retained_chunks=-1"),
+        ({"attention": "flash"}, "write one of auto, math, cpu_flash, varlen, flash_attn"),
+        ({"offload": "disk"}, "offload='disk' is unknown"),
+        ({"kv_grad_dtype": torch.int8}, "torch.int8 cannot hold gradients"),
+        ({"rebuild_kv": "maybe"}, "rebuild_kv='maybe'"),
+        ({"rebuild_kv": True, "retained_chunks": 1}, "rebuild_kv=True needs retained_chunks=0"),
+    ],
+)
+def test_bad_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        ChunkConfig(**{"chunk_size": 16, **values})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"chunk_size": "auto"}, {"layers_per_group": "auto"}, {"retained_chunks": "auto"}, {"offload": "host"}],
+)
+def test_what_is_not_built_yet_says_so(values: dict[str, Any]) -> None:
+    with pytest.raises(NotImplementedError, match="not built yet"):
+        ChunkConfig(**{"chunk_size": 16, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "rebuilds"),
+    [
+        ({}, True),
+        ({"layers_per_group": 2}, False),
+        ({"retained_chunks": 1}, False),
+        ({"rebuild_kv": False}, False),
+        ({"layers_per_group": "all", "rebuild_kv": True}, True),
+    ],
+)
+def test_when_kv_are_rebuilt(values: dict[str, Any], rebuilds: bool) -> None:
+    assert ChunkConfig(chunk_size=16, **values).rebuilds_kv is rebuilds
