@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.function import ATTENTION_NAME
 from chunkdist.config import ChunkConfig
+from chunkdist.errors import UnsupportedModelError
 from chunkdist.schedule import Stream
 from chunkdist.stream import read_stream
 
@@ -39,6 +40,8 @@ class ChunkContext:
         """The tokens of the forward that runs; `None` outside of one, and in one that is not chunked."""
         self.open_run: GroupRun | None = None
         """A group of which some layers, not all, have been called."""
+        self.bypassed = False
+        """Layers run as they are: in a forward with a cache, and once the model is no longer chunked."""
         self._model_configs = model_configs
 
     @contextmanager
@@ -57,6 +60,9 @@ class ChunkContext:
     def running(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Inside, the decoder's layers run in chunks. Reads the stream from what the caller passed, and gives the
         keyword arguments to go on with."""
+        if self.stream is not None:  # inside another module that takes token ids
+            yield kwargs
+            return
         signature = inspect.signature(decoder.forward)
         arguments = signature.bind(*args, **kwargs).arguments
         arguments = {**arguments, **arguments.get("kwargs", {})}
@@ -65,7 +71,11 @@ class ChunkContext:
         if caches and decoder.training:
             raise ValueError(f"{caches[0]} was passed while training, and a chunked model makes no cache: leave it out")
         if caches:  # generation
-            yield kwargs
+            before, self.bypassed = self.bypassed, True
+            try:
+                yield kwargs
+            finally:
+                self.bypassed = before
             return
         for name in _OUTPUTS:
             if arguments.get(name, getattr(decoder.config, name, False)):
@@ -79,5 +89,7 @@ class ChunkContext:
             self.stream = read_stream(arguments, self.config.chunk_size)
             with self.attention_installed():
                 yield kwargs
+            if self.open_run is not None:
+                raise UnsupportedModelError("the decoder skips layers: write layers_per_group=1")
         finally:
             self.stream = self.open_run = None

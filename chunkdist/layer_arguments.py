@@ -40,9 +40,11 @@ def refuse_arguments(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]
             "gradient checkpointing is on, and the chunked layers are their own: call "
             "model.gradient_checkpointing_disable(), or write gradient_checkpointing: false"
         )
-    if hidden.ndim != 3 or hidden.shape[1] != stream.num_tokens:
+    num_rows = len(stream.segment_starts)
+    if hidden.ndim != 3 or hidden.shape[:2] != (num_rows, stream.num_tokens):
         raise UnsupportedModelError(
-            f"{name} gets hidden states of shape {tuple(hidden.shape)}, not (rows, {stream.num_tokens} tokens, hidden)"
+            f"{name} gets hidden states of shape {tuple(hidden.shape)}, not ({num_rows} rows, {stream.num_tokens} tokens, "
+            "hidden) as the model's input"
         )
     for key, argument in arguments.items():
         if key in ("past_key_values", "past_key_value", "layer_past", "cache_params") and argument is not None:

@@ -43,7 +43,12 @@ class GroupLayer:
         self.group: LayerGroup
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.group.context.stream is None:
+        context = self.group.context
+        if context.stream is None:
+            if self.state is not None and not context.bypassed and torch.is_grad_enabled():
+                raise UnsupportedModelError(
+                    f"{self.state.name} was called by something else than the forward of its decoder"
+                )
             return self.original_forward(*args, **kwargs)
         hidden, arguments = self.signature.bind(args, kwargs)
         if self.state is None and (arguments or hidden.ndim != 3):
@@ -93,7 +98,9 @@ class LayerGroup:
         assert stream is not None
         refuse_arguments(layer.layer, hidden, arguments, stream)
         position = self.layers.index(layer)
-        run = GroupRun(self, stream) if position == 0 else self.context.open_run
+        run = self.context.open_run
+        if position == 0 and run is None:
+            run = GroupRun(self, stream)
         if run is None or run.group is not self or len(run.arguments) != position:
             raise UnsupportedModelError(
                 f"the decoder does not call its layers one after another: write layers_per_group=1, not {len(self.layers)}"
@@ -152,7 +159,7 @@ class GroupRun:
         stream = Stream(num_tokens=1, chunks=(token,), segment_starts=((0,),) * hidden.shape[0])
         with torch.no_grad(), undisturbed_rng(hidden):
             cell = self._cell(layer, token, stream, self._new_store(layer, num_tokens=1))
-            layer.run(cell, hidden[:, :1], slice_tokens(self.arguments[-1], token, self.stream.num_tokens))
+            layer.run(cell, _tokens_of(hidden, token), slice_tokens(self.arguments[-1], token, self.stream.num_tokens))
 
     def forward(self, hidden: Tensor, num_retained: int) -> Tensor:
         """Runs all chunks without a graph, but the last `num_retained` with one. (B, T, H) to (B, T, H)."""

@@ -111,7 +111,7 @@ class ChunkedModel:
     """Everything that `chunk_model` puts into a model."""
 
     def __init__(self, model: PreTrainedModel, config: ChunkConfig) -> None:
-        entry, decoder, layers = _find_layers(model)
+        entries, decoder, layers = _find_layers(model)
         _refuse_known(model, layers)
         num_layers = len(layers)
         height = num_layers if config.layers_per_group == "all" else config.layers_per_group
@@ -119,9 +119,9 @@ class ChunkedModel:
         if height > num_layers:
             raise ValueError(f"layers_per_group={height}, but the model has {num_layers} layers: write 'all'")
         self.model = model
-        self.entry = entry
+        self.entries = entries
         self.config = config
-        self.context = ChunkContext(config, _configs(entry, decoder, layers))
+        self.context = ChunkContext(config, _configs([*entries, decoder, *layers]))
         self.groups: list[LayerGroup] = []
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
         for start in range(0, num_layers, height):
@@ -129,13 +129,16 @@ class ChunkedModel:
         for name, module in decoder.named_children():
             if "norm" in type(module).__name__.lower() or "norm" in name.lower():
                 self._group([module], None)
-        entry.__dict__[_CONTEXT] = self.context
-        self._replace_forward(entry, _method(_decoder_forward, entry))
+        for entry in entries:
+            entry.__dict__[_CONTEXT] = self.context
+            self._replace_forward(entry, _method(_decoder_forward, entry))
         self._replace_forward(model, _method(_causal_lm_forward, model))
 
     def remove(self) -> None:
         """Puts the forwards back; where others have wrapped ours, ours only passes on from now."""
-        self.entry.__dict__.pop(_CONTEXT)
+        self.context.bypassed = True
+        for entry in self.entries:
+            entry.__dict__.pop(_CONTEXT)
         for module, forward, before in self._forwards:
             if module.__dict__.get("forward") != forward:
                 continue
@@ -223,10 +226,10 @@ def _handle(model: PreTrainedModel) -> ChunkedModel:
     return handle
 
 
-def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, list[nn.Module]]:
-    """The module that takes the token ids and makes the masks, the decoder, and the decoder's layers.
+def _find_layers(model: PreTrainedModel) -> tuple[list[nn.Module], nn.Module, list[nn.Module]]:
+    """The modules around the layers that take token ids, the decoder, and its layers.
 
-    The layers are the one list as long as `num_hidden_layers`; in a model with other towers, the least nested one.
+    Of the first, the outermost one that is called makes the masks and is where a chunked forward begins. The layers are the one list as long as `num_hidden_layers`; in a model with other towers, the least nested one.
     """
     name = type(model).__name__
     if model.config.is_encoder_decoder:
@@ -243,11 +246,11 @@ def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, list[nn.
     layers = list(next(child for child in decoder.children() if _is_list_of(num_layers, child)))
     if len({id(layer) for layer in layers}) < len(layers):
         raise UnsupportedModelError(f"{name} uses one layer several times")
-    inside = [module for module in model.modules() if module is not model and decoder in module.modules()]
-    entry = next((module for module in inside if "input_ids" in inspect.signature(module.forward).parameters), None)
-    if entry is None:
+    around = [module for module in model.modules() if module is not model and decoder in module.modules()]
+    entries = [module for module in around if "input_ids" in inspect.signature(module.forward).parameters]
+    if not entries:
         raise UnsupportedModelError(f"{name} has no module that takes input_ids, other than itself: cannot tell where it begins")
-    return entry, decoder, layers
+    return entries, decoder, layers
 
 
 def _lists_of(num_layers: object, root: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -279,9 +282,9 @@ def _refuse_known(model: PreTrainedModel, layers: list[nn.Module]) -> None:
                 )
 
 
-def _configs(entry: nn.Module, decoder: nn.Module, layers: list[nn.Module]) -> list[PreTrainedConfig]:
+def _configs(modules: list[nn.Module]) -> list[PreTrainedConfig]:
     """The config objects, each once, from which masks and attention modules read their implementation."""
-    modules = [entry, decoder, *(module for layer in layers for module in layer.modules())]
-    configs = [module.config for module in modules if isinstance(getattr(module, "config", None), PreTrainedConfig)]
+    found = [getattr(submodule, "config", None) for module in modules for submodule in module.modules()]
+    configs = [config for config in found if isinstance(config, PreTrainedConfig)]
     configs += [config.get_text_config() for config in configs]
     return list({id(config): config for config in configs}.values())

@@ -29,7 +29,7 @@ LAYER_ATTRIBUTE = "_chunkdist_layer"
 
 _HARMLESS = frozenset(
     "position_ids cache_position position_embeddings cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx "
-    "num_items_in_batch use_cache return_dict labels layer_idx layer_id".split()
+    "num_items_in_batch shift_labels use_cache return_dict labels layer_idx layer_id".split()
 )
 """Arguments that layers hand on to their attention and that change nothing in it."""
 

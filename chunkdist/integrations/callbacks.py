@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from chunkdist.config import ChunkConfig
@@ -66,7 +67,6 @@ class ChunkCallback(TrainerCallback):
         self._config = config
         self._model = model
         self._metrics = MetricsFile(Path(output_dir) / "metrics.jsonl")
-        self._console = console or Console(soft_wrap=not sys.stdout.isatty())
         self._counter: TokenCounter | None = None
         self._num_tokens_seen = 0
         self._expected: ChunkReport | None = None
@@ -95,7 +95,8 @@ class ChunkCallback(TrainerCallback):
         if self._config is not None:
             report = chunk_report(self._model)
             self._expected = with_expected_attention(self._model, self._config, report, args)
-            self._console.print(start_table(self._model, self._config, self._expected, args))
+            console = Console(width=None if sys.stdout.isatty() else 110)
+            console.print(start_table(self._model, self._config, self._expected, args))
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if not self._mark:
@@ -201,7 +202,7 @@ class ChunkCallback(TrainerCallback):
                 self._say(f"warning: {path}: {error.strerror or error}; training goes on without it")
 
     def _say(self, line: str) -> None:
-        self._console.print(f"chunkdist: {line}", markup=False, highlight=False, soft_wrap=True)
+        tqdm.write(f"chunkdist: {line}")  # print would break the trainer's progress bar
 
 
 def _over_ranks(counts: list[int], peak_bytes: int, device: torch.device) -> tuple[list[int], list[int]]:

@@ -1,0 +1,238 @@
+"""One optimizer step of a tiny model under a sharding engine, against one process that averages the same data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tests.models import batch, tiny_llama, with_lora
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+
+from chunkdist import ChunkConfig, chunk_model
+
+EngineName = Literal["ddp", "fsdp2", "fsdp2 groups", "fsdp2 head", "zero1", "zero2", "zero3"]
+CHUNK_SIZE = 4
+LEARNING_RATE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Which step is taken.
+
+    Args:
+        lengths: Tokens of the sequences, by rank.
+        ignored_rank: All labels of this rank are ignored.
+        mean_per_rank: Each rank's loss is its own mean; else all are divided by the supervised tokens of all ranks.
+        chunked: False: the plain model under the same engine.
+    """
+
+    engine: EngineName
+    lora: bool = False
+    layers_per_group: int | Literal["all"] = 1
+    retained_chunks: int = 0
+    lengths: tuple[int, ...] = (CHUNK_SIZE, 40 * CHUNK_SIZE)
+    num_micro_batches: int = 1
+    ignored_rank: int | None = None
+    max_grad_norm: float | None = None
+    tied: bool = False
+    mean_per_rank: bool = False
+    chunked: bool = True
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors: the largest over all parameter gradients, the loss's, the largest over all weights' updates."""
+
+    gradients: float
+    loss: float
+    updates: float
+
+
+@dataclass
+class Step:
+    """What a step leaves: the loss averaged over ranks, gradients before clipping, weights after the update."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def errors_of(case: Case) -> Errors:
+    """Runs on every rank of the group."""
+    dtype = torch.float32 if case.engine.startswith("zero") else torch.float64
+    model = build(case, dtype)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    expected = reference_step(copy.deepcopy(model), case)
+    if case.chunked:
+        chunk_model(model, chunk_config(case))
+    found = ENGINES[case.engine](model, case)
+    assert found.gradients.keys() == expected.gradients.keys() == before.keys()
+    assert all(gradient.norm() > 0 for gradient in expected.gradients.values()), "a gradient that is zero shows nothing"
+    updates = {name: expected.weights[name] - before[name] for name in before}
+    return Errors(
+        gradients=max(_error(found.gradients[name], gradient) for name, gradient in expected.gradients.items()),
+        loss=_error(found.loss, expected.loss),
+        updates=max(_error(found.weights[name] - before[name], update) for name, update in updates.items()),
+    )
+
+
+def build(case: Case, dtype: torch.dtype) -> nn.Module:
+    model: nn.Module = tiny_llama(dtype=dtype, tie_word_embeddings=case.tied, initializer_range=0.2)
+    return with_lora(model) if case.lora else model  # type: ignore[arg-type]
+
+
+def chunk_config(case: Case) -> ChunkConfig:
+    return ChunkConfig(
+        chunk_size=CHUNK_SIZE, layers_per_group=case.layers_per_group, retained_chunks=case.retained_chunks, attention="math"
+    )
+
+
+def micro_batches(case: Case, rank: int) -> list[dict[str, Any]]:
+    """What one rank is given, in the order of its micro-batches."""
+    num_ranks = len(case.lengths)
+    given = [
+        [batch(num_tokens=length, seed=100 * r + step) for step in range(case.num_micro_batches)]
+        for r, length in enumerate(case.lengths)
+    ]
+    if case.ignored_rank is not None:
+        for inputs in given[case.ignored_rank]:
+            inputs["labels"][:] = -100
+    num_items = sum((inputs["labels"][:, 1:] != -100).sum() for of_rank in given for inputs in of_rank)
+    result: list[dict[str, Any]] = []
+    for inputs in given[rank]:
+        extra = {} if case.mean_per_rank else {"num_items_in_batch": num_items / (num_ranks * case.num_micro_batches)}
+        result.append({**inputs, **extra, "use_cache": False})
+    return result
+
+
+def reference_step(model: nn.Module, case: Case) -> Step:
+    num_steps = len(case.lengths) * case.num_micro_batches
+    total = torch.zeros((), dtype=torch.float64)
+    for rank in range(len(case.lengths)):
+        for inputs in micro_batches(case, rank):
+            loss = model(**inputs).loss / num_steps
+            loss.backward()
+            total += loss.detach()
+    gradients = _named_grads(model, lambda p: p.grad)
+    return _updated(model, case, Step(total, gradients, {}), lambda p: p)
+
+
+def _updated(model: nn.Module, case: Case, step: Step, whole: Callable[[Tensor], Tensor]) -> Step:
+    """Clips, updates by SGD, and reads the weights."""
+    if case.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), case.max_grad_norm)
+    torch.optim.SGD(model.parameters(), lr=LEARNING_RATE).step()
+    step.weights = {_name(name): whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    return step
+
+
+def _ddp_step(model: nn.Module, case: Case) -> Step:
+    ddp = nn.parallel.DistributedDataParallel(model)
+    inputs = micro_batches(case, distributed.get_rank())
+    total = torch.zeros((), dtype=torch.float64)
+    for index, one in enumerate(inputs):
+        ddp.require_backward_grad_sync = index == len(inputs) - 1
+        loss = ddp(**one).loss / len(inputs)
+        loss.backward()
+        total += loss.detach()
+    gradients = _named_grads(ddp, lambda p: p.grad)
+    return _updated(ddp, case, Step(_averaged(total), gradients, {}), lambda p: p)
+
+
+def shard_fsdp2(model: nn.Module, case: Case) -> None:
+    """One unit a layer, or one a group; `fsdp2 head` cuts as Accelerate does, with embeddings and head in units of their own."""
+    inner = model.get_base_model() if case.lora else model  # type: ignore[operator]
+    layers = list(inner.model.layers)
+    height = len(layers) if case.layers_per_group == "all" else case.layers_per_group
+    if case.engine != "fsdp2 groups":
+        height = 1
+    for start in range(0, len(layers), height):
+        fully_shard(layers[start] if height == 1 else layers[start : start + height])
+    if case.engine == "fsdp2 head":
+        if case.tied:
+            fully_shard([inner.model.norm, inner.model.embed_tokens, inner.lm_head])
+        else:
+            fully_shard(inner.model.embed_tokens)
+            fully_shard(inner.lm_head)
+    fully_shard(model)
+
+
+def _fsdp2_step(model: nn.Module, case: Case) -> Step:
+    shard_fsdp2(model, case)
+    inputs = micro_batches(case, distributed.get_rank())
+    total = torch.zeros((), dtype=torch.float64)
+    for index, one in enumerate(inputs):
+        model.set_requires_gradient_sync(index == len(inputs) - 1)  # type: ignore[operator]
+        loss = model(**one).loss / len(inputs)
+        loss.backward()
+        total += loss.detach()
+    gradients = _named_grads(model, lambda p: p.grad.full_tensor())
+    return _updated(model, case, Step(_averaged(total), gradients, {}), lambda p: p.full_tensor())
+
+
+def deepspeed_engine(model: nn.Module, case: Case, **settings: Any) -> Any:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": case.num_micro_batches,
+        "gradient_clipping": case.max_grad_norm or 0.0,
+        "zero_optimization": {"stage": int(case.engine[-1]), "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        **settings,
+    }
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def _deepspeed_step(model: nn.Module, case: Case) -> Step:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    engine = deepspeed_engine(model, case)
+    total = torch.zeros((), dtype=torch.float64)
+    gradients: dict[str, Tensor] = {}
+    for one in micro_batches(case, distributed.get_rank()):
+        loss = engine(**one).loss
+        engine.backward(loss)
+        total += loss.detach() / case.num_micro_batches
+        if engine.is_gradient_accumulation_boundary():
+            gradients = _named_grads(engine.module, safe_get_full_grad)
+        engine.step()
+    named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    weights = {_name(name): safe_get_full_fp32_param(p).clone() for name, p in named}
+    engine.destroy()
+    return Step(_averaged(total), gradients, weights)
+
+
+ENGINES: dict[str, Callable[[nn.Module, Case], Step]] = {
+    "ddp": _ddp_step,
+    "fsdp2": _fsdp2_step,
+    "fsdp2 groups": _fsdp2_step,
+    "fsdp2 head": _fsdp2_step,
+    "zero1": _deepspeed_step,
+    "zero2": _deepspeed_step,
+    "zero3": _deepspeed_step,
+}
+
+
+def _named_grads(model: nn.Module, read: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    return {_name(name): read(p).detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _name(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def _averaged(loss: Tensor) -> Tensor:
+    distributed.all_reduce(loss)
+    return loss / distributed.get_world_size()
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
