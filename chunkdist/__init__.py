@@ -3,6 +3,15 @@
 from chunkdist.config import ChunkConfig
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.modeling import chunk_model, unchunk_model
-from chunkdist.samplers import ChunkSampler
+from chunkdist.samplers import ChunkSampler, FixedBudgetSampler, ImportanceSampler, IndependentSampler
 
-__all__ = ["ChunkConfig", "ChunkSampler", "UnsupportedModelError", "chunk_model", "unchunk_model"]
+__all__ = [
+    "ChunkConfig",
+    "ChunkSampler",
+    "FixedBudgetSampler",
+    "ImportanceSampler",
+    "IndependentSampler",
+    "UnsupportedModelError",
+    "chunk_model",
+    "unchunk_model",
+]

@@ -17,6 +17,7 @@ from chunkdist.attention import AttentionChoice
 from chunkdist.attention.function import ATTENTION_NAME
 from chunkdist.config import ChunkConfig
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.sampling import ChunkSample
 from chunkdist.schedule import Stream
 from chunkdist.stream import read_stream
 
@@ -42,6 +43,8 @@ class ChunkContext:
         """A group of which some layers, not all, have been called."""
         self.bypassed = False
         """Layers run as they are: in a forward with a cache, and once the model is no longer chunked."""
+        self.sample: ChunkSample | None = None
+        """SpaCO's sample of the forward that runs, or ran last; `None`: every chunk is backpropagated."""
         self._model_configs = model_configs
 
     @contextmanager
@@ -87,6 +90,8 @@ class ChunkContext:
             kwargs = {**kwargs, "use_cache": False}
         try:
             self.stream = read_stream(arguments, self.config.chunk_size)
+            sampler = self.config.sampler
+            self.sample = None if sampler is None else ChunkSample(sampler, self.stream)
             with self.attention_installed():
                 yield kwargs
             if self.open_run is not None:

@@ -42,12 +42,17 @@ class KVStore:
         for grads, x in zip(self._grads, (dk_SKD, dv_SKD), strict=True):
             grads[row, start : start + x.shape[0]] += x
 
-    def take_grads(self, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
-        """What all later chunks, and the chunk itself, have left for the chunk's own keys and values, (B, T, K, D)."""
+    def grads_of(self, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+        """Views (B, T, K, D) of what has been left so far for the chunk's own keys and values; `None`: nothing yet."""
         if self._grads is None:
             return None
         dk, dv = (grads[:, chunk.start : chunk.end] for grads in self._grads)
         return dk, dv
+
+    def scale_grads(self, chunk: Chunk, factor: float) -> None:
+        """Multiplies what later chunks have left for the chunk's keys and values."""
+        for grads in self.grads_of(chunk) or ():
+            grads *= factor
 
     def _new_buffer(self, x_BTKD: Tensor) -> Tensor:
         num_rows, _, num_heads, head_dim = x_BTKD.shape

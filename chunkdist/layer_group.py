@@ -14,14 +14,13 @@ once, summed over the chunks in at least fp32.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from chunkdist.attention.function import Cell, KVStored, LayerState
+from chunkdist.attention.function import Cell, KeysAndValues, LayerState
 from chunkdist.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.kv_store import KVStore
@@ -29,6 +28,8 @@ from chunkdist.layer_arguments import LayerSignature, refuse_arguments, slice_to
 from chunkdist.parameters import GroupParameters
 from chunkdist.replay import AutocastState, RngState, undisturbed_rng
 from chunkdist.schedule import Chunk, Stream
+from chunkdist.sharding import zero3
+from chunkdist.sharding.fsdp2 import GroupUnits, refuse_inner_units
 
 
 class GroupLayer:
@@ -89,6 +90,9 @@ class LayerGroup:
     def __init__(self, layers: Sequence[GroupLayer], context: ChunkContext) -> None:
         self.layers = tuple(layers)
         self.context = context
+        self.attends = any(layer.state is not None for layer in layers)
+        self.is_last = False
+        """Whether these are the last decoder layers."""
         for layer in layers:
             layer.group = self
 
@@ -106,6 +110,7 @@ class LayerGroup:
                 f"the decoder does not call its layers one after another: write layers_per_group=1, not {len(self.layers)}"
             )
         self.context.open_run = run
+        refuse_inner_units(layer.layer)
         run.add(hidden, arguments)
         if layer is not self.layers[-1]:
             if layer.returns_tuple is None:
@@ -122,10 +127,16 @@ class GroupRun:
         self.group = group
         self.stream = stream
         self.arguments: list[dict[str, Any]] = []
+        modules = [layer.layer for layer in group.layers]
+        if group.layers[0].state is not None:
+            zero3.check_group(modules)
+        self.units = GroupUnits(modules)
+        self.units.keep()
         self._input: tuple[Tensor, int] | None = None
         self._stores: list[KVStore | None] = []
         self._rng: list[RngState] = []
         self._autocast: AutocastState
+        self._sample = group.context.sample
         self._retained: dict[int, tuple[Tensor, Tensor]] = {}
         """Chunk index -> the leaf and the output of a cell whose graph is kept."""
 
@@ -143,6 +154,12 @@ class GroupRun:
         self.arguments.append(arguments)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        try:
+            return self._call(hidden)
+        finally:
+            self.units.release()
+
+    def _call(self, hidden: Tensor) -> Tensor:
         self._input = None
         self.parameters = GroupParameters(layer.layer for layer in self.group.layers)
         if torch.is_grad_enabled() and (hidden.requires_grad or self.parameters.trainable):
@@ -182,26 +199,65 @@ class GroupRun:
         assert output is not None
         if self.group.context.config.rebuilds_kv:
             self._stores = []
+        self.parameters.release()
         return output
 
     def backward(self, hidden: Tensor, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states and of each trainable parameter."""
-        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        self.units.gather()
+        self.parameters.restore()
+        weights = self._chunk_weights(grad_output)
+        kept = [index for index, weight in enumerate(weights) if weight]
+        grad_hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
         with undisturbed_rng(hidden), self.group.context.attention_installed():
             if not self._stores:
-                self._rebuild_kv(hidden)
+                self._rebuild_kv(hidden, kept)
             for index, chunk in reversed(list(enumerate(self.stream.chunks))):
-                leaf, output = self._retained.pop(index, None) or self._rerun(index, hidden)
+                if weights[index] != 1:
+                    self._weigh_kv_grads(index, hidden, weights[index], kept)
+                cell = self._retained.pop(index, None)
+                if not weights[index]:
+                    continue
+                leaf, output = cell or self._rerun(index, hidden)
                 if output.requires_grad:
-                    torch.autograd.backward(output, grad_output[:, chunk.start : chunk.end])
-                if grad_hidden is not None:
-                    grad_hidden[:, chunk.start : chunk.end] = 0 if leaf.grad is None else leaf.grad
-                del leaf, output
+                    grad = grad_output[:, chunk.start : chunk.end]
+                    torch.autograd.backward(output, grad * weights[index] if self.group.is_last else grad)
+                if grad_hidden is not None and leaf.grad is not None:
+                    grad_hidden[:, chunk.start : chunk.end] = leaf.grad
+                del leaf, output, cell
         self._stores = []
-        return grad_hidden, *self.parameters.take_grads()
+        return grad_hidden, *self.parameters.take_grads(unused_as_zeros=self._sample is not None)
+
+    def _chunk_weights(self, grad_output: Tensor) -> tuple[float, ...]:
+        """SpaCO's weight of each chunk; all 1 without a sampler, and for modules that treat each token alone."""
+        if self._sample is None or not self.group.attends:
+            return (1.0,) * len(self.stream.chunks)
+        if self.group.is_last:
+            self._sample.draw(grad_output)
+        return self._sample.weights
+
+    def _weigh_kv_grads(self, index: int, hidden: Tensor, weight: float, kept: list[int]) -> None:
+        """Multiplies by the chunk's weight what later chunks left for its keys and values.
+
+        The control variate: carried through the norm and the k/v projections alone, that gradient reaches their
+        parameters without a rerun of the chunk. Added with the factor 1 - weight, whose mean is 0.
+        """
+        chunk = self.stream.chunks[index]
+        if self.group.context.config.uses_control_variate and self.stream.is_read_later(index, kept):
+            (store,) = self._stores
+            assert store is not None
+            self._rng[index].restore()
+            with torch.enable_grad(), self._autocast.apply(), self.parameters.aliased():
+                found = self._keys_and_values(index, hidden)
+            for x, grads in zip(found, store.grads_of(chunk) or (), strict=False):
+                if x.requires_grad:
+                    torch.autograd.backward(x, (grads * (1 - weight)).to(x.dtype), retain_graph=x is found[0])
+        for store in self._stores:
+            if store is not None and weight:
+                store.scale_grads(chunk, weight)
 
     def _retain(self, index: int, hidden: Tensor) -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), self.parameters.saved_as_reference():
             self._retained[index] = self._run_with_graph(index, hidden)
         return self._retained[index][1].detach()
 
@@ -222,17 +278,29 @@ class GroupRun:
             hidden = layer.run(cell, hidden, slice_tokens(arguments, chunk, self.stream.num_tokens))
         return hidden
 
-    def _rebuild_kv(self, hidden: Tensor) -> None:
-        """Stores the keys and values of all chunks but the last, which stores its own: one layer runs up to its
-        attention, several run whole."""
+    def _keys_and_values(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a one-layer group: runs a chunk up to its attention."""
+        chunk = self.stream.chunks[index]
+        try:
+            self._run_layers(chunk, _tokens_of(hidden, chunk).detach(), stop_at_kv=True)
+        except KeysAndValues as found:
+            return found.k_BTKD, found.v_BTKD
+        raise AssertionError("the layer ran to its end without attending")
+
+    def _rebuild_kv(self, hidden: Tensor, kept: list[int]) -> None:
+        """Stores the keys and values that the chunks to be rerun read of other chunks; they store their own."""
         self._stores = [self._new_store(layer, self.stream.num_tokens) for layer in self.group.layers]
-        if all(store is None for store in self._stores):
+        if not self.group.attends:
             return
-        stop_at_kv = len(self.group.layers) == 1
-        for rng, chunk in zip(self._rng[:-1], self.stream.chunks[:-1], strict=True):
-            rng.restore()
-            with torch.no_grad(), self._autocast.apply(), suppress(KVStored):
-                self._run_layers(chunk, _tokens_of(hidden, chunk), stop_at_kv=stop_at_kv)
+        for index, chunk in enumerate(self.stream.chunks):
+            if not self.stream.is_read_later(index, kept):
+                continue
+            self._rng[index].restore()
+            with torch.no_grad(), self._autocast.apply():
+                if len(self.group.layers) > 1:
+                    self._run_layers(chunk, _tokens_of(hidden, chunk))
+                elif (store := self._stores[0]) is not None:
+                    store.write(chunk, *self._keys_and_values(index, hidden))
 
     def _new_store(self, layer: GroupLayer, num_tokens: int) -> KVStore | None:
         return None if layer.state is None else KVStore(num_tokens, self.group.context.config.kv_grad_dtype)

@@ -4,6 +4,9 @@ A causal LM computes `logits = head(hidden)`, changes them (soft-cap, scale, `.f
 function. During a forward with labels, the head returns `LazyLogits` instead: a tensor without storage that writes down
 the elementwise operations and is computed when somebody needs it. The loss function takes it tile by tile, gradients
 included, so that the head runs once (as in Liger, arXiv 2410.10989, section 3.2).
+
+The head is called when its weights are needed, not before: what it does then stands in for its forward, and the hooks
+of sharding engines gather, release and reduce around that call as they would around any other.
 """
 
 from __future__ import annotations
@@ -56,14 +59,27 @@ class LazyLogits(torch.Tensor):
     def __new__(
         cls, hidden: Tensor, head: nn.Linear, operations: tuple[Operation, ...], dtype: torch.dtype
     ) -> LazyLogits:
-        shape = (*hidden.shape[:-1], head.weight.shape[0])
+        shape = (*hidden.shape[:-1], head.out_features)  # the weight may be sharded
         self: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)  # type: ignore[attr-defined]
         self.hidden, self.head, self.operations = hidden, head, operations
         return self
 
     def compute(self) -> Tensor:
         """The logits as a tensor, connected to the graph."""
-        return _logits(self.hidden, self.head.weight, self.head.bias, self.operations)
+        return self.call_head(lambda hidden: _logits(hidden, self.head.weight, self.head.bias, self.operations))
+
+    def call_head(self, function: Operation) -> Tensor:
+        """Calls the head on the hidden states, hooks and all, with `function` as its forward."""
+        before = self.head.__dict__.get("forward")
+        try:
+            self.head.forward = function  # type: ignore[method-assign]
+            result: Tensor = self.head._call_impl(self.hidden)
+        finally:
+            if before is None:
+                del self.head.__dict__["forward"]
+            else:
+                self.head.__dict__["forward"] = before
+        return result
 
     @classmethod
     def __torch_function__(
@@ -108,18 +124,22 @@ def lazy_logits(model: PreTrainedModel) -> Iterator[None]:
     A head that is no plain linear map, or a loss of the model's own, stays as it is, with all its logits.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or model.loss_function is not ForCausalLMLoss:
+    # not `type(head)`: FSDP2 gives a module another class
+    is_linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in head.__dict__
+    if not is_linear or model.loss_function is not ForCausalLMLoss:
         yield
         return
 
-    def forward(hidden: Tensor) -> Tensor:
+    def call(hidden: Tensor) -> Tensor:
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
         return LazyLogits(hidden, head, (), torch.get_autocast_dtype(device_type) if autocast else hidden.dtype)
 
-    before = [(head, "forward", head.__dict__.get("forward")), (model, "_loss_function", model.__dict__.get("_loss_function"))]
+    # The one attribute of a module that comes before its hooks (torch.nn.Module._wrapped_call_impl, 2.13).
+    attribute = "_compiled_call_impl"
+    before = [(head, attribute, head.__dict__.get(attribute)), (model, "_loss_function", model.__dict__.get("_loss_function"))]
     try:
-        head.forward = forward
+        head._compiled_call_impl = call
         model._loss_function = tiled_causal_lm_loss
         yield
     finally:
@@ -153,14 +173,16 @@ def tiled_causal_lm_loss(
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    return linear_cross_entropy(
-        logits.hidden,
-        logits.head.weight,
-        logits.head.bias,
-        shift_labels.to(logits.device),
-        operations=logits.operations,
-        num_items=num_items_in_batch,
-        ignore_index=ignore_index,
+    return logits.call_head(
+        lambda hidden: linear_cross_entropy(
+            hidden,
+            logits.head.weight,
+            logits.head.bias,
+            shift_labels.to(hidden.device),
+            operations=logits.operations,
+            num_items=num_items_in_batch,
+            ignore_index=ignore_index,
+        )
     )
 
 

@@ -26,6 +26,8 @@ from chunkdist.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.layer_group import GroupLayer, LayerGroup
 from chunkdist.loss import lazy_logits, tile_tokens
+from chunkdist.sharding.zero3 import Zero3Layers
+from chunkdist.sampling import SampleReport
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,8 @@ class ChunkReport:
     attention: str
     attention_reason: str
     head_tile_tokens: int | None
-    warnings: tuple[str, ...]
+    sample: SampleReport | None
+    """SpaCO's last sample."""
 
 
 def chunk_model(model: Model, config: ChunkConfig) -> Model:
@@ -112,7 +115,7 @@ class ChunkedModel:
 
     def __init__(self, model: PreTrainedModel, config: ChunkConfig) -> None:
         entries, decoder, layers = _find_layers(model)
-        _refuse_known(model, layers)
+        _refuse_known(model, entries[-1], layers)
         num_layers = len(layers)
         height = num_layers if config.layers_per_group == "all" else config.layers_per_group
         assert isinstance(height, int)
@@ -122,10 +125,12 @@ class ChunkedModel:
         self.entries = entries
         self.config = config
         self.context = ChunkContext(config, _configs([*entries, decoder, *layers]))
+        self._zero3 = Zero3Layers(layers, height)
         self.groups: list[LayerGroup] = []
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
         for start in range(0, num_layers, height):
             self.groups.append(self._group(layers[start : start + height], start))
+        self.groups[-1].is_last = True
         for name, module in decoder.named_children():
             if "norm" in type(module).__name__.lower() or "norm" in name.lower():
                 self._group([module], None)
@@ -165,7 +170,7 @@ class ChunkedModel:
             attention=" and ".join(reasons) or self.config.attention,
             attention_reason="; ".join(reasons.values()) or "chosen in the first step",
             head_tile_tokens=None if weight is None else tile_tokens(weight.shape[0], weight.element_size()),
-            warnings=(),
+            sample=None if self.context.sample is None else self.context.sample.report,
         )
 
     def _group(self, modules: list[nn.Module], first_index: int | None) -> LayerGroup:
@@ -261,10 +266,10 @@ def _is_list_of(num_layers: object, module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) == num_layers
 
 
-def _refuse_known(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+def _refuse_known(model: PreTrainedModel, decoder: nn.Module, layers: list[nn.Module]) -> None:
     name = type(model).__name__
     config = model.config.get_text_config()
-    if not model._can_set_attn_implementation():
+    if not (decoder if isinstance(decoder, PreTrainedModel) else model)._can_set_attn_implementation():
         raise UnsupportedModelError(f"{name} does not call transformers' AttentionInterface: its attention cannot be chunked")
     kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if kinds:

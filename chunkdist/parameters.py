@@ -2,6 +2,9 @@
 
 Inside, each parameter is replaced by an alias: another leaf over the same storage. So whatever watches the parameter
 itself (hooks, DDP, FSDP2, ZeRO) sees one gradient per backward, however many chunks ran.
+
+Between forward and backward, engines that shard weights release them. What is kept meanwhile, the graphs of retained
+cells, holds on to no storage of a parameter, trained or frozen: it refers to the parameter, and finds its storage of then.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +22,15 @@ class GroupParameters:
     """The trainable parameters of some modules, their aliases, and the sums of the aliases' gradients."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._all: dict[nn.Parameter, None] = {}
         self._slots: list[tuple[nn.Module, str, nn.Parameter]] = []
         """Where a trainable parameter hangs; a tied one hangs in several places."""
         unique: dict[nn.Parameter, None] = {}
         for module in modules:
             for submodule in module.modules():
                 for name, parameter in submodule._parameters.items():
+                    if parameter is not None:
+                        self._all[parameter] = None
                     if parameter is not None and parameter.requires_grad:
                         self._slots.append((submodule, name, parameter))
                         unique[parameter] = None
@@ -44,10 +51,50 @@ class GroupParameters:
             for module, name, parameter in self._slots:
                 module._parameters[name] = parameter
 
-    def take_grads(self) -> tuple[Tensor | None, ...]:
-        """The gradients summed since the last call, in the order and the dtypes of `trainable`."""
+    @contextmanager
+    def saved_as_reference(self) -> Iterator[None]:
+        """Inside, graphs keep a parameter, or a view of one, by reference to the parameter."""
+        by_storage: dict[int, list[nn.Parameter]] = {}
+        for parameter in self._all:
+            by_storage.setdefault(parameter.untyped_storage()._cdata, []).append(parameter)
+
+        def pack(x: Tensor) -> Any:
+            for parameter in by_storage.get(x.untyped_storage()._cdata, ()):
+                offset = x.storage_offset() - parameter.storage_offset()
+                if x.dtype == parameter.dtype and 0 <= offset < parameter.numel():
+                    return parameter, x.size(), x.stride(), offset
+            return x
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            parameter, size, stride, offset = packed
+            view: Tensor = parameter.detach().as_strided(size, stride, parameter.storage_offset() + offset)
+            return view
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+    def release(self) -> None:
+        """Lets go of the parameters' storage until `restore`."""
+        for alias in self._aliases.values():
+            alias.data = alias.data.new_empty(0)
+
+    def restore(self) -> None:
+        """Takes the parameters' storage of now."""
+        for parameter, alias in self._aliases.items():
+            alias.data = parameter.data
+
+    def take_grads(self, *, unused_as_zeros: bool = False) -> tuple[Tensor | None, ...]:
+        """The gradients summed since the last call, in the order and the dtypes of `trainable`.
+
+        Args:
+            unused_as_zeros: What no chunk used is 0, not `None`: sharding engines wait for every parameter.
+        """
         sums = {**{p: alias.grad for p, alias in self._aliases.items()}, **self._sums}
         self._aliases, self._sums = {}, {}
+        if unused_as_zeros:
+            sums |= {p: torch.zeros_like(p) for p in self.trainable if sums.get(p) is None}
         return tuple(None if (grad := sums.get(p)) is None else grad.to(p.dtype) for p in self.trainable)
 
     def _alias(self, parameter: nn.Parameter) -> nn.Parameter:

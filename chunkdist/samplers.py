@@ -1,22 +1,129 @@
-"""Chunk samplers: which chunks SpaCO backpropagates, and with which weights (arXiv 2505.16710, section 4)."""
+"""Chunk samplers: which chunks SpaCO backpropagates, and with which weights (arXiv 2505.16710, section 4).
+
+A gradient that enters chunk i is multiplied by a weight w_i, 0 for a dropped chunk. If chunks are kept independently
+with probabilities p_i and w_i = 1 / p_i, the factors along every path through chunks are independent with mean 1, and
+the estimate of every gradient is exactly unbiased. Random numbers come from torch's default CPU generator.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
+@runtime_checkable
 class ChunkSampler(Protocol):
-    """Anything with `draw`. Samplers of our own are not built yet: `sampler=None` is exact (SeCO)."""
+    """Anything with `draw`."""
 
     def draw(self, scores: Tensor) -> Tensor:
         """Draws the weights of one sequence's chunks.
 
         Args:
-            scores: (k,), fp32, CPU: the norms of the chunks' output gradients.
+            scores: (k,), fp64, CPU: the norms of the chunks' output gradients.
 
         Returns:
             (k,): the weight of each chunk's gradient; 0 drops the chunk.
         """
         ...
+
+
+@dataclass(frozen=True)
+class IndependentSampler:
+    """Keeps each chunk with the same probability, independently of the others. Unbiased.
+
+    Args:
+        budget: Expected number of chunks kept. A sequence of no more chunks is backpropagated whole.
+    """
+
+    budget: float = 8
+    independent: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_budget(self.budget)
+
+    def draw(self, scores: Tensor) -> Tensor:
+        return _keep(torch.full_like(scores, min(1.0, self.budget / len(scores)), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class ImportanceSampler:
+    """Keeps each chunk independently, with a probability in proportion to the norm of its output gradient. Unbiased.
+
+    Args:
+        budget: Expected number of chunks kept. A sequence of no more chunks is backpropagated whole.
+        min_probability: No chunk is kept with a lower one (or than budget / k, if that is lower): bounds the weights.
+    """
+
+    budget: float = 8
+    min_probability: float = 0.05
+    independent: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_budget(self.budget)
+        if not 0 < self.min_probability <= 1:
+            raise ValueError(f"min_probability={self.min_probability} is no probability above 0: write one up to 1")
+
+    def draw(self, scores: Tensor) -> Tensor:
+        return _keep(self.probabilities(scores))
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """(k,): min(1, max(floor, c * score)), with c such that they sum to the budget."""
+        num_chunks = len(scores)
+        if self.budget >= num_chunks:
+            return torch.ones(num_chunks, dtype=torch.float64)
+        floor = min(self.min_probability, self.budget / num_chunks)
+        scores = scores.double()
+        if not bool(scores.isfinite().all()) or not bool(scores.any()):
+            return torch.full_like(scores, self.budget / num_chunks)
+        low, high = 0.0, 1 / float(scores[scores > 0].min())
+        for _ in range(64):  # the sum grows with c: bisection, to the last bit
+            middle = (low + high) / 2
+            if float((scores * middle).clamp(floor, 1).sum()) < self.budget:
+                low = middle
+            else:
+                high = middle
+        return (scores * high).clamp(floor, 1)
+
+
+@dataclass(frozen=True)
+class FixedBudgetSampler:
+    """The paper's estimator: t of k chunks without replacement, factor k / t. **Biased**: the factors of two chunks on
+    a path depend on each other.
+
+    Args:
+        budget: Number of chunks kept, t. A sequence of no more chunks is backpropagated whole.
+        cap: Upper bound of the factor (2 in the paper's experiments), which adds a bias; `None`: none.
+    """
+
+    budget: int = 8
+    cap: float | None = None
+    independent: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_budget(self.budget)
+        if self.budget != int(self.budget):
+            raise ValueError(f"budget={self.budget} is no number of chunks: write an integer")
+        if self.cap is not None and self.cap < 1:
+            raise ValueError(f"cap={self.cap} would shrink every gradient: write a factor >= 1, or None")
+
+    def draw(self, scores: Tensor) -> Tensor:
+        num_chunks = len(scores)
+        num_kept = min(int(self.budget), num_chunks)
+        factor = num_chunks / num_kept
+        weights = torch.zeros(num_chunks, dtype=torch.float64)
+        weights[torch.randperm(num_chunks)[:num_kept]] = factor if self.cap is None else min(factor, self.cap)
+        return weights
+
+
+def _keep(probabilities: Tensor) -> Tensor:
+    """Weights 1 / p with probability p, else 0."""
+    kept = torch.rand(len(probabilities), dtype=torch.float64) < probabilities
+    return torch.where(kept, 1 / probabilities, 0)
+
+
+def _check_budget(budget: float) -> None:
+    if isinstance(budget, bool) or not budget >= 1:
+        raise ValueError(f"budget={budget} is less than one chunk: write how many chunks to keep")

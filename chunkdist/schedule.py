@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -37,3 +39,12 @@ class Stream:
     num_tokens: int
     chunks: tuple[Chunk, ...]
     segment_starts: tuple[tuple[int, ...], ...]
+
+    def first_visible(self, chunk: Chunk) -> int:
+        """The first token, of any row, that a query of the chunk sees: where its first segment starts."""
+        return min(starts[bisect_right(starts, chunk.start) - 1] for starts in self.segment_starts)
+
+    def is_read_later(self, index: int, kept: Sequence[int]) -> bool:
+        """Whether a later chunk, of those kept (ascending), sees a token of chunk `index`: the next one, if any does."""
+        position = bisect_right(kept, index)
+        return position < len(kept) and self.first_visible(self.chunks[kept[position]]) < self.chunks[index].end

@@ -61,6 +61,16 @@ def tiny_llama(*, num_layers: int = 4, dtype: torch.dtype = torch.float64, seed:
     return model.train()
 
 
+def norms_in_fp64(model: PreTrainedModel) -> PreTrainedModel:
+    """Transformers' norms compute in fp32, whatever the model's dtype: here, torch's own in their places."""
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if type(norm).__name__ == "LlamaRMSNorm":
+                size = norm.weight.shape[0]
+                setattr(parent, name, nn.RMSNorm(size, eps=norm.variance_epsilon, dtype=torch.float64))
+    return model
+
+
 def with_lora(model: PreTrainedModel, **settings: Any) -> nn.Module:
     """LoRA with non-zero B matrices, so that both factors have gradients."""
     settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM", **settings}

@@ -168,4 +168,4 @@ def test_never_worse_than_plain_in_the_same_dtype(dtype: torch.dtype, num_items:
         patch.setattr(loss, "TILE_BYTES", 64 * 500 * 2 * 8)
         tiled = grads(lambda x, w, b: linear_cross_entropy(x, w, b, labels, num_items=num_items), dtype)
     for gt, ref, x in zip(truth, grads(plain, dtype), tiled, strict=True):
-        assert (gt - x).norm() <= (gt - ref).norm() + torch.finfo(dtype).eps / 2 * gt.norm()  # a tile rounds its own
+        assert (gt - x).norm() <= (gt - ref).norm() + torch.finfo(dtype).eps * gt.norm()  # a tile rounds its own

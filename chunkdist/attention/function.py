@@ -29,13 +29,17 @@ LAYER_ATTRIBUTE = "_chunkdist_layer"
 
 _HARMLESS = frozenset(
     "position_ids cache_position position_embeddings cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx "
-    "num_items_in_batch shift_labels use_cache return_dict labels layer_idx layer_id".split()
+    "num_items_in_batch shift_labels use_cache return_dict labels logits_to_keep layer_idx layer_id".split()
 )
 """Arguments that layers hand on to their attention and that change nothing in it."""
 
 
-class KVStored(Exception):
-    """Ends the rerun of a layer as soon as its keys and values are stored."""
+class KeysAndValues(Exception):
+    """Ends the run of a layer as soon as its keys and values are there, and carries them, (B, T, K, D)."""
+
+    def __init__(self, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
+        super().__init__()
+        self.k_BTKD, self.v_BTKD = k_BTKD, v_BTKD
 
 
 @dataclass
@@ -45,7 +49,7 @@ class Cell:
     Args:
         chunk: The tokens.
         store: K/V of the layer; `None` where no attention is expected.
-        stop_at_kv: Raise `KVStored` once the keys and values are written.
+        stop_at_kv: Raise `KeysAndValues` instead of attending.
     """
 
     chunk: Chunk
@@ -107,7 +111,7 @@ def attend(
         s_aux: (N,) attention sinks.
 
     Returns:
-        (B, T, N, D), and no attention weights.
+        (B, T, N, D), contiguous, and no attention weights.
 
     Raises:
         UnsupportedModelError: the call asks for something that would not be computed exactly.
@@ -136,11 +140,10 @@ def attend(
     if backend.equal_head_dims and value_dim != q_BTND.shape[-1]:
         v_BTKD = F.pad(v_BTKD, (0, q_BTND.shape[-1] - value_dim))
     if cell.stop_at_kv:
-        cell.store.write(cell.chunk, k_BTKD.detach(), v_BTKD.detach())
-        raise KVStored
+        raise KeysAndValues(k_BTKD, v_BTKD)
     sink_N = None if s_aux is None else s_aux.reshape(-1)
     out: Tensor = _ChunkAttention.apply(cell, backend, variant, mask.block, q_BTND, k_BTKD, v_BTKD, sink_N)  # type: ignore[no-untyped-call]
-    return out[..., :value_dim], None
+    return out[..., :value_dim].contiguous(), None  # as transformers promises: some models call `.view`
 
 
 def _understood(name: str, mask: ChunkMask | Tensor | None, sliding_window: int | None) -> ChunkMask:
@@ -244,7 +247,7 @@ class _ChunkAttention(torch.autograd.Function):
                 )
                 dqs.append(dq_TND)
                 store.add_grads(row, origin, dk_SKD, dv_SKD)
-        dk_BTKD, dv_BTKD = (grad.to(q_BTND.dtype) for grad in store.take_grads(cell.chunk))
+        dk_BTKD, dv_BTKD = (grad.to(q_BTND.dtype) for grad in store.grads_of(cell.chunk))
         dsink_N = None
         if sink_N is not None and ctx.needs_input_grad[7]:
             out_dot_BNT = (grad_out_BTND.to(lse_BNT.dtype) * out_BTND).sum(-1).transpose(1, 2)

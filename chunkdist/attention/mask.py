@@ -36,7 +36,9 @@ class ChunkMask:
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise UnsupportedModelError(f"the model computes with its attention mask (.{name}), and chunks have none")
+        raise UnsupportedModelError(
+            f"the model computes with its attention mask (.{name}), and chunks have none"
+        )
 
     def __getitem__(self, index: object) -> NoReturn:
         raise UnsupportedModelError("the model cuts its attention mask, and chunks have none")
@@ -44,7 +46,9 @@ class ChunkMask:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         name = getattr(func, "__name__", func)
-        raise UnsupportedModelError(f"the model computes with its attention mask ({name}), and chunks have none")
+        raise UnsupportedModelError(
+            f"the model computes with its attention mask ({name}), and chunks have none"
+        )
 
 
 def chunk_mask(
@@ -81,7 +85,9 @@ def _read(function: Any) -> tuple[ChunkMask, bool]:
                 parts = [part for part in inside["mask_functions"] if not _shows_nothing(part)]
                 if len(parts) == 1:
                     return _read(parts[0])
-    return ChunkMask(unsupported=f"it is more than causal, windowed and packed ({function.__qualname__})"), False
+    return ChunkMask(
+        unsupported=f"it is more than causal, windowed and packed ({function.__qualname__})"
+    ), False
 
 
 def _all_of(parts: list[tuple[ChunkMask, bool]]) -> tuple[ChunkMask, bool]:
@@ -91,13 +97,17 @@ def _all_of(parts: list[tuple[ChunkMask, bool]]) -> tuple[ChunkMask, bool]:
     unsupported = next((mask.unsupported for mask in masks if mask.unsupported is not None), None)
     if len(blocks) > 1:
         unsupported = f"it has blocks of several lengths ({blocks})"
-    mask = ChunkMask(window=min(windows, default=None), block=next(iter(blocks), None), unsupported=unsupported)
+    mask = ChunkMask(
+        window=min(windows, default=None), block=next(iter(blocks), None), unsupported=unsupported
+    )
     return mask, any(is_causal for _, is_causal in parts)
 
 
 def _shows_nothing(function: Any) -> bool:
     """Whether this is the overlay for image tokens that see each other, and there are none."""
-    if function.__module__ != masking_utils.__name__ or not function.__qualname__.startswith("blockwise_overlay."):
+    if function.__module__ != masking_utils.__name__ or not function.__qualname__.startswith(
+        "blockwise_overlay."
+    ):
         return False
     (cell,) = function.__closure__
     ids = cell.cell_contents

@@ -1,0 +1,75 @@
+"""One sequence's sample of chunks, shared by all its layer groups (SpaCO, arXiv 2505.16710, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from chunkdist.samplers import ChunkSampler
+from chunkdist.schedule import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleReport:
+    """What was drawn in one backward.
+
+    Args:
+        relative_variance: Estimate of the variance of the weighted output gradient over its squared norm, from
+            weights w and scores s: sum w (w - 1) s^2 / sum s^2, whose mean is sum (1/p - 1) s^2 / sum s^2. It leaves
+            out what relays through the keys and values of sampled chunks add, and how chunks' gradients add up.
+    """
+
+    num_chunks: int
+    num_kept: int
+    tokens_kept: int
+    largest_weight: float
+    relative_variance: float
+
+
+class ChunkSample:
+    """The weights of one stream's chunks: drawn in the backward of its last group, used in all."""
+
+    def __init__(self, sampler: ChunkSampler, stream: Stream) -> None:
+        self._sampler = sampler
+        self._stream = stream
+        self.weights: tuple[float, ...] = ()
+        self.report: SampleReport | None = None
+
+    def draw(self, grad_output: Tensor) -> None:
+        """Draws from the norms of the chunks' output gradients (B, T, H). The GPU is waited for once."""
+        chunks = self._stream.chunks
+        norms = [grad_output[:, chunk.start : chunk.end].float().norm() for chunk in chunks]
+        scores = torch.stack(norms).double().cpu()
+        with _rank_generator():
+            weights = self._sampler.draw(scores).double()
+        if weights.shape != scores.shape or not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise ValueError(
+                f"{type(self._sampler).__name__}.draw returned {weights.tolist()}: it must return {len(chunks)} finite "
+                "weights, none negative"
+            )
+        self.weights = tuple(weights.tolist())
+        kept = [chunk for chunk, weight in zip(chunks, self.weights, strict=True) if weight]
+        noise = (weights * (weights - 1) * scores**2).sum() / (scores**2).sum().clamp(min=torch.finfo(torch.float64).tiny)
+        self.report = SampleReport(
+            num_chunks=len(chunks),
+            num_kept=len(kept),
+            tokens_kept=sum(chunk.num_tokens for chunk in kept),
+            largest_weight=max(self.weights),
+            relative_variance=float(noise),
+        )
+
+
+class _rank_generator:
+    """Inside, the default CPU generator is seeded from its own next number and the rank: all ranks often have the same
+    state, and each must draw its own sample. One number is taken, so a resumed run draws the same."""
+
+    def __enter__(self) -> None:
+        seed = int(torch.randint(2**62, ()))
+        rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+        self._state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed + rank)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_rng_state(self._state)

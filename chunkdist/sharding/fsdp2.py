@@ -1,0 +1,69 @@
+"""FSDP2: the units of a group's layers are whole while the group runs, at no more all-gathers than without chunks.
+
+Two ways of cutting a model fit a group of several layers. One unit for the group, `fully_shard([layers of the group])`,
+which needs nothing. One unit a layer, as Accelerate cuts: all but the last layer's are released before the group runs,
+inside the call of its last layer. So they are told to stay whole, and are released when the group has run; its backward
+puts them together again before FSDP2 would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def refuse_inner_units(layer: nn.Module) -> None:
+    """Raises where a layer holds units: their weights would be gathered once a chunk.
+
+    Raises:
+        ValueError: a module inside the layer is a unit of its own.
+    """
+    for path, module in layer.named_modules():
+        if module is not layer and isinstance(module, FSDPModule):
+            raise ValueError(
+                f"fully_shard was applied to {path!r} inside {type(layer).__name__}: a chunked layer would gather it once "
+                "a chunk, and ranks with other numbers of chunks would wait forever; apply fully_shard to whole layers"
+            )
+
+
+class GroupUnits:
+    """The units of a group's layers that FSDP2 releases before the group runs: those of all its layers but the last.
+
+    Args:
+        layers: Of the group, in their order.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        own = _unit_state(layers[-1])
+        self._units: list[FSDPModule] = []
+        for layer in layers[:-1]:
+            if isinstance(layer, FSDPModule) and _unit_state(layer) is not own:
+                self._units.append(layer)
+        self._released = [unit for unit in self._units if _reshards_after_forward(unit)]
+
+    def keep(self) -> None:
+        """Called before the first layer's call ends: the units stay whole."""
+        for unit in self._released:
+            unit.set_reshard_after_forward(False, recurse=False)
+
+    def release(self) -> None:
+        """Called when the group has run; undoes `keep`."""
+        for unit in self._released:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+
+    def gather(self) -> None:
+        """For the group's backward; each unit's own backward hooks reduce and release it afterwards."""
+        for unit in self._units:
+            unit.unshard()
+
+
+def _unit_state(module: nn.Module) -> object:
+    return module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+
+
+def _reshards_after_forward(unit: FSDPModule) -> bool:
+    groups = unit._get_fsdp_state()._fsdp_param_groups  # torch has no public way to ask (2.13)
+    return any(group.post_forward_mesh_info is not None for group in groups)

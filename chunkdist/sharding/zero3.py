@@ -1,0 +1,81 @@
+"""DeepSpeed ZeRO-3: a decoder layer is a leaf module, gathered and reduced once around its call, however many chunks run.
+
+ZeRO-3 reduces a leaf's gradients in a full backward hook, which runs only where an input of the leaf requires grad:
+with frozen embeddings (LoRA) the first layer's does not, and is made to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+_LEAF = "_z3_leaf"
+"""What `deepspeed.utils.set_z3_leaf_module` sets (0.19)."""
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has taken the module's parameters."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+class Zero3Layers:
+    """The decoder layers of a model, made ready for ZeRO-3, which may or may not come.
+
+    Raises:
+        ValueError: ZeRO-3 is on, and `layers_per_group` is not 1.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], layers_per_group: int) -> None:
+        if layers_per_group > 1 and (is_deepspeed_zero3_enabled() or is_sharded(layers[0])):
+            _refuse_group(layers_per_group)
+        self._layers = tuple(layers)
+        self._handles: list[RemovableHandle] = []
+        if "deepspeed" in sys.modules:
+            from deepspeed.utils import set_z3_leaf_module
+
+            for layer in layers:
+                set_z3_leaf_module(layer, True)
+        self._handles.append(layers[0].register_forward_pre_hook(_require_grad, prepend=True))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._layers:
+            layer.__dict__.pop(_LEAF, None)
+
+
+def check_group(layers: Sequence[nn.Module]) -> None:
+    """Raises where ZeRO-3 cannot run a group of decoder layers.
+
+    Raises:
+        ValueError: the group has several layers, or its layer was not a leaf module when DeepSpeed took the model.
+    """
+    if not is_sharded(layers[-1]):
+        return
+    if len(layers) > 1:
+        _refuse_group(len(layers))
+    if not all(hasattr(parameter, "ds_z3_leaf_module") for parameter in layers[0].parameters()):
+        raise ValueError(
+            f"{type(layers[0]).__name__} is no leaf module of DeepSpeed ZeRO-3, its weights would be gathered once a "
+            "chunk: call chunk_model after `import deepspeed` and before deepspeed.initialize"
+        )
+
+
+def _refuse_group(layers_per_group: int) -> None:
+    raise ValueError(
+        f"layers_per_group={layers_per_group} with DeepSpeed zero_optimization.stage=3, which releases a layer's weights "
+        "when its call ends: write layers_per_group=1, or stage 2, or use FSDP2"
+    )
+
+
+def _require_grad(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    hidden = args[0] if args else None
+    if not isinstance(hidden, Tensor) or hidden.requires_grad or not torch.is_grad_enabled() or not is_sharded(layer):
+        return None
+    return hidden.detach().requires_grad_(), *args[1:]

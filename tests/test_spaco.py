@@ -1,0 +1,244 @@
+"""SpaCO: unbiased by enumeration of every subset of chunks, and what it costs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from tests.models import batch, gradients, largest_difference, norms_in_fp64, packed_batch, tiny_llama, with_lora
+from torch import Tensor, nn
+
+from chunkdist import ChunkConfig, FixedBudgetSampler, ImportanceSampler, IndependentSampler, chunk_model
+from chunkdist.kv_store import KVStore
+from chunkdist.layer_group import GroupRun
+from chunkdist.modeling import chunk_report
+
+NUM_CHUNKS, CHUNK_SIZE = 6, 4
+INPUTS: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "one segment": lambda: batch(num_tokens=NUM_CHUNKS * CHUNK_SIZE - 1),
+    "packed": lambda: packed_batch([7, 1, 9, 6]),
+}
+
+
+class Fixed:
+    """Draws what it was told, and remembers the scores."""
+
+    independent = True
+
+    def __init__(self) -> None:
+        self.weights = torch.ones(NUM_CHUNKS, dtype=torch.float64)
+        self.scores = torch.zeros(0)
+
+    def draw(self, scores: Tensor) -> Tensor:
+        self.scores = scores
+        return self.weights
+
+
+def subsets_with_probability(probabilities: Tensor) -> Iterator[tuple[Tensor, float]]:
+    """All weights that independent draws give, and their probabilities."""
+    for kept in itertools.product((False, True), repeat=NUM_CHUNKS):
+        mask = torch.tensor(kept)
+        yield torch.where(mask, 1 / probabilities, 0), float(torch.where(mask, probabilities, 1 - probabilities).prod())
+
+
+def flat(grads: dict[str, Tensor]) -> Tensor:
+    return torch.cat([g.flatten() for name, g in grads.items() if name != "loss"])
+
+
+def make_model(sampler: Any, height: Any, **settings: Any) -> nn.Module:
+    config = ChunkConfig(chunk_size=CHUNK_SIZE, layers_per_group=height, sampler=sampler, **settings)
+    return chunk_model(norms_in_fp64(tiny_llama(num_layers=2, hidden_size=16, intermediate_size=16)), config)
+
+
+def mean_and_error(
+    height: Any, inputs: str, weighted: Iterator[tuple[Tensor, float]], **settings: Any
+) -> tuple[float, float]:
+    """Bias and rms error of the estimated gradient of all parameters, relative to the exact gradient's norm."""
+    sampler = Fixed()
+    model = make_model(sampler, height, **settings)
+    exact = flat(gradients(model, INPUTS[inputs]()))
+    mean, square = torch.zeros_like(exact), 0.0
+    for weights, probability in weighted:
+        sampler.weights = weights
+        estimate = flat(gradients(model, INPUTS[inputs]()))
+        mean += probability * estimate
+        square += probability * float((estimate - exact).norm() ** 2)
+    return float((mean - exact).norm() / exact.norm()), square**0.5 / float(exact.norm())
+
+
+@lru_cache
+def scores(inputs: str) -> Tensor:
+    sampler = Fixed()
+    gradients(make_model(sampler, 1), INPUTS[inputs]())
+    return sampler.scores
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize(("height", "control_variate"), [(1, True), (1, False), (2, False), ("all", "auto")])
+@pytest.mark.parametrize("sampler", [IndependentSampler(budget=2), ImportanceSampler(budget=2, min_probability=0.2)])
+def test_unbiased_over_all_subsets(sampler: Any, height: Any, control_variate: Any, inputs: str) -> None:
+    if isinstance(sampler, ImportanceSampler):
+        probabilities = sampler.probabilities(scores(inputs))
+    else:
+        probabilities = torch.full((NUM_CHUNKS,), 2 / NUM_CHUNKS, dtype=torch.float64)
+    bias, error = mean_and_error(height, inputs, subsets_with_probability(probabilities), control_variate=control_variate)
+    assert bias < 1e-7
+    assert error > 0.1, "the estimates differ, so the test can see a bias"
+
+
+@pytest.mark.parametrize("index", range(NUM_CHUNKS))
+def test_a_changed_weight_is_seen(index: int) -> None:
+    probabilities = torch.full((NUM_CHUNKS,), 1 / 3, dtype=torch.float64)
+
+    def weighted() -> Iterator[tuple[Tensor, float]]:
+        for weights, probability in subsets_with_probability(probabilities):
+            weights[index] *= 1.01
+            yield weights, probability
+
+    assert mean_and_error(1, "one segment", weighted())[0] > 1e-4
+
+
+def test_the_control_variate_lowers_the_error() -> None:
+    probabilities = torch.full((NUM_CHUNKS,), 1 / 3, dtype=torch.float64)
+    errors = [
+        mean_and_error(1, "one segment", subsets_with_probability(probabilities), control_variate=on)[1] for on in (True, False)
+    ]
+    assert errors[0] < 0.97 * errors[1]
+
+
+def test_the_papers_estimator_is_biased_and_its_bias_falls_to_zero() -> None:
+    biases = []
+    for budget in range(2, NUM_CHUNKS + 1):
+        subsets = list(itertools.combinations(range(NUM_CHUNKS), budget))
+
+        def weighted(budget: int = budget, subsets: Any = subsets) -> Iterator[tuple[Tensor, float]]:
+            for kept in subsets:
+                weights = torch.zeros(NUM_CHUNKS, dtype=torch.float64)
+                weights[list(kept)] = NUM_CHUNKS / budget
+                yield weights, 1 / len(subsets)
+
+        biases.append(mean_and_error(1, "one segment", weighted(), control_variate=False)[0])
+    assert 0.1 < biases[0] < 1
+    assert biases == sorted(biases, reverse=True)
+    assert biases[-1] < 1e-12
+
+
+@pytest.mark.parametrize("height", [1, 2])
+@pytest.mark.parametrize("sampler", [s(budget=NUM_CHUNKS) for s in (IndependentSampler, ImportanceSampler, FixedBudgetSampler)])
+def test_a_budget_of_all_chunks_is_exact(sampler: Any, height: Any) -> None:
+    exact = gradients(make_model(None, height), batch(num_tokens=24))
+    found = gradients(make_model(sampler, height), batch(num_tokens=24))
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+def test_frequencies_and_weights_of_the_samplers() -> None:
+    torch.manual_seed(0)
+    some = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 90.0], dtype=torch.float64)
+    importance = ImportanceSampler(budget=3, min_probability=0.1)
+    probabilities = importance.probabilities(some)
+    assert float(probabilities.sum()) == pytest.approx(3, rel=1e-9)
+    assert probabilities[0] == 0.1
+    assert probabilities[-1] == 1
+    draws = torch.stack([importance.draw(some) for _ in range(1500)])
+    torch.testing.assert_close((draws > 0).double().mean(0), probabilities, rtol=0, atol=0.05)
+    torch.testing.assert_close(draws.mean(0), torch.ones(6, dtype=torch.float64), rtol=0, atol=0.25)
+    draws = torch.stack([IndependentSampler(budget=2).draw(some) for _ in range(1500)])
+    assert set(draws.unique().tolist()) == {0.0, 3.0}
+    torch.testing.assert_close((draws > 0).double().mean(0), torch.full((6,), 1 / 3).double(), rtol=0, atol=0.05)
+    draws = torch.stack([FixedBudgetSampler(budget=2, cap=2).draw(some) for _ in range(100)])
+    assert (draws > 0).sum(1).unique().tolist() == [2]
+    assert draws.max() == 2
+    assert importance.probabilities(torch.zeros(6)).tolist() == [0.5] * 6
+    assert importance.probabilities(torch.tensor([float("nan")] * 6)).tolist() == [0.5] * 6
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: IndependentSampler(budget=0), "budget=0 is less than one chunk"),
+        (lambda: ImportanceSampler(min_probability=0), "min_probability=0"),
+        (lambda: FixedBudgetSampler(budget=2.5), "budget=2.5 is no number"),  # type: ignore[arg-type]
+        (lambda: FixedBudgetSampler(cap=0.5), "cap=0.5"),
+        (lambda: ChunkConfig(chunk_size=4, sampler="importance"), "has no method draw"),  # type: ignore[arg-type]
+        (lambda: ChunkConfig(chunk_size=4, control_variate=True), "control_variate=True needs a sampler"),
+        (
+            lambda: ChunkConfig(chunk_size=4, sampler=IndependentSampler(), layers_per_group=2, control_variate=True),
+            "control_variate=True needs a sampler and layers_per_group=1",
+        ),
+    ],
+)
+def test_bad_values(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("weights", [torch.ones(3), torch.full((NUM_CHUNKS,), float("nan")), -torch.ones(NUM_CHUNKS)])
+def test_a_users_sampler_that_draws_nonsense(weights: Tensor) -> None:
+    sampler = Fixed()
+    sampler.weights = weights
+    with pytest.raises(ValueError, match="Fixed.draw returned"):
+        gradients(make_model(sampler, 1), batch(num_tokens=24))
+
+
+@pytest.mark.parametrize("control_variate", [True, False])
+def test_dropped_chunks_cost_nothing(control_variate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    reruns: list[int] = []
+    rebuilt: list[int] = []
+    sampler = Fixed()
+    sampler.weights = torch.tensor([0.0, 0, 3, 0, 3, 0])
+    model = make_model(sampler, 1, control_variate=control_variate)
+    model.train()
+    loss = model(**batch(num_tokens=24)).loss
+    real_rerun, real_write = GroupRun._rerun, KVStore.write
+    monkeypatch.setattr(GroupRun, "_rerun", lambda run, index, hidden: reruns.append(index) or real_rerun(run, index, hidden))
+    monkeypatch.setattr(
+        KVStore, "write", lambda store, chunk, *kv: rebuilt.append(chunk.start // CHUNK_SIZE) or real_write(store, chunk, *kv)
+    )
+    loss.backward()
+    layers = [i for i in reruns if i in (2, 4)]
+    assert layers.count(2) == layers.count(4) == 2 + 1, "two layers, and the final norm, which is exact"
+    assert sorted(set(reruns) - {2, 4}) == [0, 1, 3, 5], "by the final norm alone"
+    assert reruns.count(0) == reruns.count(5) == 1
+    assert sorted(set(rebuilt)) == [0, 1, 2, 3, 4], "nobody reads the last chunk"
+
+
+def test_nothing_kept_at_all() -> None:
+    sampler = Fixed()
+    sampler.weights = torch.zeros(NUM_CHUNKS)
+    grads = gradients(make_model(sampler, 1), batch(num_tokens=24))
+    exact = gradients(make_model(None, 1), batch(num_tokens=24))
+    assert grads.keys() == exact.keys(), "every parameter has a gradient: sharding engines wait for it"
+    for name in ("lm_head.weight", "model.norm.weight"):
+        torch.testing.assert_close(grads[name], exact[name])
+    assert not grads["model.layers.0.mlp.up_proj.weight"].any()
+
+
+def test_lora_retained_chunks_and_report() -> None:
+    config = ChunkConfig(chunk_size=CHUNK_SIZE, sampler=IndependentSampler(budget=3), retained_chunks=2)
+    torch.manual_seed(0)
+    retained = gradients(chunk_model(with_lora(tiny_llama()), config), batch(num_tokens=24))
+    torch.manual_seed(0)
+    model = chunk_model(with_lora(tiny_llama()), ChunkConfig(chunk_size=CHUNK_SIZE, sampler=IndependentSampler(budget=3)))
+    torch.manual_seed(0)
+    rerun = gradients(model, batch(num_tokens=24))
+    assert retained.keys() == rerun.keys()
+    report = chunk_report(model).sample
+    assert report is not None
+    assert report.num_chunks == 6
+    assert report.tokens_kept == CHUNK_SIZE * report.num_kept
+    assert report.largest_weight == 2
+    assert report.relative_variance > 0
+
+
+def test_draws_come_from_the_default_generator() -> None:
+    model = make_model(IndependentSampler(budget=3), 1)
+    torch.manual_seed(5)
+    first = gradients(model, batch(num_tokens=24))
+    second = gradients(model, batch(num_tokens=24))
+    torch.manual_seed(5)
+    assert largest_difference(gradients(model, batch(num_tokens=24)), first) == 0
+    assert largest_difference(second, first) > 0
