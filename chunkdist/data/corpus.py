@@ -1,7 +1,7 @@
 """The default corpus: the source files of the running interpreter's own standard library.
 
-Long, real documents that are on every machine that can run this package, so that the default job downloads nothing.
-The same interpreter always gives the same documents in the same order.
+Long, real documents that are on every machine that can run this package, so that the default job downloads
+nothing. The same interpreter always gives the same documents in the same order.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Document:
 
 
 def read_standard_library(*, max_bytes: int, folder: Path | None = None) -> list[Document]:
-    """Source files of the standard library, mixed but always in the same order, up to `max_bytes` of UTF-8 text.
+    """Source files of the standard library, mixed but always in the same order.
 
     Args:
-        max_bytes: Reading stops before the document that would exceed this sum.
+        max_bytes: Of UTF-8 text; reading stops before the document that would exceed it.
         folder: Where the files are; by default what `sysconfig` says about the running interpreter.
 
     Raises:
@@ -53,7 +53,9 @@ def read_standard_library(*, max_bytes: int, folder: Path | None = None) -> list
     if not paths:
         raise RuntimeError(f"{folder} has no Python source files: write dataset_name: FILE.jsonl instead")
     if not documents:
-        raise ValueError(f"corpus_max_bytes={max_bytes} is less than the first document: write a larger number")
+        raise ValueError(
+            f"corpus_max_bytes={max_bytes} is less than the first document: write a larger number"
+        )
     return documents
 
 
@@ -64,7 +66,7 @@ def split_documents(documents: list[Document]) -> tuple[list[Document], list[Doc
 
 
 def _source_paths(folder: Path) -> list[str]:
-    """Paths relative to `folder`, ordered by a checksum of themselves: mixed, and the same on every machine."""
+    """Paths relative to `folder`, ordered by a checksum of themselves: mixed, the same everywhere."""
     relative = [path.relative_to(folder) for path in folder.rglob("*.py")]
     kept = [path.as_posix() for path in relative if _SKIPPED_FOLDERS.isdisjoint(path.parts[:-1])]
     return sorted(kept, key=lambda path: (zlib.crc32(path.encode()), path))

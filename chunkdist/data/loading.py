@@ -1,7 +1,7 @@
-"""Datasets by name: a local file or folder, a name on the Hub, or the default corpus. One clear line for each fault.
+"""Datasets by name: a local file or folder, a name on the Hub, or the default corpus; each fault is one line.
 
-The kinds of samples are TRL's: `messages` (or `conversations`), `prompt` and `completion`, plain text, or `input_ids`
-that somebody else has made.
+The kinds of samples are TRL's: `messages` (or `conversations`), `prompt` and `completion`, plain text, or
+`input_ids` that somebody else has made.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SampleKind = Literal["messages", "prompt_completion", "text", "tokens"]
 
 
-def load_splits(name: str, config: str | None = None, *, corpus_max_bytes: int = 4_000_000) -> dict[str, Dataset]:
+def load_splits(
+    name: str, config: str | None = None, *, corpus_max_bytes: int = 4_000_000
+) -> dict[str, Dataset]:
     """The splits of a dataset.
 
     Args:
-        name: A `.jsonl`, `.json` or `.parquet` file, a folder of these or of `save_to_disk`, a name on the Hub, or
-            `python-stdlib`.
+        name: A `.jsonl`, `.json` or `.parquet` file, a folder of these or of `save_to_disk`, a name on the
+            Hub, or `python-stdlib`.
         config: The configuration of a dataset on the Hub.
         corpus_max_bytes: How much of the standard library `python-stdlib` reads.
 
     Raises:
-        ValueError: there is no such dataset, or it cannot be read; names the file, and the line where there is one.
+        ValueError: there is no such dataset, or it cannot be read; names the file, and the line where there
+            is one.
     """
     if name == STDLIB_NAME:
         return _standard_library(corpus_max_bytes)
@@ -42,7 +45,9 @@ def load_splits(name: str, config: str | None = None, *, corpus_max_bytes: int =
     if path.suffix in _READERS:
         return _load_file(path)
     if path.exists():
-        raise ValueError(f"dataset_name={name!r} is a {path.suffix or 'nameless'} file: write {_readable_endings()}")
+        raise ValueError(
+            f"dataset_name={name!r} is a {path.suffix or 'nameless'} file: write {_readable_endings()}"
+        )
     if name.startswith((".", "/", "~")):
         raise ValueError(f"dataset_name={name!r} does not exist")
     return _load_from_hub(name, config)
@@ -82,7 +87,8 @@ def sample_kind(dataset: Dataset, *, text_field: str, name: str) -> SampleKind:
         used = [text_field]
     else:
         raise ValueError(
-            f"{name!r} has no usable column, only {', '.join(columns)}: write samples with 'messages', with 'prompt' "
+            f"{name!r} has no usable column, only {', '.join(columns)}: write samples with 'messages', with "
+            "'prompt' "
             f"and 'completion', or with {text_field!r} (dataset_text_field names another column)"
         )
     for column in used:
@@ -201,7 +207,8 @@ def _refuse_padding(dataset: Dataset, name: str) -> None:
         if not all(mask):
             side = "left" if not mask[0] else "right"
             raise ValueError(
-                f"{name!r}, sample {index}: padded on the {side} (attention_mask has zeros): write input_ids without "
+                f"{name!r}, sample {index}: padded on the {side} (attention_mask has zeros): write input_ids "
+                "without "
                 "padding, batches are padded as they are made"
             )
 

@@ -1,7 +1,7 @@
-"""Tokenised samples before they are packed: nothing is truncated, dropped or left without a supervised token unasked.
+"""Tokenised samples before they are packed: none is truncated or dropped unasked, none has nothing to learn.
 
-A sample is a row with `input_ids` and `labels` of the same length; a label of -100 is not supervised, and the first
-label never is, since no token comes before it.
+A sample is a row with `input_ids` and `labels` of the same length; a label of -100 is not supervised, and the
+first label never is, since no token comes before it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def fit_samples(
     Args:
         dataset: Rows with `input_ids` and `labels`.
         max_length: Tokens; `None` is no limit.
-        long_samples: What becomes of a longer sample: an error, its first tokens, all its tokens in several pieces
-            (plain text only), or nothing.
+        long_samples: What becomes of a longer sample: an error, its first tokens, all its tokens in several
+            pieces (plain text only), or nothing.
         is_text: Whether the samples are plain text, which may be cut anywhere.
         name: What messages call the dataset.
         keep_end: Truncation keeps the last tokens instead of the first.
@@ -72,9 +72,15 @@ def fit_samples(
         say(f"{report}; only their {kept} {max_length} tokens are used (long_samples=truncate)")
         return dataset
     if not is_text:
-        raise ValueError(f"long_samples=split cuts plain text only, and {report}: write long_samples: truncate or drop")
+        raise ValueError(
+            f"long_samples=split cuts plain text only, and {report}: write long_samples: truncate or drop"
+        )
     pieces = dataset.map(
-        _split, fn_kwargs={"max_length": max_length}, batched=True, batch_size=_BATCH_SAMPLES, desc=f"Splitting {name}"
+        _split,
+        fn_kwargs={"max_length": max_length},
+        batched=True,
+        batch_size=_BATCH_SAMPLES,
+        desc=f"Splitting {name}",
     )
     say(f"{report} and were split: {len(lengths)} samples became {len(pieces)} (long_samples=split)")
     return pieces
@@ -99,8 +105,10 @@ def _refuse_unsupervised(supervised: npt.NDArray[np.int64], name: str, why: str)
     empty = np.flatnonzero(supervised == 0)
     if len(empty):
         raise ValueError(
-            f"{name}, sample {empty[0]}: no supervised token ({why}); {len(empty)} of {len(supervised)} samples are "
-            "so: take them out, or look at the chat template's {% generation %} part, assistant_only_loss and "
+            f"{name}, sample {empty[0]}: no supervised token ({why}); {len(empty)} of {len(supervised)} "
+            "samples are "
+            "so: take them out, or look at the chat template's {% generation %} part, assistant_only_loss "
+            "and "
             "completion_only_loss"
         )
 
@@ -112,7 +120,9 @@ def _cut(sample: dict[str, Any], part: slice) -> dict[str, Any]:
 def _split(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[list[int]]]:
     return {
         column: [
-            values[start : start + max_length] for values in batch[column] for start in range(0, len(values), max_length)
+            values[start : start + max_length]
+            for values in batch[column]
+            for start in range(0, len(values), max_length)
         ]
         for column in ("input_ids", "labels")
     }

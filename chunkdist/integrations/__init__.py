@@ -1,1 +1,1 @@
-"""What ties chunkdist to trainers. Each module imports its library, `import chunkdist` imports none of them."""
+"""What ties chunkdist to trainers. Each module imports its own library; `import chunkdist` imports none."""

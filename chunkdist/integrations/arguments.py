@@ -1,4 +1,4 @@
-"""The options of a training run: TRL's own, and the few of ours; one name for each in YAML and on the command line.
+"""The options of a training run: TRL's own, and the few of ours, by one name in YAML and on the command line.
 
 What an option of `ChunkConfig` means is said in its docstring, and its default is set there, once.
 """
@@ -22,29 +22,36 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, T
 from chunkdist.config import ATTENTION_NAMES, ChunkConfig
 from chunkdist.data.samples import LongSamples
 
-_KV_GRAD_DTYPES: dict[str, torch.dtype | None] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "model": None}
+_KV_GRAD_DTYPES: dict[str, torch.dtype | None] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "model": None,
+}
 _PLANNED_METHODS = ("spaco", "chunkflow")
 
 
 def _of_config(name: str, *, default: object = None, choices: tuple[str, ...] | None = None) -> Any:
-    """A field that hands its value to `ChunkConfig`: help, and the default if none is given, come from there."""
+    """A field whose value goes to `ChunkConfig`; help, and a default that is not given, come from there."""
     if default is None:
         default = inspect.signature(ChunkConfig).parameters[name].default
-    match = re.search(rf"^ {{8}}{name}: (.*?)(?=^ {{8}}\w+: |^ {{4}}\w+:|\Z)", ChunkConfig.__doc__ or "", re.S | re.M)
+    match = re.search(
+        rf"^ {{8}}{name}: (.*?)(?=^ {{8}}\w+: |^ {{4}}\w+:|\Z)", ChunkConfig.__doc__ or "", re.S | re.M
+    )
     assert match, f"ChunkConfig's docstring does not tell about {name}"
     help_text = " ".join(match[1].split()).replace("`", "").replace("%", "%%")
-    metadata: dict[str, object] = {"help": help_text}
-    if choices:
-        metadata["choices"] = choices
-    return field(default=default, metadata=metadata)
+    return _option(default, help_text, choices=choices)
+
+
+def _option(default: object, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text} | ({"choices": choices} if choices else {}))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkArguments:
     """How the model is chunked; `chunk_config` says it in the library's own terms."""
 
-    chunk_method: str = field(
-        default="seco", metadata={"help": "seco: exact gradients, chunk by chunk. none: plain TRL, to compare with."}
+    chunk_method: str = _option(
+        "seco", "seco: exact gradients, chunk by chunk. none: plain TRL, to compare with."
     )
     chunk_size: int = _of_config("chunk_size", default=4096)
     layers_per_group: str = _of_config("layers_per_group", default="1")
@@ -53,9 +60,8 @@ class ChunkArguments:
     chunk_offload: str = _of_config("offload", choices=("none", "host", "auto"))
     chunk_attention: str = _of_config("attention", choices=ATTENTION_NAMES)
     chunk_rebuild_kv: str = _of_config("rebuild_kv", choices=("auto", "true", "false"))
-    chunk_check: bool = field(
-        default=True,
-        metadata={"help": "Before training, compare the gradients of a short sample with those of the unchunked model."},
+    chunk_check: bool = _option(
+        True, "Before training, compare the gradients of a short sample with those of the unchunked model."
     )
 
     def chunk_config(self) -> ChunkConfig | None:
@@ -88,28 +94,24 @@ class ChunkArguments:
 class DataArguments(ScriptArguments):
     """TRL's dataset options, and what becomes of samples that do not fit."""
 
-    long_samples: str = field(
-        default="error",
-        metadata={
-            "help": "What becomes of a sample longer than max_length: error (before training), truncate, split (plain "
-            "text only), or drop. What was done is said.",
-            "choices": get_args(LongSamples),
-        },
+    long_samples: str = _option(
+        "error",
+        "What becomes of a sample longer than max_length: error (before training), truncate, split (plain "
+        "text only), or drop. What was done is said.",
+        choices=get_args(LongSamples),
     )
-    corpus_max_bytes: int = field(
-        default=4_000_000,
-        metadata={"help": "How much of the interpreter's standard library dataset_name: python-stdlib reads."},
+    corpus_max_bytes: int = _option(
+        4_000_000, "How much of the interpreter's standard library dataset_name: python-stdlib reads."
     )
 
 
 @dataclass
 class TrainArguments(SFTConfig):
-    """TRL's `SFTConfig`, with Hugging Face's gradient checkpointing off: a chunked step is its own checkpointing."""
+    """TRL's `SFTConfig`, with Hugging Face's gradient checkpointing off: a chunked step is its own."""
 
-    # `None` and not `False`: in recent transformers any other value is taken for the deprecated spelling.
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Hugging Face's gradient checkpointing, for chunk_method: none. A chunked step excludes it."},
+    # `None`, not `False`: recent versions of transformers take any other value for the deprecated spelling.
+    gradient_checkpointing: bool | None = _option(  # type: ignore[assignment]
+        None, "Hugging Face's gradient checkpointing, for chunk_method: none. A chunked step excludes it."
     )
 
 
@@ -117,12 +119,10 @@ class TrainArguments(SFTConfig):
 class ModelArguments(ModelConfig):
     """TRL's model options."""
 
-    from_scratch: bool = field(
-        default=False,
-        metadata={
-            "help": "Draw the weights from the model's config instead of loading them; model_name_or_path then is a "
-            "folder (or a name on the Hub) with config.json and a tokenizer."
-        },
+    from_scratch: bool = _option(
+        False,
+        "Draw the weights from the model's config instead of loading them; model_name_or_path then is a "
+        "folder (or a name on the Hub) with config.json and a tokenizer.",
     )
 
 
@@ -142,7 +142,7 @@ class OptionParser(TrlParser):
 
     def __init__(self) -> None:
         types = (ChunkArguments, DataArguments, TrainArguments, ModelArguments, DatasetMixtureConfig)
-        super().__init__(types, allow_abbrev=False)
+        super().__init__(types, allow_abbrev=False)  # type: ignore[arg-type]  # TRL's annotation is a string
 
     def parse(self, arguments: Sequence[str] | None = None) -> TrainingOptions:
         """The options of a command line, `--config FILE.yaml` among them.
@@ -215,35 +215,50 @@ def check_options(options: TrainingOptions) -> ChunkConfig | None:
     training, model, data = options.training, options.model, options.data
     if chunk_config is not None and training.gradient_checkpointing:
         raise ValueError(
-            "gradient_checkpointing=True: a chunked step is its own checkpointing, both would recompute twice; write "
+            "gradient_checkpointing=True: a chunked step is its own checkpointing, both would recompute "
+            "twice; write "
             "gradient_checkpointing: false, or chunk_method: none"
         )
     if chunk_config is not None and training.router_aux_loss_coef:
         raise ValueError(
-            f"router_aux_loss_coef={training.router_aux_loss_coef}: chunked layers hand out no router logits; write 0.0"
+            f"router_aux_loss_coef={training.router_aux_loss_coef}: chunked layers hand out no router "
+            "logits; write 0.0"
         )
     if training.packing and training.packing_strategy == "wrapped":
         raise ValueError(
-            "packing_strategy=wrapped lets the documents of a sequence attend to each other; write bfd, which keeps "
+            "packing_strategy=wrapped lets the documents of a sequence attend to each other; write bfd, "
+            "which keeps "
             "them apart (and long_samples: split to cut long ones)"
         )
-    if (training.dataset_kwargs or {}).get("skip_prepare_dataset"):
+    dataset_kwargs = training.dataset_kwargs
+    if isinstance(dataset_kwargs, dict) and dataset_kwargs.get("skip_prepare_dataset"):
         raise ValueError(
-            "dataset_kwargs.skip_prepare_dataset=True skips the checks of the samples; leave it out: a dataset with "
+            "dataset_kwargs.skip_prepare_dataset=True skips the checks of the samples; leave it out: a "
+            "dataset with "
             "input_ids and labels is taken as it is"
         )
     if data.dataset_streaming or options.mixture.streaming:
-        raise ValueError("dataset_streaming=True: samples that stream cannot be checked before training; write false")
+        raise ValueError(
+            "dataset_streaming=True: samples that stream cannot be checked before training; write false"
+        )
     if not data.dataset_name and not options.mixture.datasets:
-        raise ValueError("dataset_name is missing: write a file, a folder, a name on the Hub, or python-stdlib")
+        raise ValueError(
+            "dataset_name is missing: write a file, a folder, a name on the Hub, or python-stdlib"
+        )
     if data.dataset_name and options.mixture.datasets:
-        raise ValueError("dataset_name and datasets are both set, and one would be ignored: write one of them")
+        raise ValueError(
+            "dataset_name and datasets are both set, and one would be ignored: write one of them"
+        )
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is missing: write a folder or a name on the Hub")
     if model.from_scratch and (model.use_peft or model.load_in_4bit or model.load_in_8bit):
-        raise ValueError("from_scratch=True with use_peft or a quantised model: the base weights would be lost; drop one")
+        raise ValueError(
+            "from_scratch=True with use_peft or a quantised model: the base weights would be lost; drop one"
+        )
     if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
-        raise ValueError("load_in_4bit=True needs use_peft: true, quantised weights are not trained themselves")
+        raise ValueError(
+            "load_in_4bit=True needs use_peft: true, quantised weights are not trained themselves"
+        )
     if training.max_length is not None and training.max_length < 2:
         raise ValueError(f"max_length={training.max_length} leaves no token to predict: write at least 2")
     return chunk_config

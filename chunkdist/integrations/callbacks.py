@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from chunkdist.config import ChunkConfig

@@ -17,7 +17,12 @@ UNFINISHED = ".unfinished-model"
 """The folder inside the target that holds a model while it is being written."""
 _FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # safetensors and torch's zip writer turn the system's error into their own; only the text is left.
-_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed writing")
+_FULL_TEXTS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "PytorchStreamWriter failed writing",
+)
 _WEIGHT_ENDINGS = {".safetensors", ".bin"}
 _LAST = {"config.json", "adapter_config.json"}
 
@@ -56,16 +61,19 @@ def whole_or_absent(folder: Path, *, what: str, is_writer: bool) -> Iterator[Non
             shutil.rmtree(folder, ignore_errors=True)
         if is_disk_full(error):
             raise DiskFullError(
-                errno.ENOSPC, f"no space left to save the {what}, nothing half-written was kept", str(folder.parent)
+                errno.ENOSPC,
+                f"no space left to save the {what}, nothing half-written was kept",
+                str(folder.parent),
             ) from error
         raise
 
 
 def save_model(trainer: Trainer) -> Path:
-    """Writes the trained model and its tokenizer into `output_dir`, so that `from_pretrained(output_dir)` loads them.
+    """Writes the trained model and its tokenizer into `output_dir`, so that `from_pretrained(output_dir)`
+    loads them.
 
-    Sharded weights are gathered: every process must call this. Until all files are written they are in a folder of
-    their own; then they are moved, the config last.
+    Sharded weights are gathered: every process must call this. Until all files are written they are in a
+    folder of their own; then they are moved, the config last.
 
     Raises:
         DiskFullError: there is no space; `output_dir` holds what it held before.

@@ -33,8 +33,6 @@ def start_table(model: nn.Module, config: ChunkConfig, report: ChunkReport, args
         *_memory_rows(model, config, report, args),
     ):
         table.add_row(*row)
-    for warning in report.warnings:
-        table.add_row("warning", "", warning)
     return table
 
 

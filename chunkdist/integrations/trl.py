@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer`, built from one set of options: refuses bad input before it trains, then chunks its model."""
+"""TRL's `SFTTrainer`, built from one set of options; bad input is refused before it trains."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class CheckedSFTTrainer(SFTTrainer):  # type: ignore[misc]
+class CheckedSFTTrainer(SFTTrainer):
     """`SFTTrainer` that truncates and drops no sample unasked, and leaves no half-written checkpoint."""
 
     def __init__(self, *, long_samples: LongSamples, **kwargs: Any) -> None:
@@ -33,12 +33,18 @@ class CheckedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(**kwargs)
 
     def _prepare_dataset(
-        self, dataset: Dataset, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+        self,
+        dataset: Dataset,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
     ) -> Dataset:
         """TRL's preparation in two parts, the check of the samples between them.
 
-        The first part only tokenises. The second finds `input_ids` and `labels` made, and packs; that it may be
-        called with what it has made itself is TRL's own contract (its `evaluate` relies on it).
+        The first part only tokenises. The second finds `input_ids` and `labels` made, and packs; that it may
+        be called with what it has made itself is TRL's own contract (its `evaluate` relies on it).
         """
         is_text = "messages" not in dataset.column_names and "prompt" not in dataset.column_names
         whole = copy.copy(args)
@@ -49,7 +55,9 @@ class CheckedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             return prepare(rows, processing_class, whole, False, formatting_func, dataset_name)
 
         tokenized = _tokenize_or_name_culprit(dataset, tokenize, dataset_name)
-        kept = [column for column in ("input_ids", "labels", "seq_lengths") if column in tokenized.column_names]
+        kept = [
+            column for column in ("input_ids", "labels", "seq_lengths") if column in tokenized.column_names
+        ]
         fitting = fit_samples(
             tokenized.select_columns(kept),
             max_length=args.max_length,
@@ -63,8 +71,10 @@ class CheckedSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with whole_or_absent(folder, what=f"checkpoint of step {self.state.global_step}", is_writer=self.args.should_save):
-            super()._save_checkpoint(model, trial)
+        with whole_or_absent(
+            folder, what=f"checkpoint of step {self.state.global_step}", is_writer=self.args.should_save
+        ):
+            super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
 
 
 def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkConfig | None]:
@@ -83,10 +93,15 @@ def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkCon
     for dataset in (train_dataset, eval_dataset):
         if dataset is not None:
             _check_template(dataset, tokenizer, options)
-    if "wandb" in training.report_to:
+    if "wandb" in (training.report_to or []):
         wandb_offline_without_key()
-    if chunk_config is not None and training.router_aux_loss_coef is None:
-        training.router_aux_loss_coef = 0.0  # chunked layers hand out no router logits
+    if chunk_config is not None:
+        if training.router_aux_loss_coef is None:
+            training.router_aux_loss_coef = 0.0  # chunked layers hand out no router logits
+        if training.ddp_find_unused_parameters is None:
+            training.ddp_find_unused_parameters = (
+                False  # a group is one node of the graph, with all its parameters
+            )
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # there is nothing to pin memory for, torch would warn
     model: Any = model_options.model_name_or_path
@@ -115,7 +130,9 @@ def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkCon
     except OSError as error:
         if error.errno is not None:  # of the system, not of a name that the Hub does not know
             raise
-        raise ValueError(f"model_name_or_path={model_options.model_name_or_path!r}: {_first_line(error)}") from error
+        raise ValueError(
+            f"model_name_or_path={model_options.model_name_or_path!r}: {_first_line(error)}"
+        ) from error
     return trainer, chunk_config
 
 
@@ -130,24 +147,27 @@ def chunk_trainer(trainer: SFTTrainer, chunk_config: ChunkConfig | None) -> None
     fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.activation_checkpointing:
         raise ValueError(
-            "fsdp_activation_checkpointing=True: a chunked step is its own checkpointing, both would recompute twice; "
+            "fsdp_activation_checkpointing=True: a chunked step is its own checkpointing, both would "
+            "recompute twice; "
             "write fsdp_activation_checkpointing: false"
         )
+    assert trainer.model is not None
     chunk_model(trainer.model, chunk_config)
 
 
-def short_batch(trainer: SFTTrainer, max_tokens: int) -> dict[str, Any]:
-    """A batch of one training sample of at most `max_tokens` tokens that ends at a supervised one."""
-    for sample in trainer.train_dataset:
-        end = max(index for index, label in enumerate(sample["labels"]) if label != -100) + 1
-        start = max(0, end - max_tokens)
-        short = {column: sample[column][start:end] for column in ("input_ids", "labels")}
-        if "seq_lengths" in sample:
-            short["seq_lengths"] = _lengths_between(sample["seq_lengths"], start, end)
-        if end - start >= 2:
-            batch = trainer.data_collator([short])
-            return cast(dict[str, Any], trainer._prepare_inputs(batch))
-    raise AssertionError("every sample was found to have a supervised token")
+def first_batch(trainer: SFTTrainer, min_tokens: int = 5) -> dict[str, Any]:
+    """A batch of one training sample, the first of at least `min_tokens` tokens.
+
+    Raises:
+        ValueError: all are shorter.
+    """
+    samples: Any = trainer.train_dataset
+    for sample in samples:
+        if len(sample["input_ids"]) >= min_tokens:
+            return cast(dict[str, Any], trainer._prepare_inputs(trainer.data_collator([sample])))
+    raise ValueError(
+        f"no training sample has {min_tokens} tokens to check gradients with: write chunk_check: false"
+    )
 
 
 def check_blocker(trainer: SFTTrainer) -> str | None:
@@ -210,17 +230,20 @@ def _check_template(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, option
     kind = sample_kind(dataset, text_field=options.training.dataset_text_field, name=name)
     if not is_conversational(dataset, kind):
         if options.training.assistant_only_loss:
-            raise ValueError(f"assistant_only_loss=True needs samples of messages, {name!r} has {kind}: write false")
+            raise ValueError(
+                f"assistant_only_loss=True needs samples of messages, {name!r} has {kind}: write false"
+            )
         return
     if tokenizer.chat_template is None and options.training.chat_template_path is None:
         raise ValueError(
-            f"{name!r} has messages, but the tokenizer of {options.model.model_name_or_path!r} has no chat template: "
+            f"{name!r} has messages, but the tokenizer of {options.model.model_name_or_path!r} has no chat "
+            "template: "
             "write chat_template_path: a .jinja file, or a model that has one"
         )
 
 
 def _model_from_scratch(options: TrainingOptions) -> Any:
-    name = options.model.model_name_or_path
+    name = str(options.model.model_name_or_path)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=options.training.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -253,18 +276,6 @@ def _tokenize_or_name_culprit(dataset: Dataset, tokenize: Callable[[Dataset], Da
         except Exception as inner:
             raise ValueError(f"{name} data, sample {start}: {_first_line(inner)}") from fault
         raise
-
-
-def _lengths_between(lengths: list[int], start: int, end: int) -> list[int]:
-    """The lengths of documents that are packed one behind another, of the tokens from `start` to `end`."""
-    inside: list[int] = []
-    position = 0
-    for length in lengths:
-        overlap = min(position + length, end) - max(position, start)
-        if overlap > 0:
-            inside.append(overlap)
-        position += length
-    return inside
 
 
 def _first_line(error: BaseException) -> str:

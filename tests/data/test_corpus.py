@@ -25,7 +25,14 @@ def test_a_smaller_limit_is_a_prefix_and_order_is_not_the_alphabet() -> None:
 
 
 def test_only_readable_source_is_taken(tmp_path: Path) -> None:
-    for name in ("good.py", "pkg/also.py", "test/no.py", "site-packages/no.py", "pkg/tests/no.py", "note.txt"):
+    for name in (
+        "good.py",
+        "pkg/also.py",
+        "test/no.py",
+        "site-packages/no.py",
+        "pkg/tests/no.py",
+        "note.txt",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}\n")
     (tmp_path / "broken.py").write_bytes(b"\xff\xfe latin")

@@ -1,4 +1,5 @@
-"""Datasets by name: each kind of source is read, each fault gets one line that names the file, line or sample."""
+"""Datasets by name: each kind of source is read, each fault gets one line that names the file, line or
+sample."""
 
 from __future__ import annotations
 
@@ -102,7 +103,9 @@ def test_a_name_that_the_hub_does_not_give() -> None:
 def test_a_split_that_is_not_there() -> None:
     splits = {"train": Dataset.from_list(ROWS)}
     assert pick_split(splits, "train", option="dataset_train_split", name="it") is splits["train"]
-    with pytest.raises(ValueError, match=r"dataset_test_split='test' is not a split of 'it': write one of train"):
+    with pytest.raises(
+        ValueError, match=r"dataset_test_split='test' is not a split of 'it': write one of train"
+    ):
         pick_split(splits, "test", option="dataset_test_split", name="it")
 
 
@@ -131,5 +134,8 @@ def test_samples_that_cannot_be_used() -> None:
 def test_left_padding_is_refused() -> None:
     with pytest.raises(ValueError, match="sample 1: padded on the left"):
         kind_of(
-            [{"input_ids": [1, 2], "attention_mask": [1, 1]}, {"input_ids": [0, 2], "attention_mask": [0, 1]}],
+            [
+                {"input_ids": [1, 2], "attention_mask": [1, 1]},
+                {"input_ids": [0, 2], "attention_mask": [0, 1]},
+            ],
         )

@@ -37,7 +37,9 @@ def test_samples_that_fit_are_left_alone() -> None:
 
 
 def test_a_long_sample_is_an_error_that_names_it() -> None:
-    with pytest.raises(ValueError, match=r"1 of 3 samples .* max_length=4 tokens, sample 1 is the first with 5"):
+    with pytest.raises(
+        ValueError, match=r"1 of 3 samples .* max_length=4 tokens, sample 1 is the first with 5"
+    ):
         fit(rows(2, 5, 3))
 
 
@@ -61,7 +63,9 @@ def test_split_is_for_text_and_drop_leaves_some() -> None:
         fit(rows(9, 9), "drop")
 
 
-@pytest.mark.parametrize("masked", [slice(None), slice(1, None)], ids=["all", "all but the first, never predicted"])
+@pytest.mark.parametrize(
+    "masked", [slice(None), slice(1, None)], ids=["all", "all but the first, never predicted"]
+)
 def test_a_sample_without_a_supervised_token_is_named(masked: slice) -> None:
     with pytest.raises(ValueError, match=r"train data, sample 2: no supervised token .* 1 of 4"):
         fit(rows(3, 3, 3, 3, masked={2: masked}))
@@ -74,7 +78,7 @@ def test_a_sample_of_one_token_has_nothing_to_predict() -> None:
 
 def test_truncation_that_cuts_all_supervised_tokens_off_is_an_error() -> None:
     dataset = rows(3, 6, masked={1: slice(0, 4)})
-    with pytest.raises(ValueError, match="sample 1: no supervised token .none is among its first 4 tokens"):
+    with pytest.raises(ValueError, match=r"sample 1: no supervised token .none is among its first 4 tokens"):
         fit(dataset, "truncate")
     assert len(fit(dataset, "truncate", keep_end=True)[0]) == 2
 

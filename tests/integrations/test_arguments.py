@@ -37,13 +37,25 @@ def test_the_command_line_wins_over_yaml_which_wins_over_defaults(tmp_path: Path
 
 def test_every_chunk_option_reaches_the_library(tmp_path: Path) -> None:
     given = options(
-        tmp_path, chunk_size=5, layers_per_group="all", retained_chunks=2, chunk_kv_grad_dtype="model",
-        chunk_attention="math", chunk_rebuild_kv=False,
-    )  # fmt: skip
-    assert check_options(given) == ChunkConfig(
-        chunk_size=5, layers_per_group="all", retained_chunks=2, kv_grad_dtype=None, attention="math", rebuild_kv=False
+        tmp_path,
+        chunk_size=5,
+        layers_per_group="all",
+        retained_chunks=2,
+        chunk_kv_grad_dtype="model",
+        chunk_attention="math",
+        chunk_rebuild_kv=False,
     )
-    assert check_options(options(tmp_path, chunk_size=5)) == ChunkConfig(chunk_size=5, kv_grad_dtype=torch.float32)
+    assert check_options(given) == ChunkConfig(
+        chunk_size=5,
+        layers_per_group="all",
+        retained_chunks=2,
+        kv_grad_dtype=None,
+        attention="math",
+        rebuild_kv=False,
+    )
+    assert check_options(options(tmp_path, chunk_size=5)) == ChunkConfig(
+        chunk_size=5, kv_grad_dtype=torch.float32
+    )
     assert check_options(options(tmp_path, chunk_method="none", gradient_checkpointing=True)) is None
 
 
@@ -95,7 +107,11 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
         parse_options(["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(ValueError, match="followed by nothing"):
         parse_options(["--config"])
-    for text, message in (("a: [", "cannot be read"), ("just text", "holds no options"), ("1: 2", "no option's name")):
+    for text, message in (
+        ("a: [", "cannot be read"),
+        ("just text", "holds no options"),
+        ("1: 2", "no option's name"),
+    ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             parse_options([f"--config={tmp_path / 'bad.yaml'}"])

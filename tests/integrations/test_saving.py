@@ -49,10 +49,9 @@ def test_which_errors_mean_a_full_disk() -> None:
     safetensors = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert is_disk_full(OSError(errno.EDQUOT, "quota"))
     assert is_disk_full(safetensors)
-    try:
-        raise ValueError("later") from safetensors
-    except ValueError as error:
-        assert is_disk_full(error)
+    later = ValueError("later")
+    later.__cause__ = safetensors
+    assert is_disk_full(later)
     assert not is_disk_full(OSError(errno.EACCES, "no"))
     assert not is_disk_full(None)
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from chunkdist.integrations import trl as integration
 from chunkdist.integrations.arguments import TrainingOptions, parse_options
 from chunkdist.integrations.saving import UNFINISHED, DiskFullError, save_model
-from chunkdist.integrations.trl import build_trainer, check_blocker, short_batch, wandb_offline_without_key
+from chunkdist.integrations.trl import build_trainer, check_blocker, first_batch, wandb_offline_without_key
 from tests.tiny_run import ASSISTANT, CHAT_TEMPLATE, TEXTS, USER, command_line, write_rows
+
 
 def options(model: Path, rows: list[dict[str, Any]], **values: Any) -> TrainingOptions:
     return parse_options(command_line(model, rows, **values))
@@ -38,7 +39,9 @@ def test_packing_loses_no_token_and_keeps_documents_apart(tiny_model: Path) -> N
 
 def test_a_long_sample_is_refused_and_nothing_is_left(tiny_model: Path) -> None:
     given = options(tiny_model, TEXTS)
-    with pytest.raises(ValueError, match=r"train data: 2 of 4 samples .* max_length=64 .* sample 2 is the first with 155"):
+    with pytest.raises(
+        ValueError, match=r"train data: 2 of 4 samples .* max_length=64 .* sample 2 is the first with 155"
+    ):
         build_trainer(given)
     assert not (tiny_model.parent / "out").exists()
 
@@ -64,7 +67,9 @@ def test_messages_need_a_chat_template(tiny_model: Path) -> None:
         build_trainer(options(tiny_model, rows))
     template = tiny_model.parent / "template.jinja"
     template.write_text(CHAT_TEMPLATE)
-    trainer, _ = build_trainer(options(tiny_model, rows, chat_template_path=template, assistant_only_loss=True))
+    trainer, _ = build_trainer(
+        options(tiny_model, rows, chat_template_path=template, assistant_only_loss=True)
+    )
     labels = rows_of(trainer.train_dataset, "labels")[0]
     assert bytes(label for label in labels if 0 <= label < 256) == b"hi there"
 
@@ -72,7 +77,9 @@ def test_messages_need_a_chat_template(tiny_model: Path) -> None:
 def test_a_sample_without_an_assistant_is_named(tiny_model: Path) -> None:
     template = tiny_model.parent / "template.jinja"
     template.write_text(CHAT_TEMPLATE)
-    rows = [{"messages": [USER, ASSISTANT]}] * 5 + [{"messages": [USER]}] + [{"messages": [USER, ASSISTANT]}] * 3
+    rows = (
+        [{"messages": [USER, ASSISTANT]}] * 5 + [{"messages": [USER]}] + [{"messages": [USER, ASSISTANT]}] * 3
+    )
     given = options(tiny_model, rows, chat_template_path=template, assistant_only_loss=True)
     with pytest.raises(ValueError, match=r"train data, sample 5: .*no assistant"):
         build_trainer(given)
@@ -80,7 +87,9 @@ def test_a_sample_without_an_assistant_is_named(tiny_model: Path) -> None:
 
 def test_a_sample_that_the_template_refuses_is_named(tiny_model: Path) -> None:
     template = tiny_model.parent / "template.jinja"
-    template.write_text("{% if messages|length > 2 %}{{ raise_exception('only two turns') }}{% endif %}" + CHAT_TEMPLATE)
+    template.write_text(
+        "{% if messages|length > 2 %}{{ raise_exception('only two turns') }}{% endif %}" + CHAT_TEMPLATE
+    )
     rows = [{"messages": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT, USER]}]
     with pytest.raises(ValueError, match=r"train data, sample 1: only two turns"):
         build_trainer(options(tiny_model, rows, chat_template_path=template))
@@ -90,7 +99,9 @@ def test_a_prompt_that_leaves_no_completion_is_named(tiny_model: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a" * 70, "completion": "b"}]
     trainer, _ = build_trainer(options(tiny_model, rows[:1]))
     assert rows_of(trainer.train_dataset, "labels") == [[-100, 98, 256]]
-    with pytest.raises(ValueError, match="train data, sample 1: no supervised token .none is among its first 64"):
+    with pytest.raises(
+        ValueError, match=r"train data, sample 1: no supervised token .none is among its first 64"
+    ):
         build_trainer(options(tiny_model, rows, long_samples="truncate"))
 
 
@@ -109,7 +120,7 @@ def test_models_and_tokenizers_that_are_not_there(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=r"model_name_or_path=.*model'"):
         build_trainer(options(tiny_model, TEXTS[:1], from_scratch=False))  # a folder without weights
     (tiny_model / "config.json").unlink()
-    with pytest.raises(ValueError, match="gives no (config|tokenizer)"):
+    with pytest.raises(ValueError, match=r"gives no (config|tokenizer)"):
         build_trainer(options(tiny_model, TEXTS[:1]))
 
 
@@ -118,21 +129,13 @@ def test_assistant_only_loss_needs_messages(tiny_model: Path) -> None:
         build_trainer(options(tiny_model, TEXTS[:1], assistant_only_loss=True))
 
 
-def test_the_short_batch_ends_at_a_supervised_token(tiny_model: Path) -> None:
-    rows = [{"input_ids": list(range(40)), "labels": [-100] * 20 + [20, 21] + [-100] * 18}]
+def test_the_first_batch_is_of_a_sample_long_enough_to_check(tiny_model: Path) -> None:
+    rows = [{"input_ids": list(range(length))} for length in (4, 5, 6)]
     trainer, _ = build_trainer(options(tiny_model, rows))
-    assert short_batch(trainer, 8)["input_ids"].tolist() == [list(range(14, 22))]
+    assert first_batch(trainer)["input_ids"].tolist() == [[0, 1, 2, 3, 4]]
     assert check_blocker(trainer) is None
-
-
-def test_the_short_batch_of_a_packed_sample_keeps_its_boundaries(tiny_model: Path) -> None:
-    trainer, _ = build_trainer(options(tiny_model, TEXTS, packing=True, long_samples="split"))
-    sample = next(row for row in trainer.train_dataset if len(row["seq_lengths"]) > 1)
-    trainer.train_dataset = Dataset.from_list([sample])
-    last = sample["seq_lengths"][-1]
-    batch = short_batch(trainer, last + 3)
-    assert batch["cu_seq_lens_q"].tolist() == [0, 3, last + 3]
-    assert batch["input_ids"][0].tolist() == sample["input_ids"][-last - 3 :]
+    with pytest.raises(ValueError, match="no training sample has 7 tokens"):
+        first_batch(trainer, min_tokens=7)
 
 
 def test_weights_from_scratch_follow_the_seed(tiny_model: Path) -> None:
@@ -145,7 +148,9 @@ def test_weights_from_scratch_follow_the_seed(tiny_model: Path) -> None:
 
 
 def test_a_checkpoint_is_whole_or_absent(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, _ = build_trainer(options(tiny_model, TEXTS[:2], save_strategy="steps", save_steps=1, chunk_method="none"))
+    trainer, _ = build_trainer(
+        options(tiny_model, TEXTS[:2], save_strategy="steps", save_steps=1, chunk_method="none")
+    )
 
     def fill_up(self: Any, output_dir: str) -> None:
         if self.state.global_step == 2:
@@ -170,7 +175,9 @@ def test_the_saved_model_loads_and_a_full_disk_leaves_the_old_one(tiny_model: Pa
     def fill_up(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(trainer.processing_class), "save_pretrained", fill_up)  # the weights are written by then
+    monkeypatch.setattr(
+        type(trainer.processing_class), "save_pretrained", fill_up
+    )  # the weights are written by then
     with pytest.raises(DiskFullError, match="no space left to save the trained model"):
         save_model(trainer)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -179,7 +186,9 @@ def test_the_saved_model_loads_and_a_full_disk_leaves_the_old_one(tiny_model: Pa
 
 def test_saving_without_weights_is_an_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _ = build_trainer(options(tiny_model, TEXTS[:2]))
-    monkeypatch.setattr(trainer, "save_model", lambda folder: Path(folder).mkdir())  # what a sharded save may come to
+    monkeypatch.setattr(
+        trainer, "save_model", lambda folder: Path(folder).mkdir()
+    )  # what a sharded save may come to
     with pytest.raises(RuntimeError, match="no weights were gathered"):
         save_model(trainer)
 
@@ -204,7 +213,9 @@ def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.Monk
     assert mode() == "offline"
 
 
-def test_only_the_first_process_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_process_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "1")
     integration.print_once("second")
     monkeypatch.setenv("RANK", "0")

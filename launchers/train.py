@@ -1,0 +1,85 @@
+"""Trains a causal language model on long sequences with TRL's SFTTrainer, chunk by chunk.
+
+    accelerate launch launchers/train.py --config configs/quickstart.yaml [--option value ...]
+
+Runs under `python`, `accelerate launch`, `deepspeed` and `torchrun` alike. Exit status 2: the input is at
+fault, and one line says how; 1: the gradient check failed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from torch import distributed
+
+from chunkdist import ChunkConfig, UnsupportedModelError
+from chunkdist.check import check_gradients
+from chunkdist.integrations.arguments import TrainingOptions, parse_options
+from chunkdist.integrations.callbacks import ChunkCallback
+from chunkdist.integrations.saving import is_disk_full, removed_if_empty, save_model
+from chunkdist.integrations.trl import (
+    CheckedSFTTrainer,
+    build_trainer,
+    check_blocker,
+    chunk_trainer,
+    first_batch,
+    print_once,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One training run; returns the exit status."""
+    try:
+        return run(arguments)
+    except UnsupportedModelError as error:  # some models are known only in their first step
+        return fail(error)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        return fail(error)
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # a gloo process that just leaves sometimes aborts
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    try:
+        options = parse_options(arguments)
+        with removed_if_empty(options.training.output_dir):
+            trainer, chunk_config = build_trainer(options)
+            if not gradients_agree(trainer, chunk_config, options):
+                return 1
+            chunk_trainer(trainer, chunk_config)
+    except (ValueError, NotImplementedError) as error:
+        return fail(error)
+    ChunkCallback.add_to(trainer, chunk_config)
+    resume = options.training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    print_once(f"model saved to {save_model(trainer)}")
+    return 0
+
+
+def gradients_agree(trainer: CheckedSFTTrainer, config: ChunkConfig | None, options: TrainingOptions) -> bool:
+    """Runs the gradient check on a short sample and prints its report; true also where it cannot run."""
+    if config is None or not options.chunk.chunk_check:
+        return True
+    if blocker := check_blocker(trainer):
+        print_once(f"gradient check left out: {blocker}")
+        return True
+    with trainer.accelerator.autocast():
+        result = check_gradients(trainer.model, first_batch(trainer), config)
+    print_once(result.report())
+    return bool(result.passed)
+
+
+def fail(error: BaseException) -> int:
+    """One line on each machine; launchers repeat the exit status, not the line."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"chunkdist: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
