@@ -21,13 +21,18 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, T
 
 from chunkdist.config import ATTENTION_NAMES, ChunkConfig
 from chunkdist.data.samples import LongSamples
+from chunkdist.samplers import ChunkSampler, FixedBudgetSampler, ImportanceSampler, IndependentSampler
 
 _KV_GRAD_DTYPES: dict[str, torch.dtype | None] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "model": None,
 }
-_PLANNED_METHODS = ("spaco", "chunkflow")
+_SAMPLERS = {
+    "independent": IndependentSampler,
+    "importance": ImportanceSampler,
+    "fixed": FixedBudgetSampler,
+}
 
 
 def _of_config(name: str, *, default: object = None, choices: tuple[str, ...] | None = None) -> Any:
@@ -51,7 +56,10 @@ class ChunkArguments:
     """How the model is chunked; `chunk_config` says it in the library's own terms."""
 
     chunk_method: str = _option(
-        "seco", "seco: exact gradients, chunk by chunk. none: plain TRL, to compare with."
+        "seco",
+        "seco: exact gradients, chunk by chunk. spaco: unbiased ones, of a sample of the chunks. none: plain TRL, to "
+        "compare with.",
+        choices=("seco", "spaco", "none"),
     )
     chunk_size: int = _of_config("chunk_size", default=4096)
     layers_per_group: str = _of_config("layers_per_group", default="1")
@@ -60,6 +68,14 @@ class ChunkArguments:
     chunk_offload: str = _of_config("offload", choices=("none", "host", "auto"))
     chunk_attention: str = _of_config("attention", choices=ATTENTION_NAMES)
     chunk_rebuild_kv: str = _of_config("rebuild_kv", choices=("auto", "true", "false"))
+    spaco_sampler: str = _option(
+        "independent",
+        "independent: every chunk with the same probability. importance: in proportion to the norm of its output "
+        "gradient. fixed: the paper's, a fixed number of chunks, biased.",
+        choices=tuple(_SAMPLERS),
+    )
+    spaco_budget: int = _option(8, "How many chunks of a sequence are backpropagated, on average.")
+    spaco_cap: float | None = _option(None, "Upper bound of the fixed sampler's factor (2 in the paper).")
     chunk_check: bool = _option(
         True, "Before training, compare the gradients of a short sample with those of the unchunked model."
     )
@@ -70,10 +86,6 @@ class ChunkArguments:
         Raises:
             ValueError, NotImplementedError: a value is out of range, or not built yet.
         """
-        if self.chunk_method in _PLANNED_METHODS:
-            raise NotImplementedError(f"chunk_method={self.chunk_method} is not built yet: write seco")
-        if self.chunk_method not in ("seco", "none"):
-            raise ValueError(f"chunk_method={self.chunk_method} is unknown: write seco, or none")
         if self.chunk_method == "none":
             return None
         rebuild_kv: Any = {"true": True, "false": False}.get(self.chunk_rebuild_kv, self.chunk_rebuild_kv)
@@ -87,7 +99,27 @@ class ChunkArguments:
             offload=offload,
             attention=attention,
             rebuild_kv=rebuild_kv,
+            sampler=self._sampler(),
         )
+
+    def _sampler(self) -> ChunkSampler | None:
+        given = {
+            name: value
+            for name in ("spaco_sampler", "spaco_budget", "spaco_cap")
+            if (value := getattr(self, name)) != inspect.signature(ChunkArguments).parameters[name].default
+        }
+        if self.chunk_method != "spaco":
+            if given:
+                raise ValueError(f"{', '.join(given)} without chunk_method=spaco would be ignored: write chunk_method: spaco")
+            return None
+        if self.spaco_cap is None:
+            return _SAMPLERS[self.spaco_sampler](budget=self.spaco_budget)
+        if self.spaco_sampler != "fixed":
+            raise ValueError(
+                f"spaco_cap={self.spaco_cap} with spaco_sampler={self.spaco_sampler}: a cap makes an unbiased sampler "
+                "biased; leave it out, or write spaco_sampler: fixed"
+            )
+        return FixedBudgetSampler(budget=self.spaco_budget, cap=self.spaco_cap)
 
 
 @dataclass

@@ -28,6 +28,7 @@ from chunkdist.integrations.metrics_file import MetricsFile, draw
 from chunkdist.integrations.start_table import start_table, with_expected_attention
 from chunkdist.integrations.token_counter import TokenCounter
 from chunkdist.modeling import ChunkReport, chunk_report
+from chunkdist.sampling import SampleReport
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -48,6 +49,8 @@ class ChunkCallback(TrainerCallback):
     - `step_time_s` covers loading data, not evaluation and saving.
     - `peak_memory_gib` is the largest of the ranks' `torch.cuda.max_memory_allocated()`, `peak_rss_gib` (on a
       CPU) the largest of the processes' resident memory; both since the process started.
+    - `spaco_*`: chunks and tokens that SpaCO kept on rank 0 since the last log, the largest weight, and the mean of
+      `SampleReport.relative_variance`.
     - `mfu` is by model FLOPs, see `chunkdist.flops`.
     - A file that cannot be written costs one warning; training goes on.
 
@@ -71,6 +74,7 @@ class ChunkCallback(TrainerCallback):
         self._num_tokens_seen = 0
         self._expected: ChunkReport | None = None
         self._has_warned = False
+        self._samples: list[SampleReport] = []
         self._mark = self._seconds = self._first_step = 0.0
         self._num_steps = 0
 
@@ -105,6 +109,7 @@ class ChunkCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._note_sample()
         self._take_time()
         self._num_steps += 1
         if self._expected is not None:
@@ -112,6 +117,9 @@ class ChunkCallback(TrainerCallback):
             if report.attention != self._expected.attention:
                 self._say(f"attention is {report.attention} after all: {report.attention_reason}")
             self._expected = None
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self._note_sample()
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._mark = time.perf_counter()
@@ -160,7 +168,25 @@ class ChunkCallback(TrainerCallback):
         peak = peak_flops(torch.cuda.get_device_name(args.device)) if args.device.type == "cuda" else None
         if peak is not None:
             figures["mfu"] = self._counter.flops.from_counts(counts) / self._seconds / (peak * len(peaks))
-        return figures
+        return figures | self._sample_figures()
+
+    def _note_sample(self) -> None:
+        """SpaCO's sample of the micro-batch that has just ended."""
+        sample = None if self._config is None else chunk_report(self._model).sample
+        if sample is not None:
+            self._samples.append(sample)
+
+    def _sample_figures(self) -> dict[str, float]:
+        samples, self._samples = self._samples, []
+        if not samples:
+            return {}
+        return {
+            "spaco_chunks_kept": sum(sample.num_kept for sample in samples),
+            "spaco_chunks": sum(sample.num_chunks for sample in samples),
+            "spaco_tokens_kept": sum(sample.tokens_kept for sample in samples),
+            "spaco_largest_weight": max(sample.largest_weight for sample in samples),
+            "spaco_relative_variance": sum(sample.relative_variance for sample in samples) / len(samples),
+        }
 
     def _open_metrics(self, step: int) -> None:
         line = self._metrics.start(step)

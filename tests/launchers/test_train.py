@@ -80,6 +80,19 @@ def test_a_chunked_run_ends_where_the_plain_one_does(launcher: Any, tiny_model: 
     assert tokenizer.decode(tokenizer("é = 1")["input_ids"]) == "é = 1"
 
 
+def test_spaco_trains_and_says_what_it_kept(launcher: Any, tiny_model: Path, tmp_path: Path) -> None:
+    values = {"chunk_method": "spaco", "spaco_sampler": "importance", "spaco_budget": 2, "gradient_accumulation_steps": 2}
+    out = train(
+        launcher, tiny_model, TEXTS * 4, packing=True, long_samples="split", output_dir=tmp_path / "spaco", **values
+    )
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        figures = json.loads(line)
+        assert 0 <= figures["spaco_chunks_kept"] <= figures["spaco_chunks"] <= 8, "two micro-batches of four chunks"
+        assert figures["spaco_tokens_kept"] <= 2 * 64
+        assert figures["spaco_largest_weight"] >= 0
+        assert figures["spaco_relative_variance"] >= 0
+
+
 def test_lora_on_messages_with_evaluation_between(launcher: Any, tiny_model: Path, tmp_path: Path) -> None:
     base = train(launcher, tiny_model, FITTING, output_dir=tmp_path / "base")
     (tmp_path / "template.jinja").write_text(CHAT_TEMPLATE)
@@ -178,7 +191,7 @@ FAULTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "unknown option": (lambda m: command_line(m, TEXTS, chunk_sise=3), "did you mean 'chunk_size'"),
     "chunk size": (lambda m: command_line(m, FITTING, chunk_size=0), "chunk_size=0"),
     "group height": (lambda m: command_line(m, FITTING, layers_per_group=3), "layers_per_group=3"),
-    "method to come": (lambda m: command_line(m, FITTING, chunk_method="spaco"), "not built yet"),
+    "method": (lambda m: command_line(m, FITTING, chunk_method="ceco"), "invalid choice: 'ceco'"),
     "checkpointing": (
         lambda m: command_line(m, FITTING, gradient_checkpointing=True),
         "gradient_checkpointing=True",
