@@ -25,8 +25,8 @@ def check_chunk_size(num_tokens: int, chunk_size: int) -> int:
 def short_sample(batch: Mapping[str, Any], *, max_tokens: int, device: torch.device) -> dict[str, Any]:
     """The first tokens of the first rows, at most `max_tokens` in all.
 
-    Arguments that run along the tokens are cut with them, packed segments too. Without a label left, every token
-    is predicted: the check is about gradients, and any loss will do.
+    Arguments that run along the tokens are cut with them, packed segments too. Without a label left, every
+    token is predicted: the check is about gradients, and any loss will do.
 
     Raises:
         ValueError: fewer than 5 tokens a row, not enough for three chunks and a part of one.
@@ -36,7 +36,9 @@ def short_sample(batch: Mapping[str, Any], *, max_tokens: int, device: torch.dev
     whole = ids.shape[1]
     num_tokens = min(whole, max(_MIN_TOKENS, max_tokens // num_rows))
     if num_tokens < _MIN_TOKENS:
-        raise ValueError(f"the sample has {num_tokens} tokens, too few to be cut into chunks: take a longer one")
+        raise ValueError(
+            f"the sample has {num_tokens} tokens, too few to be cut into chunks: take a longer one"
+        )
     sample: dict[str, Any] = {}
     for name, value in batch.items():
         if name.startswith("max_length_") or name == "num_items_in_batch":

@@ -7,17 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 _QUANTISED = {"Params4bit", "Int8Params"}
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode (no dropout, which chunks would draw in other shapes) and has no
-    gradients. Afterwards mode, gradients, buffers and random states are those of before."""
+    """Inside, the model is in evaluation mode (no dropout, which chunks would draw in other shapes) and has
+    no gradients. Afterwards mode, gradients, buffers and random states are those of before."""
     modes = {module: module.training for module in model.modules()}
     grads = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {
@@ -46,8 +48,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, narrower floating-point weights and buffers are in `dtype`, and autocast is off. Afterwards they are
-    what they were, not what they would be after a conversion there and back."""
+    """Inside, narrower floating-point weights and buffers are in `dtype`, and autocast is off. Afterwards
+    they are what they were, not what they would be after a conversion there and back."""
     tensors = [*model.parameters(), *model.buffers()]
     before = [(t, t.data) for t in tensors if t.is_floating_point() and t.dtype.itemsize < dtype.itemsize]
     device_type = next(model.parameters()).device.type
@@ -62,14 +64,16 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def other_attention(model: nn.Module) -> Iterator[str]:
-    """Inside, the plain model computes its attention in another way; gives the name of that."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+def other_attention(model: nn.Module) -> Iterator[str | None]:
+    """Inside, the plain model computes its attention in another way; gives the name of that, if any."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     configs = {id(m.config): m.config for m in inner.modules() if hasattr(m, "config")}.values()
     before = [(config, config._attn_implementation_internal) for config in configs if _has_attention(config)]
-    name = "sdpa" if inner.config._attn_implementation == "eager" else "eager"
+    name: str | None = "eager"
+    if inner.config._attn_implementation == "eager":
+        name = "sdpa" if inner._supports_sdpa else None
     try:
-        for config, _ in before:
+        for config, _ in before if name else ():
             config._attn_implementation_internal = name
         yield name
     finally:
@@ -91,13 +95,13 @@ def why_not_widened(model: nn.Module, dtype: torch.dtype) -> str | None:
 
 
 def refuse_absent_weights(model: nn.Module) -> None:
-    """Raises `RuntimeError` where the weights are sharded or elsewhere: the check runs the model by itself."""
+    """Raises `RuntimeError` where the weights are sharded or elsewhere: the check runs the model by
+    itself."""
     for name, parameter in model.named_parameters():
-        is_dtensor = torch.distributed.is_available() and isinstance(parameter, torch.distributed.tensor.DTensor)
-        if is_dtensor or hasattr(parameter, "ds_id"):
-            raise RuntimeError(f"{name} is sharded, and the check runs in one process: use `chunkdist check CONFIG`")
+        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
+            raise RuntimeError(f"{name} is sharded, and the check needs it whole: run `chunkdist check`")
         if parameter.is_meta:
-            raise RuntimeError(f"{name} is on the meta device, there is nothing to compute with: load the weights")
+            raise RuntimeError(f"{name} is on the meta device: load the weights first")
 
 
 def _has_attention(config: object) -> bool:
@@ -109,5 +113,3 @@ def _free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     return int(psutil.virtual_memory().available)
-
-

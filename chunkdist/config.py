@@ -1,4 +1,5 @@
-"""`ChunkConfig`: how a model is cut into cells. Plain values, checked when built; nothing here touches a device."""
+"""`ChunkConfig`: how a model is cut into cells. Plain values, checked when built; nothing here touches a
+device."""
 
 from __future__ import annotations
 
@@ -19,20 +20,23 @@ class ChunkConfig:
 
     Args:
         chunk_size: Tokens of a chunk. A sequence of T tokens runs as ceil(T / chunk_size) chunks.
-        layers_per_group: Consecutive decoder layers that form one autograd node; `"all"` is the schedule of SeCO
-            (arXiv 2505.16710), 1 keeps the least K/V, and is what DeepSpeed ZeRO-3 needs.
-        retained_chunks: Chunks at the end of a sequence whose graphs are kept from the forward instead of being
-            rebuilt in the backward (the K of ChunkFlow, arXiv 2503.02356). More is faster and takes more memory.
-        sampler: Which chunks are backpropagated, and with which weights. `None`: all of them, exact gradients.
-        kv_grad_dtype: Dtype in which the gradients of keys and values are summed over the chunks that read them;
-            never narrower than the keys and values themselves. `None`: their own dtype.
+        layers_per_group: Consecutive decoder layers that form one autograd node; `"all"` is the schedule of
+            SeCO (arXiv 2505.16710), 1 keeps the least K/V, and is what DeepSpeed ZeRO-3 needs.
+        retained_chunks: Chunks at the end of a sequence whose graphs are kept from the forward instead of
+            being rebuilt in the backward (the K of ChunkFlow, arXiv 2503.02356). More is faster and takes
+            more memory.
+        sampler: Which chunks are backpropagated, and with which weights. `None`: all of them, exact
+            gradients.
+        kv_grad_dtype: Dtype in which the gradients of keys and values are summed over the chunks that read
+            them; never narrower than the keys and values themselves. `None`: their own dtype.
         offload: Where group inputs and K/V wait for the backward.
         attention: The attention backend. `"auto"` takes the fastest that can do what the layer asks for.
-        rebuild_kv: Whether K/V are rebuilt in the backward (by the layer's norm and projections) instead of being kept
-            from the forward. `"auto"`: rebuilt when a group is one layer and no chunk is retained, kept otherwise.
-        control_variate: Whether the gradients that kept chunks leave for other chunks' keys and values reach the norm and
-            the k/v projections without weights, which lowers SpaCO's variance for a few percent of its time.
-            `"auto"`: when a group is one layer and the sampler keeps chunks independently.
+        rebuild_kv: Whether K/V are rebuilt in the backward (by the layer's norm and projections) instead of
+            being kept from the forward. `"auto"`: rebuilt when a group is one layer and no chunk is retained,
+            kept otherwise.
+        control_variate: Whether the gradients that kept chunks leave for other chunks' keys and values reach
+            the norm and the k/v projections without weights, which lowers SpaCO's variance for a few percent
+            of its time. `"auto"`: when a group is one layer and the sampler keeps chunks independently.
 
     Raises:
         ValueError: a value is out of its range, or two values exclude each other.
@@ -62,20 +66,28 @@ class ChunkConfig:
         if self.offload != "none":
             raise ValueError(f"offload={self.offload!r} is unknown: write 'none', 'host' or 'auto'")
         if self.attention not in ATTENTION_NAMES:
-            raise ValueError(f"attention={self.attention!r} is unknown: write one of {', '.join(ATTENTION_NAMES)}")
+            raise ValueError(
+                f"attention={self.attention!r} is unknown: write one of {', '.join(ATTENTION_NAMES)}"
+            )
         if self.kv_grad_dtype is not None and not self.kv_grad_dtype.is_floating_point:
-            raise ValueError(f"kv_grad_dtype={self.kv_grad_dtype} cannot hold gradients: write torch.float32 or None")
+            raise ValueError(
+                f"kv_grad_dtype={self.kv_grad_dtype} cannot hold gradients: write torch.float32 or None"
+            )
         if self.rebuild_kv not in (True, False, "auto"):
             raise ValueError(f"rebuild_kv={self.rebuild_kv!r} is unknown: write True, False or 'auto'")
         if self.rebuild_kv is True and self.retained_chunks != 0:
             raise ValueError(
-                f"rebuild_kv=True needs retained_chunks=0, not {self.retained_chunks}: the graphs of retained chunks "
-                "hold the K/V that they read; write rebuild_kv='auto'"
+                f"rebuild_kv=True needs retained_chunks=0, not {self.retained_chunks}: graphs of retained "
+                "chunks hold the K/V that they read; write rebuild_kv='auto'"
             )
         if self.sampler is not None and not isinstance(self.sampler, ChunkSampler):
-            raise ValueError(f"sampler={self.sampler!r} has no method draw: write IndependentSampler(budget=8)")
+            raise ValueError(
+                f"sampler={self.sampler!r} has no method draw: write IndependentSampler(budget=8)"
+            )
         if self.control_variate not in (True, False, "auto"):
-            raise ValueError(f"control_variate={self.control_variate!r} is unknown: write True, False or 'auto'")
+            raise ValueError(
+                f"control_variate={self.control_variate!r} is unknown: write True, False or 'auto'"
+            )
         if self.control_variate is True and (self.sampler is None or self.layers_per_group != 1):
             raise ValueError(
                 f"control_variate=True needs a sampler and layers_per_group=1, not {self.sampler!r} and "
@@ -102,4 +114,6 @@ _UNITS = {"chunk_size": "tokens", "layers_per_group": "layers, or 'all'", "retai
 
 def _check_count(name: str, value: object, *, minimum: int, others: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name}={value!r} is not a count of {_UNITS[name]}: write an integer >= {minimum}{others}")
+        raise ValueError(
+            f"{name}={value!r} is not a count of {_UNITS[name]}: write an integer >= {minimum}{others}"
+        )

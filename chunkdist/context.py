@@ -49,7 +49,8 @@ class ChunkContext:
 
     @contextmanager
     def attention_installed(self) -> Iterator[None]:
-        """The model's attention goes to chunkdist. Config objects may be shared with other models: only for a while."""
+        """The model's attention goes to chunkdist. Config objects may be shared with other models: only for a
+        while."""
         before = [config._attn_implementation_internal for config in self._model_configs]
         try:
             for config in self._model_configs:
@@ -60,9 +61,11 @@ class ChunkContext:
                 config._attn_implementation_internal = name
 
     @contextmanager
-    def running(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Inside, the decoder's layers run in chunks. Reads the stream from what the caller passed, and gives the
-        keyword arguments to go on with."""
+    def running(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """Inside, the decoder's layers run in chunks. Reads the stream from what the caller passed, and gives
+        the keyword arguments to go on with."""
         if self.stream is not None:  # inside another module that takes token ids
             yield kwargs
             return
@@ -72,7 +75,9 @@ class ChunkContext:
         caches = [key for key in ("past_key_values", "cache_params") if arguments.get(key) is not None]
         caches += ["use_cache=True"] if arguments.get("use_cache") else []
         if caches and decoder.training:
-            raise ValueError(f"{caches[0]} was passed while training, and a chunked model makes no cache: leave it out")
+            raise ValueError(
+                f"{caches[0]} was passed while training, and a chunked model makes no cache: leave it out"
+            )
         if caches:  # generation
             before, self.bypassed = self.bypassed, True
             try:
@@ -83,13 +88,14 @@ class ChunkContext:
         for name in _OUTPUTS:
             if arguments.get(name, getattr(decoder.config, name, False)):
                 raise ValueError(
-                    f"{name}=True, but a chunked forward has no such outputs of the whole sequence: write {name}=False"
+                    f"{name}=True, but a chunked forward has no such outputs of the whole sequence: write "
+                    f"{name}=False"
                     + ("; in TRL, router_aux_loss_coef: 0" if name == "output_router_logits" else "")
                 )
         if "use_cache" in signature.parameters and "use_cache" not in list(signature.parameters)[: len(args)]:
             kwargs = {**kwargs, "use_cache": False}
         try:
-            self.stream = read_stream(arguments, self.config.chunk_size)
+            self.stream = read_stream(arguments, int(self.config.chunk_size))
             sampler = self.config.sampler
             self.sample = None if sampler is None else ChunkSample(sampler, self.stream)
             with self.attention_installed():

@@ -11,8 +11,8 @@ from chunkdist.schedule import Chunk
 class KVStore:
     """Buffers (B, T, K, D) of all tokens, allocated at the first write.
 
-    B rows, T tokens of the stream, K kv heads, D head dim. Gradients of K/V are summed over the chunks that read
-    them, in `grad_dtype` unless K/V are wider.
+    B rows, T tokens of the stream, K kv heads, D head dim. Gradients of K/V are summed over the chunks that
+    read them, in `grad_dtype` unless K/V are wider.
     """
 
     def __init__(self, num_tokens: int, grad_dtype: torch.dtype | None) -> None:
@@ -43,7 +43,8 @@ class KVStore:
             grads[row, start : start + x.shape[0]] += x
 
     def grads_of(self, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
-        """Views (B, T, K, D) of what has been left so far for the chunk's own keys and values; `None`: nothing yet."""
+        """Views (B, T, K, D) of what has been left so far for the chunk's own keys and values; `None`:
+        nothing yet."""
         if self._grads is None:
             return None
         dk, dv = (grads[:, chunk.start : chunk.end] for grads in self._grads)

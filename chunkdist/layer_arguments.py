@@ -43,14 +43,21 @@ def refuse_arguments(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]
     num_rows = len(stream.segment_starts)
     if hidden.ndim != 3 or hidden.shape[:2] != (num_rows, stream.num_tokens):
         raise UnsupportedModelError(
-            f"{name} gets hidden states of shape {tuple(hidden.shape)}, not ({num_rows} rows, {stream.num_tokens} tokens, "
-            "hidden) as the model's input"
+            f"{name} gets hidden states of shape {tuple(hidden.shape)}, not ({num_rows} rows, "
+            f"{stream.num_tokens} tokens, hidden) as the model's input"
         )
     for key, argument in arguments.items():
-        if key in ("past_key_values", "past_key_value", "layer_past", "cache_params") and argument is not None:
-            raise UnsupportedModelError(f"{name} gets a cache ({key}) from a decoder that was told not to make one")
+        if (
+            key in ("past_key_values", "past_key_value", "layer_past", "cache_params")
+            and argument is not None
+        ):
+            raise UnsupportedModelError(
+                f"{name} gets a cache ({key}) from a decoder that was told not to make one"
+            )
         if isinstance(argument, dict):
-            raise UnsupportedModelError(f"{name} gets a dict ({key}), through which layers may pass on what is not chunked")
+            raise UnsupportedModelError(
+                f"{name} gets a dict ({key}), through which layers may pass on what is not chunked"
+            )
         for tensor in _tensors(argument):
             if tensor.requires_grad and torch.is_grad_enabled():
                 raise UnsupportedModelError(f"{name} gets an argument that carries a gradient: {key}")
@@ -78,8 +85,8 @@ def _slice(key: str, argument: Any, chunk: Chunk, num_tokens: int) -> Any:
             return argument
         if len(dims) > 1:
             raise UnsupportedModelError(
-                f"layer argument {key} of shape {tuple(argument.shape)} has more than one dim of {num_tokens} tokens: "
-                "cannot tell which one to cut"
+                f"layer argument {key} of shape {tuple(argument.shape)} has several dims of {num_tokens} "
+                "tokens: cannot tell which one to cut"
             )
         (dim,) = dims
     return argument.narrow(dim, chunk.start, chunk.num_tokens)

@@ -1,14 +1,16 @@
 """The layer group: consecutive layers as one autograd node that runs them chunk by chunk.
 
-SeCO (arXiv 2505.16710, algorithm 1) and the retained chunks of ChunkFlow (arXiv 2503.02356, algorithm 2), turned
-inside out: not a training loop with a backward per chunk, but one forward and one backward whose inside is the loop.
+SeCO (arXiv 2505.16710, algorithm 1) and the retained chunks of ChunkFlow (arXiv 2503.02356, algorithm 2),
+turned inside out: not a training loop with a backward per chunk, but one forward and one backward whose
+inside is the loop.
 
-- forward: chunks ascending, without a graph; each layer's K and V are appended to its store. The group's input is kept.
-- backward: chunks descending; each is run again with a graph, and its gradient goes to the group's input, to the
-  parameters, and to the K and V of the chunks before it.
+- forward: chunks ascending, without a graph; each layer's K and V are appended to its store. The group's
+  input is kept.
+- backward: chunks descending; each is run again with a graph, and its gradient goes to the group's input, to
+  the parameters, and to the K and V of the chunks before it.
 
-The node's inputs are the group's hidden states (B, T, H) and its trainable parameters; a parameter's gradient comes out
-once, summed over the chunks in at least fp32.
+The node's inputs are the group's hidden states (B, T, H) and its trainable parameters; a parameter's gradient
+comes out once, summed over the chunks in at least fp32.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from chunkdist.sharding.fsdp2 import GroupUnits, refuse_inner_units
 
 
 class GroupLayer:
-    """Stands in for one layer's `forward`, set on the instance: hooks around the layer's call run as before."""
+    """Stands in for one layer's `forward`, set on the instance: hooks around the layer's call run as
+    before."""
 
     def __init__(self, layer: nn.Module, state: LayerState | None) -> None:
         self.layer = layer
@@ -67,8 +70,8 @@ class GroupLayer:
                 self.state.cell = None
         if cell is not None and cell.num_calls != 1:
             raise UnsupportedModelError(
-                f"{type(self.layer).__name__} called the attention function {cell.num_calls} times in one pass, not "
-                "once: it keeps state between tokens that is not in its keys and values"
+                f"{type(self.layer).__name__} called the attention function {cell.num_calls} times in a "
+                "pass, not once: it keeps state between tokens that is not in its keys and values"
             )
         self.returns_tuple = isinstance(output, tuple)
         if isinstance(output, tuple):
@@ -76,7 +79,9 @@ class GroupLayer:
             if any(x is not None for x in others):
                 raise UnsupportedModelError(f"{type(self.layer).__name__} returns more than hidden states")
         if not isinstance(output, Tensor):
-            raise UnsupportedModelError(f"{type(self.layer).__name__} returns {type(output).__name__}, not a tensor")
+            raise UnsupportedModelError(
+                f"{type(self.layer).__name__} returns {type(output).__name__}, not a tensor"
+            )
         return output
 
     def wrap(self, hidden: Tensor) -> Any:
@@ -85,7 +90,8 @@ class GroupLayer:
 
 
 class LayerGroup:
-    """Consecutive layers that run as one node. Its first layers pass the hidden states on, its last one runs all."""
+    """Consecutive layers that run as one node. Its first layers pass the hidden states on, its last one runs
+    all."""
 
     def __init__(self, layers: Sequence[GroupLayer], context: ChunkContext) -> None:
         self.layers = tuple(layers)
@@ -107,7 +113,8 @@ class LayerGroup:
             run = GroupRun(self, stream)
         if run is None or run.group is not self or len(run.arguments) != position:
             raise UnsupportedModelError(
-                f"the decoder does not call its layers one after another: write layers_per_group=1, not {len(self.layers)}"
+                "the decoder does not call its layers one after another: write layers_per_group=1, not "
+                f"{len(self.layers)}"
             )
         self.context.open_run = run
         refuse_inner_units(layer.layer)
@@ -176,7 +183,11 @@ class GroupRun:
         stream = Stream(num_tokens=1, chunks=(token,), segment_starts=((0,),) * hidden.shape[0])
         with torch.no_grad(), undisturbed_rng(hidden):
             cell = self._cell(layer, token, stream, self._new_store(layer, num_tokens=1))
-            layer.run(cell, _tokens_of(hidden, token), slice_tokens(self.arguments[-1], token, self.stream.num_tokens))
+            layer.run(
+                cell,
+                _tokens_of(hidden, token),
+                slice_tokens(self.arguments[-1], token, self.stream.num_tokens),
+            )
 
     def forward(self, hidden: Tensor, num_retained: int) -> Tensor:
         """Runs all chunks without a graph, but the last `num_retained` with one. (B, T, H) to (B, T, H)."""
@@ -229,7 +240,8 @@ class GroupRun:
         return grad_hidden, *self.parameters.take_grads(unused_as_zeros=self._sample is not None)
 
     def _chunk_weights(self, grad_output: Tensor) -> tuple[float, ...]:
-        """SpaCO's weight of each chunk; all 1 without a sampler, and for modules that treat each token alone."""
+        """SpaCO's weight of each chunk; all 1 without a sampler, and for modules that treat each token
+        alone."""
         if self._sample is None or not self.group.attends:
             return (1.0,) * len(self.stream.chunks)
         if self.group.is_last:
@@ -239,8 +251,8 @@ class GroupRun:
     def _weigh_kv_grads(self, index: int, hidden: Tensor, weight: float, kept: list[int]) -> None:
         """Multiplies by the chunk's weight what later chunks left for its keys and values.
 
-        The control variate: carried through the norm and the k/v projections alone, that gradient reaches their
-        parameters without a rerun of the chunk. Added with the factor 1 - weight, whose mean is 0.
+        The control variate: carried through the norm and the k/v projections alone, that gradient reaches
+        their parameters without a rerun of the chunk. Added with the factor 1 - weight, whose mean is 0.
         """
         chunk = self.stream.chunks[index]
         if self.group.context.config.uses_control_variate and self.stream.is_read_later(index, kept):
@@ -288,7 +300,8 @@ class GroupRun:
         raise AssertionError("the layer ran to its end without attending")
 
     def _rebuild_kv(self, hidden: Tensor, kept: list[int]) -> None:
-        """Stores the keys and values that the chunks to be rerun read of other chunks; they store their own."""
+        """Stores the keys and values that the chunks to be rerun read of other chunks; they store their
+        own."""
         self._stores = [self._new_store(layer, self.stream.num_tokens) for layer in self.group.layers]
         if not self.group.attends:
             return
@@ -306,7 +319,13 @@ class GroupRun:
         return None if layer.state is None else KVStore(num_tokens, self.group.context.config.kv_grad_dtype)
 
     def _cell(
-        self, layer: GroupLayer, chunk: Chunk, stream: Stream, store: KVStore | None, *, stop_at_kv: bool = False
+        self,
+        layer: GroupLayer,
+        chunk: Chunk,
+        stream: Stream,
+        store: KVStore | None,
+        *,
+        stop_at_kv: bool = False,
     ) -> Cell | None:
         if layer.state is None:
             return None
@@ -314,7 +333,8 @@ class GroupRun:
 
 
 def _tokens_of(hidden: Tensor, chunk: Chunk) -> Tensor:
-    """A chunk's hidden states, contiguous as a layer gets them without chunks: some call `.view`. One row: no copy."""
+    """A chunk's hidden states, contiguous as a layer gets them without chunks: some call `.view`. One row: no
+    copy."""
     return hidden[:, chunk.start : chunk.end].contiguous()
 
 
@@ -323,10 +343,10 @@ class _GroupFunction(torch.autograd.Function):
     def forward(ctx: Any, run: GroupRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
         ctx.run = run
         ctx.save_for_backward(hidden)
-        return run.forward(hidden, num_retained=run.group.context.config.retained_chunks)
+        return run.forward(hidden, num_retained=int(run.group.context.config.retained_chunks))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
         return None, *ctx.run.backward(hidden, grad_output)

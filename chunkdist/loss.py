@@ -1,12 +1,13 @@
 """Linear cross-entropy in tiles: the logits of a whole sequence never exist.
 
-A causal LM computes `logits = head(hidden)`, changes them (soft-cap, scale, `.float()`), and hands them to its loss
-function. During a forward with labels, the head returns `LazyLogits` instead: a tensor without storage that writes down
-the elementwise operations and is computed when somebody needs it. The loss function takes it tile by tile, gradients
-included, so that the head runs once (as in Liger, arXiv 2410.10989, section 3.2).
+A causal LM computes `logits = head(hidden)`, changes them (soft-cap, scale, `.float()`), and hands them to
+its loss function. During a forward with labels, the head returns `LazyLogits` instead: a tensor without
+storage that writes down the elementwise operations and is computed when somebody needs it. The loss function
+takes it tile by tile, gradients included, so that the head runs once (as in Liger, arXiv 2410.10989, section
+3.2).
 
-The head is called when its weights are needed, not before: what it does then stands in for its forward, and the hooks
-of sharding engines gather, release and reduce around that call as they would around any other.
+The head is called when its weights are needed, not before: what it does then stands in for its forward, and
+the hooks of sharding engines gather, release and reduce around that call as they would around any other.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ TILE_BYTES = 2**29
 
 Operation = Callable[[Tensor], Tensor]
 
+_T = torch.Tensor
 _ELEMENTWISE = frozenset(
-    (torch.Tensor.div, torch.Tensor.mul, torch.Tensor.__rmul__, torch.Tensor.tanh, torch.tanh, torch.div, torch.mul)
-    + (torch.Tensor.true_divide, torch.Tensor.__truediv__, torch.Tensor.__mul__, torch.Tensor.float, torch.Tensor.to)
-    + (torch.Tensor.contiguous,)
+    {_T.div, _T.true_divide, _T.__truediv__, torch.div, _T.mul, _T.__mul__, _T.__rmul__, torch.mul}
+    | {_T.tanh, torch.tanh, _T.float, _T.to, _T.contiguous}
 )
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")
 _METADATA = frozenset(
-    (torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.is_floating_point)
-    + tuple(
-        getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")
-    )
+    {_T.size, _T.dim, _T.numel, _T.__len__, _T.is_floating_point}
+    | {getattr(_T, name).__get__ for name in _PROPERTIES}
 )
 
 
 class LazyLogits(torch.Tensor):
-    """`head(hidden)` and the operations after it, not computed yet: (B, T, V). Whatever else is asked of it computes it.
+    """`head(hidden)` and the operations after it, not computed yet: (B, T, V). Whatever else is asked of it
+    computes it.
 
     Args:
         hidden: (B, T, H).
@@ -66,13 +67,15 @@ class LazyLogits(torch.Tensor):
 
     def compute(self) -> Tensor:
         """The logits as a tensor, connected to the graph."""
-        return self.call_head(lambda hidden: _logits(hidden, self.head.weight, self.head.bias, self.operations))
+        return self.call_head(
+            lambda hidden: _logits(hidden, self.head.weight, self.head.bias, operations=self.operations)
+        )
 
     def call_head(self, function: Operation) -> Tensor:
         """Calls the head on the hidden states, hooks and all, with `function` as its forward."""
         before = self.head.__dict__.get("forward")
         try:
-            self.head.forward = function  # type: ignore[method-assign]
+            self.head.__dict__["forward"] = function
             result: Tensor = self.head._call_impl(self.hidden)
         finally:
             if before is None:
@@ -83,7 +86,11 @@ class LazyLogits(torch.Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
@@ -102,9 +109,15 @@ class LazyLogits(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return func(*_computed(args), **_computed(kwargs or {}))  # what C++ calls without asking __torch_function__
+        return func(
+            *_computed(args), **_computed(kwargs or {})
+        )  # what C++ calls without asking __torch_function__
 
 
 def _computed(x: Any) -> Any:
@@ -125,7 +138,11 @@ def lazy_logits(model: PreTrainedModel) -> Iterator[None]:
     """
     head = model.get_output_embeddings()
     # not `type(head)`: FSDP2 gives a module another class
-    is_linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in head.__dict__
+    is_linear = (
+        isinstance(head, nn.Linear)
+        and type(head).forward is nn.Linear.forward
+        and "forward" not in head.__dict__
+    )
     if not is_linear or model.loss_function is not ForCausalLMLoss:
         yield
         return
@@ -133,11 +150,16 @@ def lazy_logits(model: PreTrainedModel) -> Iterator[None]:
     def call(hidden: Tensor) -> Tensor:
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
-        return LazyLogits(hidden, head, (), torch.get_autocast_dtype(device_type) if autocast else hidden.dtype)
+        return LazyLogits(
+            hidden, head, (), torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+        )
 
     # The one attribute of a module that comes before its hooks (torch.nn.Module._wrapped_call_impl, 2.13).
     attribute = "_compiled_call_impl"
-    before = [(head, attribute, head.__dict__.get(attribute)), (model, "_loss_function", model.__dict__.get("_loss_function"))]
+    before = [
+        (head, attribute, head.__dict__.get(attribute)),
+        (model, "_loss_function", model.__dict__.get("_loss_function")),
+    ]
     try:
         head._compiled_call_impl = call
         model._loss_function = tiled_causal_lm_loss
@@ -164,7 +186,8 @@ def tiled_causal_lm_loss(
     Args:
         logits: (B, T, V).
         labels: (B, T), shifted here; `shift_labels`: (B, T), shifted already.
-        num_items_in_batch: The loss is the sum over tokens divided by this; else the mean, 0 if all are ignored.
+        num_items_in_batch: The loss is the sum over tokens divided by this; else the mean, 0 if all are
+            ignored.
     """
     if not isinstance(logits, LazyLogits) or logits.shape[-1] != vocab_size:
         return ForCausalLMLoss(
@@ -218,11 +241,12 @@ def linear_cross_entropy(
 
 
 def tile_tokens(vocab_size: int, element_bytes: int) -> int:
-    """Tokens of a tile: `TILE_BYTES` hold its logits, and their gradients, in the model's dtype and in fp32."""
+    """Tokens of a tile: `TILE_BYTES` hold its logits, and their gradients, in the model's dtype and in
+    fp32."""
     return max(16, TILE_BYTES // (vocab_size * 2 * (element_bytes + 4)))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, operations: tuple[Operation, ...]) -> Tensor:
+def _logits(hidden: Tensor, weight: Any, bias: Any, *, operations: tuple[Operation, ...]) -> Tensor:
     logits = F.linear(hidden, weight, bias)
     for operation in operations:
         logits = operation(logits)
@@ -248,35 +272,51 @@ class _TiledCrossEntropy(torch.autograd.Function):
         num_tokens = tile_tokens(weight_VH.shape[0], hidden_NH.element_size())
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden_NH) if needs[0] else None
-        sums: list[Tensor | None] = [
-            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if need and x is not None else None
+        leaves = [
+            None if x is None else x.detach().requires_grad_(need)
             for x, need in zip((weight_VH, bias_V), needs[1:], strict=True)
         ]
-        leaves = [x.detach().requires_grad_(need) if x is not None else None for x, need in zip((weight_VH, bias_V), needs[1:], strict=True)]
+        sums = [
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+            if x is not None and x.requires_grad
+            else None
+            for x in leaves
+        ]
         for start in _tiles_with_labels(labels_N, num_tokens, ignore_index):
             tile = slice(start, start + num_tokens)
             hidden = hidden_NH[tile].detach().requires_grad_(needs[0])
             with torch.set_grad_enabled(any(needs)):
-                logits = _logits(hidden, *leaves, operations).float()
-                tile_loss = F.cross_entropy(logits, labels_N[tile], ignore_index=ignore_index, reduction="sum") * scale
-            loss += tile_loss.detach()
-            inputs = [x for x in (hidden, *leaves) if x is not None and x.requires_grad]
-            if not inputs:
-                continue
+                logits = _logits(hidden, *leaves, operations=operations).float()
+                tile_sum = F.cross_entropy(logits, labels_N[tile], ignore_index=ignore_index, reduction="sum")
+                tile_loss = tile_sum * scale
             del logits
-            grads = dict(zip(map(id, inputs), torch.autograd.grad(tile_loss, inputs), strict=True))
+            loss += tile_loss.detach()
+            if not any(needs):
+                continue
+            tile_loss.backward()
             if grad_hidden is not None:
-                grad_hidden[tile] = grads[id(hidden)]
+                assert hidden.grad is not None
+                grad_hidden[tile] = hidden.grad
             for total, leaf in zip(sums, leaves, strict=True):
-                if total is not None:
-                    total += grads[id(leaf)]
-        ctx.save_for_backward(grad_hidden, *(None if total is None else total.to(weight_VH.dtype) for total in sums))
+                if total is not None and leaf is not None and leaf.grad is not None:
+                    total += leaf.grad
+                    leaf.grad = None
+        ctx.save_for_backward(
+            grad_hidden, *(None if total is None else total.to(weight_VH.dtype) for total in sums)
+        )
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if x is None else x * grad_loss.to(x.dtype) for x in ctx.saved_tensors), None, None, None, None, None
+        return (
+            *(None if x is None else x * grad_loss.to(x.dtype) for x in ctx.saved_tensors),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _tiles_with_labels(labels_N: Tensor, num_tokens: int, ignore_index: int) -> list[int]:

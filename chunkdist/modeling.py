@@ -1,7 +1,7 @@
 """`chunk_model`: finds a model's decoder layers, forms groups, and puts the chunked forward in their place.
 
-No code for any particular model: layers are the elements of the decoder's one list of layers, their attention is
-whatever calls transformers' `AttentionInterface`. What cannot be computed exactly is refused.
+No code for any particular model: layers are the elements of the decoder's one list of layers, their attention
+is whatever calls transformers' `AttentionInterface`. What cannot be computed exactly is refused.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from chunkdist.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.layer_group import GroupLayer, LayerGroup
 from chunkdist.loss import lazy_logits, tile_tokens
-from chunkdist.sharding.zero3 import Zero3Layers
 from chunkdist.sampling import SampleReport
+from chunkdist.sharding.zero3 import Zero3Layers
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,10 @@ _ORIGINAL_FORWARD = "_chunkdist_original_forward"
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _MIXERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCellBase, nn.ZeroPad2d)
 """Modules that look at neighbouring tokens; the last one is how token shifts are written."""
-_MIXER_NAMES = re.compile(r"Mamba|SSM(?!LP)|RecurrentBlock|Rwkv|RWKV|DeltaNet|LinearAttention|ShortConv|Hyena|Indexer")
-"""The same for classes that need no such module. A layer that is missed by both has been swept in the tests."""
+_MIXER_NAMES = re.compile(
+    r"Mamba|SSM(?!LP)|RecurrentBlock|Rwkv|RWKV|DeltaNet|LinearAttention|ShortConv|Hyena|Indexer"
+)
+"""The same for classes that need no such module."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,7 +52,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, chunk_mask)
 class ChunkReport:
     """How a model is chunked, for people to read.
 
-    The attention fields name the backends and why they were taken; before the first step, what was configured.
+    The attention fields name the backends and why they were taken; before the first step, what was set.
     """
 
     num_layers: int
@@ -69,8 +71,8 @@ class ChunkReport:
 def chunk_model(model: Model, config: ChunkConfig) -> Model:
     """Makes a causal LM run its layers chunk by chunk, in place, with exact gradients.
 
-    Chunked are the forwards without a cache: training, and evaluation under `no_grad`. Generation is the model's own.
-    Gradients, state dict, and collectives of sharding engines are those of the model before.
+    Chunked are the forwards without a cache: training, and evaluation under `no_grad`. Generation is the
+    model's own. Gradients, state dict, and collectives of sharding engines are those of the model before.
 
     Args:
         model: A transformers causal LM, or a PEFT model of one; chunk before FSDP or DDP wrap it.
@@ -80,7 +82,7 @@ def chunk_model(model: Model, config: ChunkConfig) -> Model:
 
     Raises:
         ValueError: the model is chunked already, wrapped, or its setting excludes chunks.
-        UnsupportedModelError: gradients would not be exact. Some models are known only in their first forward.
+        UnsupportedModelError: gradients would not be exact. Some models show it only in their first forward.
     """
     causal_lm = _causal_lm(model)
     if _HANDLE in causal_lm.__dict__:
@@ -208,18 +210,19 @@ def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _method(forward: Callable[..., Any], module: nn.Module) -> MethodType:
-    """`forward` as a method of `module`, with the signature of its own, which trainers and `generate` read."""
+    """`forward` as a method of `module`, with its own signature, which trainers and `generate` read."""
     module.__dict__[_ORIGINAL_FORWARD] = module.forward
     own: Any = getattr(module.forward, "__func__", module.forward)
     return MethodType(wraps(own)(partial(forward)), module)
 
 
 def _causal_lm(model: nn.Module) -> PreTrainedModel:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model: Any = getattr(model, "get_base_model", None)  # PEFT's
+    inner = model if get_base_model is None else get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(
-            f"{type(inner).__name__} is not a transformers model: pass the model itself, before DDP, FSDP or DeepSpeed "
-            "wrap it"
+            f"{type(inner).__name__} is not a transformers model: pass the model itself, before DDP, FSDP or "
+            "DeepSpeed wrap it"
         )
     return inner
 
@@ -234,32 +237,40 @@ def _handle(model: PreTrainedModel) -> ChunkedModel:
 def _find_layers(model: PreTrainedModel) -> tuple[list[nn.Module], nn.Module, list[nn.Module]]:
     """The modules around the layers that take token ids, the decoder, and its layers.
 
-    Of the first, the outermost one that is called makes the masks and is where a chunked forward begins. The layers are the one list as long as `num_hidden_layers`; in a model with other towers, the least nested one.
+    Of the first, the outermost one that is called makes the masks and is where a chunked forward begins.
+    The layers are the one list as long as `num_hidden_layers`; beside other towers, the least nested one.
     """
     name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder: its decoder attends to something else than itself")
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder: its decoder attends to something else than itself"
+        )
     num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found = _lists_of(num_layers, model.get_decoder()) or _lists_of(num_layers, model)
     depth = min((path.count(".") for path, _ in found), default=0)
     found = [(path, decoder) for path, decoder in found if path.count(".") == depth]
     if len(found) != 1:
         raise UnsupportedModelError(
-            f"{name} has {len(found)} lists of {num_layers} decoder layers, not one: cannot tell what to chunk"
+            f"{name} has {len(found)} lists of {num_layers} layers, not one: cannot tell what to chunk"
         )
-    ((path, decoder),) = found
-    layers = list(next(child for child in decoder.children() if _is_list_of(num_layers, child)))
+    ((_, decoder),) = found
+    layers = [
+        layer for child in decoder.children() if _is_list_of(num_layers, child) for layer in child.children()
+    ]
     if len({id(layer) for layer in layers}) < len(layers):
         raise UnsupportedModelError(f"{name} uses one layer several times")
     around = [module for module in model.modules() if module is not model and decoder in module.modules()]
     entries = [module for module in around if "input_ids" in inspect.signature(module.forward).parameters]
     if not entries:
-        raise UnsupportedModelError(f"{name} has no module that takes input_ids, other than itself: cannot tell where it begins")
+        raise UnsupportedModelError(
+            f"{name} has no module that takes input_ids, other than itself: cannot tell where it begins"
+        )
     return entries, decoder, layers
 
 
 def _lists_of(num_layers: object, root: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(path, m) for path, m in root.named_modules() for child in m.children() if _is_list_of(num_layers, child)]
+    parents = root.named_modules()
+    return [(path, p) for path, p in parents for child in p.children() if _is_list_of(num_layers, child)]
 
 
 def _is_list_of(num_layers: object, module: nn.Module) -> bool:
@@ -270,7 +281,9 @@ def _refuse_known(model: PreTrainedModel, decoder: nn.Module, layers: list[nn.Mo
     name = type(model).__name__
     config = model.config.get_text_config()
     if not (decoder if isinstance(decoder, PreTrainedModel) else model)._can_set_attn_implementation():
-        raise UnsupportedModelError(f"{name} does not call transformers' AttentionInterface: its attention cannot be chunked")
+        raise UnsupportedModelError(
+            f"{name} does not call transformers' AttentionInterface: its attention cannot be chunked"
+        )
     kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if kinds:
         raise UnsupportedModelError(f"{name} has layers of type {', '.join(sorted(map(str, kinds)))}")
@@ -278,13 +291,27 @@ def _refuse_known(model: PreTrainedModel, decoder: nn.Module, layers: list[nn.Mo
         raise UnsupportedModelError(f"{name} shares keys and values between layers")
     if getattr(config, "is_decoder", True) is False and hasattr(config, "add_cross_attention"):
         raise UnsupportedModelError(f"{name} is set up as an encoder (is_decoder=False): it is not causal")
-    for layer in layers:
-        for path, module in layer.named_modules():
-            if isinstance(module, _MIXERS) or _MIXER_NAMES.search(type(module).__name__):
-                raise UnsupportedModelError(
-                    f"{name} has {type(module).__name__} ({path}) in its layers: state between tokens other than keys "
-                    "and values"
-                )
+    for path, module in (item for layer in layers for item in layer.named_modules()):
+        if isinstance(module, _MIXERS) or _MIXER_NAMES.search(type(module).__name__):
+            raise UnsupportedModelError(
+                f"{name} has {type(module).__name__} ({path}) in its layers: state between tokens other than "
+                "keys and values"
+            )
+    for kind in dict.fromkeys(type(module) for layer in layers for module in layer.modules()):
+        if _counts_tokens(kind):
+            raise UnsupportedModelError(
+                f"{name}: {kind.__name__} takes its tokens' positions from their number, and a chunk does "
+                "not begin at 0"
+            )
+
+
+def _counts_tokens(kind: type[nn.Module]) -> bool:
+    """Whether a module makes its own positions, from its cache and the number of tokens that it gets."""
+    try:
+        source = inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return False
+    return "arange(" in source and "get_seq_length(" in source
 
 
 def _configs(modules: list[nn.Module]) -> list[PreTrainedConfig]:

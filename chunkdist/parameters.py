@@ -1,10 +1,11 @@
 """The trainable parameters of a group, seen from inside its node.
 
-Inside, each parameter is replaced by an alias: another leaf over the same storage. So whatever watches the parameter
-itself (hooks, DDP, FSDP2, ZeRO) sees one gradient per backward, however many chunks ran.
+Inside, each parameter is replaced by an alias: another leaf over the same storage. So whatever watches the
+parameter itself (hooks, DDP, FSDP2, ZeRO) sees one gradient per backward, however many chunks ran.
 
-Between forward and backward, engines that shard weights release them. What is kept meanwhile, the graphs of retained
-cells, holds on to no storage of a parameter, trained or frozen: it refers to the parameter, and finds its storage of then.
+Between forward and backward, engines that shard weights release them. What is kept meanwhile, the graphs of
+retained cells, holds on to no storage of a parameter, trained or frozen: it refers to the parameter, and
+finds its storage of then.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class GroupParameters:
                 offset = x.storage_offset() - parameter.storage_offset()
                 if x.dtype == parameter.dtype and 0 <= offset < parameter.numel():
                     return parameter, x.size(), x.stride(), offset
-            return x
+            return x.detach()  # an output of the node that saves it would keep that node, and itself, alive
 
         def unpack(packed: Any) -> Tensor:
             if isinstance(packed, Tensor):

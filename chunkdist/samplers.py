@@ -1,8 +1,9 @@
 """Chunk samplers: which chunks SpaCO backpropagates, and with which weights (arXiv 2505.16710, section 4).
 
-A gradient that enters chunk i is multiplied by a weight w_i, 0 for a dropped chunk. If chunks are kept independently
-with probabilities p_i and w_i = 1 / p_i, the factors along every path through chunks are independent with mean 1, and
-the estimate of every gradient is exactly unbiased. Random numbers come from torch's default CPU generator.
+A gradient that enters chunk i is multiplied by a weight w_i, 0 for a dropped chunk. If chunks are kept
+independently with probabilities p_i and w_i = 1 / p_i, the factors along every path through chunks are
+independent with mean 1, and the estimate of every gradient is exactly unbiased. Random numbers come from
+torch's default CPU generator.
 """
 
 from __future__ import annotations
@@ -50,11 +51,13 @@ class IndependentSampler:
 
 @dataclass(frozen=True)
 class ImportanceSampler:
-    """Keeps each chunk independently, with a probability in proportion to the norm of its output gradient. Unbiased.
+    """Keeps each chunk independently, with a probability in proportion to the norm of its output gradient.
+    Unbiased.
 
     Args:
         budget: Expected number of chunks kept. A sequence of no more chunks is backpropagated whole.
-        min_probability: No chunk is kept with a lower one (or than budget / k, if that is lower): bounds the weights.
+        min_probability: No chunk is kept with a lower one (or than budget / k, if that is lower): bounds the
+            weights.
     """
 
     budget: float = 8
@@ -64,7 +67,9 @@ class ImportanceSampler:
     def __post_init__(self) -> None:
         _check_budget(self.budget)
         if not 0 < self.min_probability <= 1:
-            raise ValueError(f"min_probability={self.min_probability} is no probability above 0: write one up to 1")
+            raise ValueError(
+                f"min_probability={self.min_probability} is no probability above 0: write one up to 1"
+            )
 
     def draw(self, scores: Tensor) -> Tensor:
         return _keep(self.probabilities(scores))
@@ -90,8 +95,8 @@ class ImportanceSampler:
 
 @dataclass(frozen=True)
 class FixedBudgetSampler:
-    """The paper's estimator: t of k chunks without replacement, factor k / t. **Biased**: the factors of two chunks on
-    a path depend on each other.
+    """The paper's estimator: t of k chunks without replacement, factor k / t. **Biased**: the factors of two
+    chunks on a path depend on each other.
 
     Args:
         budget: Number of chunks kept, t. A sequence of no more chunks is backpropagated whole.

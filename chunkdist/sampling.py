@@ -16,9 +16,10 @@ class SampleReport:
     """What was drawn in one backward.
 
     Args:
-        relative_variance: Estimate of the variance of the weighted output gradient over its squared norm, from
-            weights w and scores s: sum w (w - 1) s^2 / sum s^2, whose mean is sum (1/p - 1) s^2 / sum s^2. It leaves
-            out what relays through the keys and values of sampled chunks add, and how chunks' gradients add up.
+        relative_variance: Estimate of the variance of the weighted output gradient over its squared norm,
+            from weights w and scores s: sum w (w - 1) s^2 / sum s^2, whose mean is sum (1/p - 1) s^2 / sum
+            s^2. It leaves out what relays through the keys and values of sampled chunks add, and how chunks'
+            gradients add up.
     """
 
     num_chunks: int
@@ -46,12 +47,14 @@ class ChunkSample:
             weights = self._sampler.draw(scores).double()
         if weights.shape != scores.shape or not bool((weights.isfinite() & (weights >= 0)).all()):
             raise ValueError(
-                f"{type(self._sampler).__name__}.draw returned {weights.tolist()}: it must return {len(chunks)} finite "
-                "weights, none negative"
+                f"{type(self._sampler).__name__}.draw returned {weights.tolist()}: it must return "
+                f"{len(chunks)} finite weights, none negative"
             )
         self.weights = tuple(weights.tolist())
         kept = [chunk for chunk, weight in zip(chunks, self.weights, strict=True) if weight]
-        noise = (weights * (weights - 1) * scores**2).sum() / (scores**2).sum().clamp(min=torch.finfo(torch.float64).tiny)
+        noise = (weights * (weights - 1) * scores**2).sum() / (scores**2).sum().clamp(
+            min=torch.finfo(torch.float64).tiny
+        )
         self.report = SampleReport(
             num_chunks=len(chunks),
             num_kept=len(kept),
@@ -62,8 +65,9 @@ class ChunkSample:
 
 
 class _rank_generator:
-    """Inside, the default CPU generator is seeded from its own next number and the rank: all ranks often have the same
-    state, and each must draw its own sample. One number is taken, so a resumed run draws the same."""
+    """Inside, the default CPU generator is seeded from its own next number and the rank: all ranks often have
+    the same state, and each must draw its own sample. One number is taken, so a resumed run draws the
+    same."""
 
     def __enter__(self) -> None:
         seed = int(torch.randint(2**62, ()))

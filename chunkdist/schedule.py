@@ -45,6 +45,9 @@ class Stream:
         return min(starts[bisect_right(starts, chunk.start) - 1] for starts in self.segment_starts)
 
     def is_read_later(self, index: int, kept: Sequence[int]) -> bool:
-        """Whether a later chunk, of those kept (ascending), sees a token of chunk `index`: the next one, if any does."""
+        """Whether a later chunk, of those kept (ascending), sees a token of chunk `index`: the next one, if
+        any does."""
         position = bisect_right(kept, index)
-        return position < len(kept) and self.first_visible(self.chunks[kept[position]]) < self.chunks[index].end
+        return (
+            position < len(kept) and self.first_visible(self.chunks[kept[position]]) < self.chunks[index].end
+        )

@@ -1,6 +1,7 @@
 """Reads the stream of a forward from what the caller passed: rows, tokens, padding, segments.
 
-Read once a step, so a GPU waits at most once, and not at all without attention_mask, position_ids and cu_seq_lens_q.
+Read once a step, so a GPU waits at most once, and not at all without attention_mask, position_ids and
+cu_seq_lens_q.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def _refuse_mask(mask: object, num_tokens: int) -> None:
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != num_tokens:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask {shape} is not (rows, {num_tokens} tokens): chunked models take right padding, and packed "
-            "segments by position_ids; leave custom masks out"
+            f"attention_mask {shape} is not (rows, {num_tokens} tokens): chunked models take right padding, "
+            "and packed segments by position_ids; leave custom masks out"
         )
     if isinstance(mask, FakeTensor):
         return
@@ -62,8 +63,8 @@ def _starts_from_lengths(cu_seq_lens: Tensor, num_rows: int, num_tokens: int) ->
     bounds = cu_seq_lens.tolist()
     if num_rows != 1 or bounds[0] != 0 or bounds[-1] != num_tokens or bounds != sorted(bounds):
         raise ValueError(
-            f"cu_seq_lens_q {bounds[:3]}...{bounds[-1:]} does not cut one row of {num_tokens} tokens, but {num_rows} "
-            f"row(s) were passed: it must ascend from 0 to {num_tokens}"
+            f"cu_seq_lens_q {bounds[:3]}...{bounds[-1:]} does not cut one row of {num_tokens} tokens, but "
+            f"{num_rows} row(s) were passed: it must ascend from 0 to {num_tokens}"
         )
     return (tuple(sorted(set(bounds[:-1]) - {num_tokens})),)
 

@@ -1,8 +1,8 @@
 """Tiny random models of every causal LM class that the installed transformers knows.
 
-A class's own default config is shrunk by the names of its attributes: widths, heads, experts, windows, vocabularies. Of
-the per-layer lists (`layer_types` and the like) the first layer of each kind is kept. What this does not do for a class
-is in `OVERRIDES`, with the reason.
+A class's own default config is shrunk by the names of its attributes: widths, heads, experts, windows,
+vocabularies. Of the per-layer lists (`layer_types` and the like) the first layer of each kind is kept. What
+this does not do for a class is in `OVERRIDES`, with the reason.
 """
 
 from __future__ import annotations
@@ -25,67 +25,47 @@ WINDOW = 8
 FIRST_PLAIN_TOKEN = 8
 """Token ids below may be special ones."""
 
-_SIZES = (
-    (
-        VOCAB_SIZE,
-        "vocab_size decoder_vocab_size unpadded_vocab_size vocab_size_per_layer_input shape_vocab_size "
-        "pronunciation_vocab_size audio_vocab_size encoder_hash_byte_group_vocab entity_vocab_size ngram_vocab_size_base",
-    ),
-    (
-        32,
-        "hidden_size d_model n_embd word_embed_proj_dim embedding_size dim_model attention_hidden_size emb_dim "
-        "decoder_hidden_size hidden_size_global backbone_hidden_size output_channels input_size",
-    ),
-    (
-        48,
-        "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff dim_ff moe_intermediate_size "
-        "shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp dense_intermediate_size d_inner "
-        "expert_ffn_hidden_size shared_experts_intermediate_size moe_shared_expert_intermediate_size mlp_dim",
-    ),
-    (
-        4,
-        "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads o_groups "
-        "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads linear_num_heads index_n_heads "
-        "linear_num_key_heads linear_num_value_heads mamba_n_heads mamba_num_heads num_experts n_routed_experts "
-        "num_local_experts moe_num_experts zero_expert_num index_topk n_mamba_heads",
-    ),
-    (
-        2,
-        "num_key_value_heads kv_n_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok num_experts_per_token "
-        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
-        "num_encoder_layers num_layers_per_stack moe_topk moe_top_k moe_k top_k_experts num_global_key_value_heads "
-        "encoder_hash_byte_group_nb_functions no_rope_layer_interval",
-    ),
-    (
-        8,
-        "head_dim dim_head kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim attention_head_dim swa_head_dim "
-        "rotary_dim global_head_dim swa_v_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim d_rel "
-        "index_head_dim mamba_d_state ssm_state_size state_size laurel_rank o_lora_rank hc_lowrank "
-        "altup_lora_rank mamba_dt_rank time_step_rank",
-    ),
-    (
-        16,
-        "qk_head_dim q_lora_rank kv_lora_rank mamba_d_head mamba_head_dim hidden_size_per_layer_input d_kv "
-        "full_attention_head_dim ple_embed_dim",
-    ),
-    (
-        WINDOW,
-        "sliding_window sliding_window_size attention_chunk_size local_attention window_size attention_window "
-        "local_attention_window_len keep_window_size",
-    ),
-    (
-        1,
-        "n_group topk_group num_expert_group n_shared_experts num_shared_experts moe_num_shared_experts "
-        "first_k_dense_replace num_dense_layers max_window_layers n_groups mamba_n_groups",
-    ),
-    (
-        128,
-        "max_position_embeddings n_positions n_ctx max_seq_len model_max_length original_max_position_embeddings "
-        "max_source_positions max_target_positions rel_extent",
-    ),
+_SIZES = {
+    "vocab_size decoder_vocab_size unpadded_vocab_size vocab_size_per_layer_input shape_vocab_size "
+    "pronunciation_vocab_size audio_vocab_size encoder_hash_byte_group_vocab entity_vocab_size "
+    "ngram_vocab_size_base": VOCAB_SIZE,
+    "hidden_size d_model n_embd word_embed_proj_dim embedding_size dim_model attention_hidden_size "
+    "emb_dim decoder_hidden_size hidden_size_global backbone_hidden_size output_channels input_size": 32,
+    "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff dim_ff "
+    "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp "
+    "dense_intermediate_size d_inner expert_ffn_hidden_size shared_experts_intermediate_size "
+    "moe_shared_expert_intermediate_size mlp_dim": 48,
+    "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
+    "o_groups num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads "
+    "linear_num_heads index_n_heads linear_num_key_heads linear_num_value_heads mamba_n_heads "
+    "mamba_num_heads num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num "
+    "index_topk n_mamba_heads floor_scale": 4,
+    "num_key_value_heads kv_n_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok "
+    "num_experts_per_token num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers "
+    "num_decoder_layers num_encoder_layers num_layers_per_stack moe_topk moe_top_k moe_k top_k_experts "
+    "num_global_key_value_heads encoder_hash_byte_group_nb_functions no_rope_layer_interval": 2,
+    "head_dim dim_head kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim attention_head_dim "
+    "swa_head_dim rotary_dim global_head_dim swa_v_head_dim linear_head_dim linear_key_head_dim "
+    "linear_value_head_dim d_rel index_head_dim mamba_d_state ssm_state_size state_size laurel_rank "
+    "o_lora_rank hc_lowrank altup_lora_rank mamba_dt_rank time_step_rank": 8,
+    "qk_head_dim q_lora_rank kv_lora_rank mamba_d_head mamba_head_dim hidden_size_per_layer_input d_kv "
+    "full_attention_head_dim ple_embed_dim": 16,
+    "sliding_window sliding_window_size attention_chunk_size local_attention window_size attention_window "
+    "local_attention_window_len keep_window_size": WINDOW,
+    "n_group topk_group num_expert_group n_shared_experts num_shared_experts moe_num_shared_experts "
+    "first_k_dense_replace num_dense_layers max_window_layers n_groups mamba_n_groups": 1,
+    "max_position_embeddings n_positions n_ctx max_seq_len model_max_length "
+    "original_max_position_embeddings max_source_positions max_target_positions rel_extent": 128,
+}
+_SIZE_OF = {name: size for names, size in _SIZES.items() for name in names.split()}
+_LAYER_COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "num_decoder_layers",
 )
-_SIZE_OF = {name: size for size, names in _SIZES for name in names.split()}
-_LAYER_COUNTS = "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers".split()
 _SWITCHES = {
     "is_decoder": True,
     "use_sliding_window": True,
@@ -147,10 +127,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }
 
+_DRAFT_HEAD = "a draft head without a default config: it reads the keys and values of another model"
 NOT_BUILT = {
-    "Gemma3nForConditionalGeneration": "its vision tower needs the timm package; the text model is Gemma3nForCausalLM's",
-    "Gemma4AssistantForCausalLM": "a draft head without a default config: it reads the keys and values of another model",
-    "Gemma4UnifiedAssistantForCausalLM": "a draft head without a default config: it reads the keys and values of another model",
+    "Gemma3nForConditionalGeneration": "its vision tower needs the timm package",
+    "Gemma4AssistantForCausalLM": _DRAFT_HEAD,
+    "Gemma4UnifiedAssistantForCausalLM": _DRAFT_HEAD,
 }
 """Classes that cannot be tiny models by themselves, and why."""
 
@@ -179,7 +160,7 @@ def tiny_config(class_name: str, layer_types: list[str] | None = None) -> PreTra
 
 
 def other_layer_types(class_name: str) -> list[str]:
-    """The layer types of the default config and those that the class knows beside them; empty when there are none."""
+    """The layer types of the default config and those that the class knows beside them; empty if none."""
     model_class = getattr(transformers, class_name)
     default = getattr(tiny_config(class_name), "layer_types", None)
     source = Path(inspect.getfile(model_class)).read_text()
@@ -192,7 +173,7 @@ def other_layer_types(class_name: str) -> list[str]:
 
 
 def tiny_model(class_name: str, layer_types: list[str] | None = None) -> PreTrainedModel:
-    """A model in fp64 and in training mode, with weights so large that every token depends on those before it."""
+    """A model in fp64, in training mode, with weights so large that each token depends on those before."""
     with torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(class_name.encode()))
         model: PreTrainedModel = (

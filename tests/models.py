@@ -1,4 +1,5 @@
-"""Tiny models for the engine's tests, and the unchunked truth: attention and its masks in plain torch, in any dtype."""
+"""Tiny models for the engine's tests, and the unchunked truth: attention and its masks in plain torch, in any
+dtype."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ AttentionInterface.register("plain", plain_attention)
 AttentionMaskInterface.register("plain", eager_mask)
 
 
-def tiny_llama(*, num_layers: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def tiny_llama(
+    *, num_layers: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any
+) -> PreTrainedModel:
     """Llama with weights large enough that attention looks at the whole prefix."""
     torch.manual_seed(seed)
     settings = {
@@ -73,7 +76,13 @@ def norms_in_fp64(model: PreTrainedModel) -> PreTrainedModel:
 
 def with_lora(model: PreTrainedModel, **settings: Any) -> nn.Module:
     """LoRA with non-zero B matrices, so that both factors have gradients."""
-    settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM", **settings}
+    settings = {
+        "r": 4,
+        "target_modules": "all-linear",
+        "init_lora_weights": False,
+        "task_type": "CAUSAL_LM",
+        **settings,
+    }
     torch.manual_seed(1)
     return get_peft_model(model, LoraConfig(**settings), autocast_adapter_dtype=False)
 
@@ -110,10 +119,13 @@ def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Over all gradients, the norm of the difference relative to the norm expected. Losses, in fp32, must agree, too."""
+    """Over all gradients, the norm of the difference relative to the norm expected. Losses, in fp32, must
+    agree, too."""
     assert found.keys() == expected.keys()
     assert all(expected[name].norm() > 0 for name in expected), "a gradient that is zero shows nothing"
     torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-6, atol=0)
     return max(
-        ((found[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected if name != "loss"
+        ((found[name] - expected[name]).norm() / expected[name].norm()).item()
+        for name in expected
+        if name != "loss"
     )

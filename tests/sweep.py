@@ -3,13 +3,14 @@
     python -m tests.sweep --write docs/models.md     # all classes, about three minutes on one core
     python -m tests.sweep LlamaForCausalLM           # a few, printed
 
-What always holds: the unchunked model is the reference; segments of a packed stream run through it one by one.
+What always holds: the unchunked model is the reference; a packed stream runs through it segment by segment.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ from tests.model_zoo import (
     FIRST_PLAIN_TOKEN,
     NOT_BUILT,
     VOCAB_SIZE,
+    WINDOW,
     class_names,
     other_layer_types,
     tiny_model,
@@ -48,7 +50,7 @@ MODELS_MD = Path(__file__).parents[1] / "docs" / "models.md"
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What happened to one class: "exact", "refused", "not built", and, which must not happen, "wrong" or "crashed"."""
+    """What came of one class: "exact", "refused", "not built"; and what must not be: "wrong", "crashed"."""
 
     name: str
     outcome: str
@@ -76,9 +78,9 @@ def run_class(name: str) -> Record:
     """Sweeps one class: its default kinds of layers, and, if these are exact, the others that it knows."""
     if name in NOT_BUILT:
         return Record(name=name, outcome="not built", reason=NOT_BUILT[name])
-    torch.manual_seed(0)
     try:
-        with double_precision():
+        with double_precision(), torch.random.fork_rng():
+            torch.manual_seed(0)
             record = _compare(name, tiny_model(name))
             others = other_layer_types(name)
             if record.outcome != "exact" or not others:
@@ -180,7 +182,7 @@ def _step(model: PreTrainedModel, parts: Iterable[dict[str, Tensor]]) -> Step:
 
 
 def _difference(expected: Step, actual: Step) -> str | None:
-    """What differs most, if too much. A gradient that is zero but for rounding is measured by the largest one."""
+    """What differs most, if too much. A gradient that is zero but for rounding is measured by the largest."""
     if abs(actual.loss - expected.loss) > TOLERANCE * abs(expected.loss):
         return f"loss {actual.loss} instead of {expected.loss}"
     largest = max(float(grad.norm()) for grad in expected.grads.values())
@@ -196,7 +198,7 @@ def _difference(expected: Step, actual: Step) -> str | None:
 
 
 def _insensitive(model: PreTrainedModel) -> str | None:
-    """Whether the model is so that an error in the attention would not show: then the comparison proves nothing."""
+    """Says so if an error in the attention would not show: then the comparison proves nothing."""
     input_ids = _rows()["input_ids"]
     changed = input_ids.clone()
     changed[:, 0] = FIRST_PLAIN_TOKEN + (changed[:, 0] + 1 - FIRST_PLAIN_TOKEN) % (
@@ -228,13 +230,59 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error} ({where})".replace("\n", " ")
 
 
+def table(records: Iterable[Record]) -> str:
+    """docs/models.md."""
+    records = sorted(records, key=lambda record: record.name.lower())
+    counts = Counter(record.outcome for record in records)
+    summary = ", ".join(
+        f"{counts[outcome]} {outcome}" for outcome in ("exact", "refused", "not built") if counts[outcome]
+    )
+    rows = "".join(f"| {record.name} | {record.outcome} | {record.reason} |\n" for record in records)
+    torch_version = torch.__version__.partition("+")[0]
+    return f"""# Models
+
+Every causal LM class of transformers {transformers.__version__}, swept with torch {torch_version}:
+{summary}.
+
+A tiny random model of each class runs in chunks of {CHUNK_SIZE} of {NUM_TOKENS} tokens, in groups of one
+layer and of all, on right-padded rows and on a packed stream, and its loss and all its parameter gradients
+are compared with those of the unchunked model, in fp64. Sliding windows are {WINDOW} tokens, dropout is off.
+
+- **exact**: they agree to {TOLERANCE:.0e}. What is refused nevertheless is said beside it.
+- **refused**: `chunk_model`, or the first step, raises `UnsupportedModelError` with this reason.
+
+Written by `python -m tests.sweep --write docs/models.md`; `tests/test_sweep.py` fails when it is out of date.
+
+| class | outcome | reason |
+|---|---|---|
+{rows}"""
+
+
+def read_table(path: Path = MODELS_MD) -> tuple[str, dict[str, Record]]:
+    """The version of transformers that was swept, and the records by class."""
+    text = path.read_text()
+    version = re.search(r"transformers ([\w.]+),", text)
+    assert version is not None, f"{path} names no version of transformers"
+    rows = [
+        line.strip("| \n").split("|", 2)
+        for line in text.splitlines()
+        if re.match(r"\| \w+ \| (exact|ref|not)", line)
+    ]
+    cells = ([cell.strip() for cell in (*row, "")[:3]] for row in rows)
+    return version[1], {
+        name: Record(name=name, outcome=outcome, reason=reason) for name, outcome, reason in cells
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", help="classes; default: all")
-    parser.add_argument("--write", type=Path, help="write the table to this file")
+    parser.add_argument("--write", type=Path, help="write the table of all classes to this file")
     options = parser.parse_args()
+    if options.write and options.names:
+        parser.error("--write takes all classes: leave the names out")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     records = []
@@ -242,6 +290,10 @@ def main() -> None:
         records.append(run_class(name))
         print(f"{records[-1].outcome:9} {name} {records[-1].reason}", flush=True)
     print(dict(Counter(record.outcome for record in records)))
+    if any(record.outcome in ("wrong", "crashed") for record in records):
+        raise SystemExit("some classes are neither exact nor refused")
+    if options.write:
+        options.write.write_text(table(records))
 
 
 if __name__ == "__main__":

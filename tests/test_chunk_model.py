@@ -9,12 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import batch, gradients, largest_difference, packed_batch, padded_batch, tiny_llama, with_lora
 from torch import nn
 
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model, unchunk_model
 from chunkdist.kv_store import KVStore
 from chunkdist.modeling import chunk_report
+from tests.models import (
+    batch,
+    gradients,
+    largest_difference,
+    packed_batch,
+    padded_batch,
+    tiny_llama,
+    with_lora,
+)
 
 CONFIG = ChunkConfig(chunk_size=7)
 EXACT = 1e-10
@@ -63,10 +71,14 @@ def test_gradient_accumulation_and_several_forwards_before_a_backward() -> None:
         loss.backward()
         return _grads(model, loss)
 
-    assert largest_difference(accumulated(chunk_model(tiny_llama(), CONFIG)), accumulated(tiny_llama())) < EXACT
+    assert (
+        largest_difference(accumulated(chunk_model(tiny_llama(), CONFIG)), accumulated(tiny_llama())) < EXACT
+    )
 
 
-@pytest.mark.parametrize("config", [CONFIG, ChunkConfig(chunk_size=7, layers_per_group="all", retained_chunks=1)])
+@pytest.mark.parametrize(
+    "config", [CONFIG, ChunkConfig(chunk_size=7, layers_per_group="all", retained_chunks=1)]
+)
 def test_backward_twice(config: ChunkConfig) -> None:
     model = chunk_model(tiny_llama(), config)
     loss = model(**batch()).loss
@@ -139,13 +151,18 @@ def test_an_exception_in_the_middle_of_a_step(phase: str, error: type[BaseExcept
         return own_forward(x)
 
     failing.forward = fail_once
-    with pytest.raises(error, match="planted"):
+    loss = None
+    try:
         loss = model(**batch()).loss
         armed = True
         loss.backward()
+    except error:
+        pass
+    else:
+        pytest.fail("the planted error was lost")
     loss = None
     del failing.forward
-    assert {name: p for name, p in model.named_parameters()} == names, "the parameters are back in their places"
+    assert dict(model.named_parameters()) == names, "the parameters are back in their places"
     assert model.config._attn_implementation == "plain"
     assert largest_difference(gradients(model, batch()), gradients(tiny_llama(), batch())) < EXACT
     if phase == "backward":
@@ -162,7 +179,8 @@ def test_nothing_is_left_after_a_step() -> None:
 
 @pytest.mark.parametrize("height", [1, 2])
 def test_the_random_numbers_of_dropout_are_replayed(height: int) -> None:
-    """With dropout, a rerun is the forward that gave the loss: the same gradients as when all graphs are kept from it."""
+    """With dropout, a rerun is the forward that gave the loss: the same gradients as when all graphs are kept
+    from it."""
 
     def grads(retained: int) -> dict[str, torch.Tensor]:
         config = ChunkConfig(chunk_size=7, layers_per_group=height, retained_chunks=retained)
@@ -178,7 +196,9 @@ def test_the_random_numbers_of_dropout_are_replayed(height: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("chunkdist.replay.RngState.restore", lambda self: None)
         broken = grads(0)
-    assert max((broken[name] - kept[name]).norm() / kept[name].norm() for name in kept if name != "loss") > 0.1
+    assert (
+        max((broken[name] - kept[name]).norm() / kept[name].norm() for name in kept if name != "loss") > 0.1
+    )
 
 
 def test_autocast_is_replayed() -> None:
@@ -186,7 +206,9 @@ def test_autocast_is_replayed() -> None:
     losses = {}
     for name, model in {
         "plain": tiny_llama(dtype=torch.float32, initializer_range=0.1, attn_implementation="sdpa"),
-        "chunked": chunk_model(tiny_llama(dtype=torch.float32, initializer_range=0.1), ChunkConfig(chunk_size=16)),
+        "chunked": chunk_model(
+            tiny_llama(dtype=torch.float32, initializer_range=0.1), ChunkConfig(chunk_size=16)
+        ),
     }.items():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(**inputs, use_cache=False).loss
@@ -212,7 +234,10 @@ def test_unchunk_leaves_no_trace() -> None:
     gradients(untouched, batch())
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
     inputs = batch()
-    assert all(torch.equal(x, y) for x, y in zip(gradients(model, inputs).values(), gradients(untouched, inputs).values(), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(gradients(model, inputs).values(), gradients(untouched, inputs).values(), strict=True)
+    )
     chunk_model(model, CONFIG)
     with pytest.raises(ValueError, match="chunked already"):
         chunk_model(model, CONFIG)
@@ -230,7 +255,9 @@ def test_a_copied_model_is_its_own() -> None:
 
 
 def test_lora_after_chunking() -> None:
-    chunked = with_lora(chunk_model(tiny_llama(), CONFIG), modules_to_save=["embed_tokens", "lm_head", "norm"])
+    chunked = with_lora(
+        chunk_model(tiny_llama(), CONFIG), modules_to_save=["embed_tokens", "lm_head", "norm"]
+    )
     plain = with_lora(tiny_llama(), modules_to_save=["embed_tokens", "lm_head", "norm"])
     assert largest_difference(gradients(chunked, batch()), gradients(plain, batch())) < EXACT
     unchunk_model(chunked)

@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import batch, gradients, largest_difference, packed_batch, padded_batch, tiny_llama, with_lora
 from torch import Tensor, nn
 
 from chunkdist import ChunkConfig, chunk_model
+from tests.models import (
+    batch,
+    gradients,
+    largest_difference,
+    packed_batch,
+    padded_batch,
+    tiny_llama,
+    with_lora,
+)
 
 NUM_TOKENS = 37
 SCHEDULES = [
@@ -71,7 +79,12 @@ def test_what_is_trained(schedule: dict[str, Any], name: str, inputs: str) -> No
 def test_rebuilding_and_keeping_kv(attention: Any, height: int, rebuild_kv: bool) -> None:
     config = ChunkConfig(chunk_size=7, layers_per_group=height, rebuild_kv=rebuild_kv, attention=attention)
     for inputs in INPUTS:
-        assert largest_difference(gradients(chunk_model(tiny_llama(), config), INPUTS[inputs]()), expected("full", inputs)) < 1e-10
+        assert (
+            largest_difference(
+                gradients(chunk_model(tiny_llama(), config), INPUTS[inputs]()), expected("full", inputs)
+            )
+            < 1e-10
+        )
 
 
 def test_segments_from_cumulative_lengths() -> None:
@@ -105,7 +118,8 @@ def test_twenty_optimizer_steps(height: Any) -> None:
 @pytest.mark.parametrize("height", [1, "all"])
 @pytest.mark.parametrize("seed", range(3))
 def test_bf16_is_as_near_to_the_truth_as_the_plain_model(seed: int, height: Any) -> None:
-    """Never further from the fp64 gradients than the unchunked bf16 model plus 10 %, over all parameters together."""
+    """Never further from the fp64 gradients than the unchunked bf16 model plus 10 %, over all parameters
+    together."""
     inputs = batch(num_tokens=96, seed=seed)
     weights = tiny_llama(dtype=torch.bfloat16, seed=seed, initializer_range=0.1).state_dict()
 
@@ -115,7 +129,9 @@ def test_bf16_is_as_near_to_the_truth_as_the_plain_model(seed: int, height: Any)
         model.to(dtype)
         if config is not None:
             chunk_model(model, config)
-        return torch.cat([g.double().flatten() for name, g in gradients(model, inputs).items() if name != "loss"])
+        return torch.cat(
+            [g.double().flatten() for name, g in gradients(model, inputs).items() if name != "loss"]
+        )
 
     truth = grads(torch.float64, None)
     plain = (grads(torch.bfloat16, None) - truth).norm()

@@ -50,7 +50,10 @@ def peak_bytes(num_layers: int, num_tokens: int) -> tuple[int, tuple[int, ...]]:
         return cell
 
     mode = FakeTensorMode()
-    model = chunk_model(fake_model(lambda: llama3_8b(num_layers), mode), ChunkConfig(chunk_size=CHUNK_SIZE, attention="varlen"))
+    model = chunk_model(
+        fake_model(lambda: llama3_8b(num_layers), mode),
+        ChunkConfig(chunk_size=CHUNK_SIZE, attention="varlen"),
+    )
     model.train()
     with mode, pytest.MonkeyPatch.context() as patch:
         patch.setattr(GroupRun, "_rerun", rerun)
@@ -62,11 +65,16 @@ def peak_bytes(num_layers: int, num_tokens: int) -> tuple[int, tuple[int, ...]]:
 
 @pytest.mark.slow
 def test_peak_grows_by_at_most_320_kib_a_token() -> None:
-    """From 16K to 128K tokens. Each layer adds the same to the peak, its input: shown on 2 and 3 layers, so 32 follow."""
+    """From 16K to 128K tokens. Each layer adds the same to the peak, its input: shown on 2 and 3 layers, so
+    32 follow."""
     short, long = 16 * KIB, 128 * KIB
     added = {length: peak_bytes(3, length)[0] - peak_bytes(2, length)[0] for length in (short, long)}
-    assert added[long] - added[short] == (long - short) * 4096 * 2, "a layer adds its input in bf16, and nothing else"
-    growth = peak_bytes(2, long)[0] - peak_bytes(2, short)[0] + (NUM_LAYERS - 2) * (added[long] - added[short])
+    assert added[long] - added[short] == (long - short) * 4096 * 2, (
+        "a layer adds its input in bf16, and nothing else"
+    )
+    growth = (
+        peak_bytes(2, long)[0] - peak_bytes(2, short)[0] + (NUM_LAYERS - 2) * (added[long] - added[short])
+    )
     assert growth / (long - short) <= 320 * KIB
     assert growth / (long - short) > 250 * KIB, "the group inputs alone are 256 KiB a token"
 

@@ -23,7 +23,12 @@ def make_model_folder(folder: Path, **config_values: Any) -> Path:
     shutil.copytree(BYTE_LLAMA, folder)
     config = json.loads((folder / "config.json").read_text())
     config.update(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
     )
     config.update(config_values)
     (folder / "config.json").write_text(json.dumps(config))
@@ -38,11 +43,21 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def command_line(model: Path, rows: list[dict[str, Any]], **values: Any) -> list[str]:
     """Options to train the model in `model` on `rows`, into `out` beside it."""
     given: dict[str, Any] = {
-        "model_name_or_path": model, "dataset_name": write_rows(model.parent / "data.jsonl", rows),
-        "output_dir": model.parent / "out", "max_length": 64, "chunk_size": 16, "bf16": False, "use_cpu": True,
-        "max_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-        "learning_rate": 1e-2, **values,
-    }  # fmt: skip
+        "model_name_or_path": model,
+        "dataset_name": write_rows(model.parent / "data.jsonl", rows),
+        "output_dir": model.parent / "out",
+        "max_length": 64,
+        "chunk_size": 16,
+        "bf16": False,
+        "use_cpu": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "learning_rate": 1e-2,
+        **values,
+    }
     if not (model / "model.safetensors").exists():
         given.setdefault("from_scratch", True)
     return [part for key, value in given.items() for part in (f"--{key}", str(value))]

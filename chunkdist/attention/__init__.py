@@ -40,17 +40,19 @@ class AttentionChoice:
         return self._chosen[key]
 
     def _choose(self, q: Tensor, variant: AttentionVariant) -> Backend:
-        passed_over = []
+        passed_over: list[str] = []
         for backend in BACKENDS:
             if self._name not in ("auto", backend.name):
                 continue
             why_not = backend.why_not(q, variant)
             if why_not is None:
-                reason = "as configured" if self._name != "auto" else "; ".join(["fastest here", *passed_over])
+                reason = (
+                    "as configured" if self._name != "auto" else "; ".join(["fastest here", *passed_over])
+                )
                 if self.reasons.setdefault(backend.name, reason) is reason:
                     logger.info("chunkdist: attention %s: %s", backend.name, reason)
                 return backend
             passed_over.append(f"not {backend.name}: {why_not}")
         raise UnsupportedModelError(
-            f"attention={self._name!r} cannot run this model ({'; '.join(passed_over)}): write attention='auto'"
+            f"attention={self._name!r} cannot run this model ({'; '.join(passed_over)}): write 'auto'"
         )

@@ -30,8 +30,8 @@ class AttentionVariant:
 class Span:
     """The part of a cell that belongs to one segment.
 
-    Queries [q_start, q_end) of the chunk see keys [k_start, k_end) of the K view, causally, the last query aligned
-    with the last key. The spans of a row are ascending and adjacent, in the queries and in the keys.
+    Queries [q_start, q_end) of the chunk see keys [k_start, k_end) of the K view, causally, the last query
+    aligned with the last key. The spans of a row are ascending and adjacent, in the queries and in the keys.
     """
 
     q_start: int
@@ -41,7 +41,8 @@ class Span:
 
 
 class Backend(Protocol):
-    """An attention kernel with its backward. Calls run without autograd; no mask is built, K and V are not copied."""
+    """An attention kernel with its backward. Calls run without autograd; no mask is built, K and V are not
+    copied."""
 
     name: str
     equal_head_dims: bool  # V must be as wide as Q and K: the caller pads it with zeros
@@ -53,7 +54,8 @@ class Backend(Protocol):
     def forward(
         self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
     ) -> tuple[Tensor, Tensor]:
-        """Returns the output (T, N, D) in q's dtype, and the log-sum-exp (N, T) of the scaled, capped scores."""
+        """Returns the output (T, N, D) in q's dtype, and the log-sum-exp (N, T) of the scaled, capped
+        scores."""
         ...
 
     def backward(
@@ -67,6 +69,6 @@ class Backend(Protocol):
         spans: tuple[Span, ...],
         variant: AttentionVariant,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns dq (T, N, D), dk and dv (S, K, D), from the `out` and `lse` given, which the caller may have changed
-        (attention sinks)."""
+        """Returns dq (T, N, D), dk and dv (S, K, D), from the `out` and `lse` given, which the caller may
+        have changed (attention sinks)."""
         ...

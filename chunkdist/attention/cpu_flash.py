@@ -1,8 +1,9 @@
 """`cpu_flash`: torch's own flash attention for CPUs, without a mask.
 
-The kernel has causal masks for squares only, so a span is cut in two: the keys before the span's first query, seen by
-all its queries, and the square on the diagonal. The parts are merged by their log-sum-exps; the backward of each part
-takes the merged output and log-sum-exp, which makes the sum exact (arXiv 2205.14135, appendix B).
+The kernel has causal masks for squares only, so a span is cut in two: the keys before the span's first query,
+seen by all its queries, and the square on the diagonal. The parts are merged by their log-sum-exps; the
+backward of each part takes the merged output and log-sum-exp, which makes the sum exact (arXiv 2205.14135,
+appendix B).
 """
 
 from __future__ import annotations
@@ -32,20 +33,11 @@ class CpuFlashBackend:
     def forward(
         self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
     ) -> tuple[Tensor, Tensor]:
-        out = torch.empty_like(q_TND)
-        lse_NT = q_TND.new_empty((q_TND.shape[1], q_TND.shape[0]), dtype=_lse_dtype(q_TND))
-        for span in spans:
-            queries, prefix, own = _parts(span)
-            part_out, part_lse = self._run(q_TND[queries], k_SKD[own], v_SKD[own], causal=True, variant=variant)
-            if prefix is not None:
-                other_out, other_lse = self._run(
-                    q_TND[queries], k_SKD[prefix], v_SKD[prefix], causal=False, variant=variant
-                )
-                lse = torch.logaddexp(part_lse, other_lse)
-                share, other_share = (torch.exp(x - lse).T[..., None] for x in (part_lse, other_lse))
-                part_out, part_lse = part_out * share + other_out * other_share, lse
-            out[queries], lse_NT[:, queries] = part_out, part_lse
-        return out, lse_NT
+        parts = [self._forward_span(q_TND, k_SKD, v_SKD, span, variant) for span in spans]
+        if len(parts) == 1:
+            return parts[0]
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs), torch.cat(lses, dim=1)
 
     def backward(
         self,
@@ -68,21 +60,42 @@ class CpuFlashBackend:
                 if keys is None:
                     continue
                 grads = _backward(
-                    *row, _heads_first(k_SKD[keys]), _heads_first(v_SKD[keys]), *merged, 0.0, causal, scale=variant.scale
+                    *row,
+                    _heads_first(k_SKD[keys]),
+                    _heads_first(v_SKD[keys]),
+                    *merged,
+                    0.0,
+                    causal,
+                    scale=variant.scale,
                 )
                 part_dq, dk[keys], dv[keys] = (grad[0].transpose(0, 1) for grad in grads)
-                dq[queries] = part_dq if causal else dq[queries] + part_dq
+                if causal:
+                    dq[queries] = part_dq
+                else:
+                    dq[queries] += part_dq
         return dq, dk, dv
+
+    def _forward_span(
+        self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, span: Span, variant: AttentionVariant
+    ) -> tuple[Tensor, Tensor]:
+        queries, prefix, own = _parts(span)
+        out, lse = self._run(q_TND[queries], k_SKD[own], v_SKD[own], causal=True, variant=variant)
+        if prefix is None:
+            return out, lse
+        other_out, other_lse = self._run(
+            q_TND[queries], k_SKD[prefix], v_SKD[prefix], causal=False, variant=variant
+        )
+        share = torch.sigmoid(other_lse - lse).T[..., None]
+        merged = torch.lerp(out.to(share.dtype), other_out.to(share.dtype), share)
+        return merged.to(out.dtype), torch.logaddexp(lse, other_lse)
 
     def _run(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, variant: AttentionVariant
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(_heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal, scale=variant.scale)
+        out, lse = _forward(
+            _heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal, scale=variant.scale
+        )
         return out[0].transpose(0, 1), lse[0]
-
-
-def _lse_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _heads_first(x_TND: Tensor) -> Tensor:

@@ -25,11 +25,14 @@ ATTENTION_NAME = "chunkdist"
 """The name under which `attend` is registered with transformers' `AttentionInterface`."""
 
 LAYER_ATTRIBUTE = "_chunkdist_layer"
-"""Set on the modules inside a chunked layer: how `attend` finds the running cell of the module that called it."""
+"""Set on the modules inside a chunked layer: how `attend` finds the cell of the module that called it."""
 
 _HARMLESS = frozenset(
-    "position_ids cache_position position_embeddings cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx "
-    "num_items_in_batch shift_labels use_cache return_dict labels logits_to_keep layer_idx layer_id".split()
+    (
+        *("position_ids", "cache_position", "position_embeddings", "seq_idx", "layer_idx", "layer_id"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+        *("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "use_cache", "return_dict"),
+    )
 )
 """Arguments that layers hand on to their attention and that change nothing in it."""
 
@@ -104,7 +107,7 @@ def attend(
     is_causal: bool | None = None,  # the mask says it
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of the running cell over the stored prefix, with the signature of transformers' `AttentionInterface`.
+    """Attention of the running cell over the stored prefix, as transformers' `AttentionInterface` calls it.
 
     Args:
         query: (B, N, T, D); key, value: (B, K, T, D), of the chunk.
@@ -125,7 +128,9 @@ def attend(
     mask = _understood(name, attention_mask, sliding_window)
     _refuse_unsupported(name, dropout, kwargs)
     if cell.store is None or cell.num_calls > 1:
-        raise UnsupportedModelError(f"{state.name} calls its attention more than once: its K/V cannot be told apart")
+        raise UnsupportedModelError(
+            f"{state.name} calls its attention more than once: its K/V cannot be told apart"
+        )
     if query.shape[2] != cell.chunk.num_tokens or key.shape[2] != cell.chunk.num_tokens:
         raise UnsupportedModelError(
             f"{name} attends from {query.shape[2]} queries to {key.shape[2]} keys in a chunk of "
@@ -133,7 +138,8 @@ def attend(
         )
     query, key, value = _in_one_dtype(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    variant = AttentionVariant(scale=scale, window=_window_in(cell.stream, mask.window), softcap=softcap or None)
+    window = _window_in(cell.stream, mask.window)
+    variant = AttentionVariant(scale=scale, window=window, softcap=softcap or None)
     backend = cell.choice.backend_for(query, variant)
     q_BTND, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (query, key, value))
     value_dim = v_BTKD.shape[-1]
@@ -142,24 +148,25 @@ def attend(
     if cell.stop_at_kv:
         raise KeysAndValues(k_BTKD, v_BTKD)
     sink_N = None if s_aux is None else s_aux.reshape(-1)
-    out: Tensor = _ChunkAttention.apply(cell, backend, variant, mask.block, q_BTND, k_BTKD, v_BTKD, sink_N)  # type: ignore[no-untyped-call]
+    inputs = (q_BTND, k_BTKD, v_BTKD, sink_N)
+    out: Tensor = _ChunkAttention.apply(cell, backend, variant, mask.block, *inputs)  # type: ignore[no-untyped-call]
     return out[..., :value_dim].contiguous(), None  # as transformers promises: some models call `.view`
 
 
 def _understood(name: str, mask: ChunkMask | Tensor | None, sliding_window: int | None) -> ChunkMask:
-    """The layer's mask, if it can be chunked; a window passed to the attention function may only repeat it."""
+    """The layer's mask, if it can be chunked. A window passed beside it may only repeat it."""
     if not isinstance(mask, ChunkMask):
         what = "without a mask" if mask is None else "with a mask of its own"
         raise UnsupportedModelError(
-            f"{name} attends {what}: only masks made by transformers' masking_utils can be told apart; pass no "
-            "4-dimensional attention_mask"
+            f"{name} attends {what}: only masks made by transformers' masking_utils can be told apart; "
+            "pass no 4-dimensional attention_mask"
         )
     if mask.unsupported is not None:
         raise UnsupportedModelError(f"{name} has a mask that is not chunked: {mask.unsupported}")
     if sliding_window is not None and sliding_window != mask.window:
         raise UnsupportedModelError(
-            f"{name} passes a window of {sliding_window} tokens, its mask has {mask.window or 'none'}: cannot tell "
-            "which one is meant"
+            f"{name} passes a window of {sliding_window} tokens, its mask has {mask.window or 'none'}: "
+            "cannot tell which one is meant"
         )
     return mask
 
@@ -167,18 +174,18 @@ def _understood(name: str, mask: ChunkMask | Tensor | None, sliding_window: int 
 def _refuse_unsupported(name: str, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise UnsupportedModelError(
-            f"{name} drops attention weights with probability {dropout}, which no backend does: set the model's "
-            "attention dropout to 0"
+            f"{name} drops attention weights with probability {dropout}, which no backend does: set the "
+            "model's attention dropout to 0"
         )
     unknown = [key for key, x in kwargs.items() if x is not None and x is not False and key not in _HARMLESS]
     if unknown:
         raise UnsupportedModelError(
-            f"{name} passes {', '.join(sorted(unknown))} to its attention, which the chunked attention does not know"
+            f"{name} passes {', '.join(sorted(unknown))} to its attention, unknown to the chunked one"
         )
 
 
 def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As `scaled_dot_product_attention` does: under autocast, in its dtype; else as they are, which must be the same."""
+    """As `scaled_dot_product_attention` does: under autocast, in its dtype; else in the values'."""
     device_type = tensors[0].device.type
     if torch.is_autocast_enabled(device_type) and tensors[0].dtype != torch.float64:
         return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
@@ -192,8 +199,8 @@ def _window_in(stream: Stream, window: int | None) -> int | None:
 
 
 class _ChunkAttention(torch.autograd.Function):
-    """Stores the chunk's K/V and attends to the prefix; the backward leaves the prefix's gradients in the store, and
-    takes there what later chunks left for this one."""
+    """Stores the chunk's K/V and attends to the prefix; the backward leaves the prefix's gradients in the
+    store, and takes there what later chunks left for this one."""
 
     @staticmethod
     def forward(
@@ -214,7 +221,9 @@ class _ChunkAttention(torch.autograd.Function):
         with torch.autocast(q_BTND.device.type, enabled=False):
             for row, q_TND in enumerate(q_BTND):
                 origin, spans = cell.visible(row, variant.window, block)
-                out_TND, lse_NT = backend.forward(q_TND, *store.read(row, origin, cell.chunk.end), spans, variant)
+                out_TND, lse_NT = backend.forward(
+                    q_TND, *store.read(row, origin, cell.chunk.end), spans, variant
+                )
                 if sink_N is not None:
                     lse_with_sink = torch.logaddexp(lse_NT, sink_N.to(lse_NT.dtype)[:, None])
                     out_TND = (out_TND * torch.exp(lse_NT - lse_with_sink).T[..., None]).to(out_TND.dtype)
@@ -227,7 +236,7 @@ class _ChunkAttention(torch.autograd.Function):
         return out_BTND
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_out_BTND: Tensor) -> tuple[Tensor | None, ...]:
         q_BTND, out_BTND, lse_BNT, sink_N = ctx.saved_tensors
         cell: Cell = ctx.cell
@@ -247,7 +256,9 @@ class _ChunkAttention(torch.autograd.Function):
                 )
                 dqs.append(dq_TND)
                 store.add_grads(row, origin, dk_SKD, dv_SKD)
-        dk_BTKD, dv_BTKD = (grad.to(q_BTND.dtype) for grad in store.grads_of(cell.chunk))
+        kv_grads = store.grads_of(cell.chunk)
+        assert kv_grads is not None
+        dk_BTKD, dv_BTKD = (grad.to(q_BTND.dtype) for grad in kv_grads)
         dsink_N = None
         if sink_N is not None and ctx.needs_input_grad[7]:
             out_dot_BNT = (grad_out_BTND.to(lse_BNT.dtype) * out_BTND).sum(-1).transpose(1, 2)

@@ -1,18 +1,19 @@
 """What a model's attention masks say, read from the functions they would be made of, without making one.
 
-transformers builds every mask from a function of two token indices, composed of a few known ones (causal, window,
-segments of a packed stream), and asks the attention implementation to make a tensor of it. Ours makes a `ChunkMask`:
-a note that the decoder hands to its layers, and they to the attention. A layer's mask, and not its config, is the truth
-about what it sees; what is not understood is refused where it is used.
+transformers builds every mask from a function of two token indices, composed of a few known ones (causal,
+window, blocks, segments of a packed stream), and asks the attention implementation to make a tensor of it.
+Ours makes a `ChunkMask`: a note that the decoder hands to its layers, and they to the attention. A layer's
+mask, and not its config, is the truth about what it sees; what is not understood is refused where it is used.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import masking_utils
 
@@ -25,7 +26,7 @@ class ChunkMask:
 
     Args:
         window: Number of tokens a query sees, itself included; `None`: all before it.
-        block: Length of the blocks, counted from the start of a segment, in which attention stays; `None`: no blocks.
+        block: Length of the blocks, counted from the start of a segment, in which attention stays; or `None`.
         unsupported: What else there is to it, or `None`.
     """
 
@@ -54,8 +55,8 @@ class ChunkMask:
 def chunk_mask(
     *, mask_function: Callable[..., Any], q_length: int, kv_length: int, q_offset: Any = 0, **kwargs: Any
 ) -> ChunkMask:
-    """The mask function for transformers' `AttentionMaskInterface`. Padding is not part of it: it is on the right."""
-    if q_length != kv_length or isinstance(q_offset, torch.Tensor) or q_offset != 0:
+    """The mask function for transformers' `AttentionMaskInterface`. Right padding is no part of it."""
+    if q_length != kv_length or isinstance(q_offset, Tensor) or q_offset != 0:
         return ChunkMask(unsupported=f"it is for {q_length} queries and {kv_length} keys")
     mask, is_causal = _read(mask_function)
     if mask.unsupported is None and not is_causal:
@@ -65,17 +66,17 @@ def chunk_mask(
 
 def _read(function: Any) -> tuple[ChunkMask, bool]:
     """What a mask function says, and whether it hides all later tokens."""
-    closure = function.__closure__ or ()
-    inside = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in closure), strict=True))
-    if function.__module__ == masking_utils.__name__:
-        match function.__qualname__.partition(".")[0]:
+    name = getattr(function, "__qualname__", type(function).__name__)
+    if inspect.isfunction(function) and function.__module__ == masking_utils.__name__:
+        inside = inspect.getclosurevars(function).nonlocals
+        match name.partition(".")[0]:
             case "causal_mask_function":
                 return ChunkMask(), True
             case "sliding_window_overlay":
                 return ChunkMask(window=int(inside["sliding_window"])), False
             case "chunked_overlay":
                 return ChunkMask(block=int(inside["chunk_size"])), False
-            case "packed_sequence_mask_function":
+            case "packed_sequence_mask_function" | "bidirectional_mask_function":
                 return ChunkMask(), False
             case "remap_positions_for_packed_sequence":
                 return _read(inside["mask_function"])
@@ -85,9 +86,7 @@ def _read(function: Any) -> tuple[ChunkMask, bool]:
                 parts = [part for part in inside["mask_functions"] if not _shows_nothing(part)]
                 if len(parts) == 1:
                     return _read(parts[0])
-    return ChunkMask(
-        unsupported=f"it is more than causal, windowed and packed ({function.__qualname__})"
-    ), False
+    return ChunkMask(unsupported=f"it is more than causal, windowed and packed ({name})"), False
 
 
 def _all_of(parts: list[tuple[ChunkMask, bool]]) -> tuple[ChunkMask, bool]:
@@ -105,10 +104,7 @@ def _all_of(parts: list[tuple[ChunkMask, bool]]) -> tuple[ChunkMask, bool]:
 
 def _shows_nothing(function: Any) -> bool:
     """Whether this is the overlay for image tokens that see each other, and there are none."""
-    if function.__module__ != masking_utils.__name__ or not function.__qualname__.startswith(
-        "blockwise_overlay."
-    ):
+    if not inspect.isfunction(function) or function.__module__ != masking_utils.__name__:
         return False
-    (cell,) = function.__closure__
-    ids = cell.cell_contents
-    return not isinstance(ids, FakeTensor) and not bool((ids >= 0).any())
+    ids = inspect.getclosurevars(function).nonlocals.get("block_sequence_ids")
+    return isinstance(ids, Tensor) and not isinstance(ids, FakeTensor) and not bool((ids >= 0).any())

@@ -1,7 +1,7 @@
 """`math`: flash attention in plain torch, tile by tile (arXiv 2205.14135, algorithms 1 and 4).
 
-Any dtype, any device, every variant: the truth for the other backends. Sums are in fp32, or fp64 for fp64 inputs. The
-largest intermediate is one tile of scores, whatever the lengths.
+Any dtype, any device, every variant: the truth for the other backends. Sums are in fp32, or fp64 for fp64
+inputs. The largest intermediate is one tile of scores, whatever the lengths.
 """
 
 from __future__ import annotations
@@ -34,10 +34,15 @@ class MathBackend:
             q_KGtD = _by_kv_head(q_TND[q_tile], k_SKD.shape[1]).to(dtype)
             scores_KGts = _scores(q_KGtD, k_SKD[k_tile].to(dtype), offset, variant)[0]
             tile_lse = scores_KGts.logsumexp(-1)
-            tile_out = torch.exp(scores_KGts - _finite(tile_lse)[..., None]) @ v_SKD[k_tile].to(dtype).transpose(0, 1)[:, None]
+            tile_out = (
+                torch.exp(scores_KGts - _finite(tile_lse)[..., None])
+                @ v_SKD[k_tile].to(dtype).transpose(0, 1)[:, None]
+            )
             tile_lse, tile_out = tile_lse.flatten(0, 1), tile_out.flatten(0, 1)
             lse = torch.logaddexp(lse_NT[:, q_tile], tile_lse)
-            kept, added = (torch.exp(part - _finite(lse))[..., None] for part in (lse_NT[:, q_tile], tile_lse))
+            kept, added = (
+                torch.exp(part - _finite(lse))[..., None] for part in (lse_NT[:, q_tile], tile_lse)
+            )
             out_NTD[:, q_tile] = out_NTD[:, q_tile] * kept + tile_out * added
             lse_NT[:, q_tile] = lse
         return out_NTD.transpose(0, 1).to(q_TND.dtype), lse_NT
@@ -80,7 +85,8 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def _finite(lse: Tensor) -> Tensor:
-    """A row that has seen no key yet has log-sum-exp -inf, and exp(-inf - -inf) is nan: there, weights are 0."""
+    """A row that has seen no key yet has log-sum-exp -inf, and exp(-inf - -inf) is nan: there, weights are
+    0."""
     return lse.masked_fill(lse == -torch.inf, 0)
 
 
@@ -90,10 +96,12 @@ def _by_kv_head(x_TND: Tensor, num_kv_heads: int) -> Tensor:
 
 
 def _tiles(spans: tuple[Span, ...], window: int | None) -> Iterator[tuple[slice, slice, int]]:
-    """The tiles with at least one visible key: queries, keys, and the key position of the first query in the tile's
-    keys."""
+    """The tiles with at least one visible key: queries, keys, and the key position of the first query in the
+    tile's keys."""
     for span in spans:
-        first_key = span.k_end - (span.q_end - span.q_start) - span.q_start  # of query 0, in the coordinates of k
+        first_key = (
+            span.k_end - (span.q_end - span.q_start) - span.q_start
+        )  # of query 0, in the coordinates of k
         for q_start in range(span.q_start, span.q_end, TILE_TOKENS):
             q_end = min(q_start + TILE_TOKENS, span.q_end)
             oldest = span.k_start if window is None else max(span.k_start, first_key + q_start - window + 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import inspect
 import re
 import sys
@@ -22,6 +23,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, T
 from chunkdist.config import ATTENTION_NAMES, ChunkConfig
 from chunkdist.data.samples import LongSamples
 from chunkdist.samplers import ChunkSampler, FixedBudgetSampler, ImportanceSampler, IndependentSampler
+from chunkdist.sharding.launch import needs_gloo
 
 _KV_GRAD_DTYPES: dict[str, torch.dtype | None] = {
     "float32": torch.float32,
@@ -57,7 +59,8 @@ class ChunkArguments:
 
     chunk_method: str = _option(
         "seco",
-        "seco: exact gradients, chunk by chunk. spaco: unbiased ones, of a sample of the chunks. none: plain TRL, to "
+        "seco: exact gradients, chunk by chunk. spaco: unbiased ones, of a sample of the chunks. none: plain "
+        "TRL, to "
         "compare with.",
         choices=("seco", "spaco", "none"),
     )
@@ -70,7 +73,8 @@ class ChunkArguments:
     chunk_rebuild_kv: str = _of_config("rebuild_kv", choices=("auto", "true", "false"))
     spaco_sampler: str = _option(
         "independent",
-        "independent: every chunk with the same probability. importance: in proportion to the norm of its output "
+        "independent: every chunk with the same probability. importance: in proportion to the norm of its "
+        "output "
         "gradient. fixed: the paper's, a fixed number of chunks, biased.",
         choices=tuple(_SAMPLERS),
     )
@@ -110,13 +114,18 @@ class ChunkArguments:
         }
         if self.chunk_method != "spaco":
             if given:
-                raise ValueError(f"{', '.join(given)} without chunk_method=spaco would be ignored: write chunk_method: spaco")
+                raise ValueError(
+                    f"{', '.join(given)} without chunk_method=spaco would be ignored: write chunk_method: "
+                    "spaco"
+                )
             return None
         if self.spaco_cap is None:
-            return _SAMPLERS[self.spaco_sampler](budget=self.spaco_budget)
+            sampler: ChunkSampler = _SAMPLERS[self.spaco_sampler](budget=self.spaco_budget)
+            return sampler
         if self.spaco_sampler != "fixed":
             raise ValueError(
-                f"spaco_cap={self.spaco_cap} with spaco_sampler={self.spaco_sampler}: a cap makes an unbiased sampler "
+                f"spaco_cap={self.spaco_cap} with spaco_sampler={self.spaco_sampler}: a cap makes an "
+                "unbiased sampler "
                 "biased; leave it out, or write spaco_sampler: fixed"
             )
         return FixedBudgetSampler(budget=self.spaco_budget, cap=self.spaco_cap)
@@ -145,6 +154,11 @@ class TrainArguments(SFTConfig):
     gradient_checkpointing: bool | None = _option(  # type: ignore[assignment]
         None, "Hugging Face's gradient checkpointing, for chunk_method: none. A chunked step excludes it."
     )
+
+    def __post_init__(self) -> None:
+        if not self.deepspeed and needs_gloo():
+            self.use_cpu = True
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -291,6 +305,8 @@ def check_options(options: TrainingOptions) -> ChunkConfig | None:
         raise ValueError(
             "load_in_4bit=True needs use_peft: true, quantised weights are not trained themselves"
         )
+    if (model.load_in_4bit or model.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit=True needs bitsandbytes: pip install 'chunkdist[qlora]'")
     if training.max_length is not None and training.max_length < 2:
         raise ValueError(f"max_length={training.max_length} leaves no token to predict: write at least 2")
     return chunk_config

@@ -49,8 +49,8 @@ class ChunkCallback(TrainerCallback):
     - `step_time_s` covers loading data, not evaluation and saving.
     - `peak_memory_gib` is the largest of the ranks' `torch.cuda.max_memory_allocated()`, `peak_rss_gib` (on a
       CPU) the largest of the processes' resident memory; both since the process started.
-    - `spaco_*`: chunks and tokens that SpaCO kept on rank 0 since the last log, the largest weight, and the mean of
-      `SampleReport.relative_variance`.
+    - `spaco_*`: chunks and tokens that SpaCO kept on rank 0 since the last log, the largest weight, and the
+      mean of `SampleReport.relative_variance`.
     - `mfu` is by model FLOPs, see `chunkdist.flops`.
     - A file that cannot be written costs one warning; training goes on.
 

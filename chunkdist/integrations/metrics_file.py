@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ class MetricsFile:
                 if file.write(line) != len(line):
                     raise OSError(28, "No space left on device", str(self.path))
             except OSError:
-                file.truncate(end)
+                with suppress(OSError):
+                    file.truncate(end)
                 raise
 
     def read(self) -> list[Record]:

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,8 @@ def save_model(trainer: Trainer) -> Path:
     if fsdp is not None:
         fsdp.set_state_dict_type("FULL_STATE_DICT")  # the sharded kind cannot be loaded by from_pretrained
     with whole_or_absent(unfinished, what="trained model", is_writer=is_writer):
-        trainer.save_model(str(unfinished))
+        trainer.save_model(str(unfinished), _internal_call=True)  # any other call also pushes it to the Hub
+        trainer.accelerator.wait_for_everyone()  # the others look into the folder, too
         if is_writer:
             if not any(path.suffix in _WEIGHT_ENDINGS for path in unfinished.rglob("*")):
                 raise RuntimeError(
@@ -96,6 +97,8 @@ def save_model(trainer: Trainer) -> Path:
                     "stage3_gather_16bit_weights_on_model_save: true"
                 )
             _move_all(unfinished, target)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     return target
 
 
@@ -117,6 +120,6 @@ def removed_if_empty(folder: str | os.PathLike[str] | None) -> Iterator[None]:
         yield
     except BaseException:
         for candidate in made:
-            if candidate.is_dir() and not any(candidate.iterdir()):
+            with suppress(OSError):  # not empty, or another process was faster
                 candidate.rmdir()
         raise

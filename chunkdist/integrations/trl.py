@@ -20,6 +20,7 @@ from chunkdist.data.loading import is_conversational, load_splits, pick_split, s
 from chunkdist.data.samples import LongSamples, fit_samples
 from chunkdist.integrations.arguments import TrainingOptions, check_options
 from chunkdist.integrations.saving import whole_or_absent
+from chunkdist.sharding.launch import check_ranks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +47,8 @@ class CheckedSFTTrainer(SFTTrainer):
         The first part only tokenises. The second finds `input_ids` and `labels` made, and packs; that it may
         be called with what it has made itself is TRL's own contract (its `evaluate` relies on it).
         """
-        is_text = "messages" not in dataset.column_names and "prompt" not in dataset.column_names
+        columns = set(dataset.column_names)
+        is_text = not columns & {"messages", "conversations", "prompt", "labels"}  # a turn must not be cut
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         prepare = super()._prepare_dataset
@@ -133,6 +135,7 @@ def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkCon
         raise ValueError(
             f"model_name_or_path={model_options.model_name_or_path!r}: {_first_line(error)}"
         ) from error
+    check_ranks(trainer.accelerator.num_processes)
     return trainer, chunk_config
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from chunkdist.config import ChunkConfig
@@ -125,9 +125,5 @@ def _mlp_width(text: Any) -> int:
 def _local_bytes(parameter: Tensor) -> int:
     local = getattr(parameter, "ds_tensor", None)  # ZeRO-3's shard
     if local is None:
-        local = parameter.to_local() if isinstance(parameter, _dtensor()) else parameter
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return int(local.numel() * local.element_size())
-
-
-def _dtensor() -> Any:
-    return torch.distributed.tensor.DTensor if torch.distributed.is_available() else ()

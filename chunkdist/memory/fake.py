@@ -13,7 +13,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fake_model(build: Callable[[], Model], mode: FakeTensorMode, device: str = "cpu") -> Model:
-    """What `build` returns, built on the meta device, with its parameters and buffers as fake tensors on `device`.
+    """What `build` returns, built on the meta device, with its parameters and buffers as fake tensors on
+    `device`.
 
     Run it inside `mode`. (Built under `mode` itself, PEFT's casts fail: torch cannot swap fake parameters.)
     """

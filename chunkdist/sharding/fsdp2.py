@@ -1,9 +1,10 @@
-"""FSDP2: the units of a group's layers are whole while the group runs, at no more all-gathers than without chunks.
+"""FSDP2: the units of a group's layers are whole while the group runs, at no more all-gathers than without
+chunks.
 
-Two ways of cutting a model fit a group of several layers. One unit for the group, `fully_shard([layers of the group])`,
-which needs nothing. One unit a layer, as Accelerate cuts: all but the last layer's are released before the group runs,
-inside the call of its last layer. So they are told to stay whole, and are released when the group has run; its backward
-puts them together again before FSDP2 would.
+Two ways of cutting a model fit a group of several layers. One unit for the group, `fully_shard([...])`, needs
+nothing. One unit a layer, as Accelerate cuts: all but the last layer's are released before the group runs,
+inside the call of its last layer. So they are told to stay whole, and are released when the group has run;
+its backward puts them together again before FSDP2 would.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ def refuse_inner_units(layer: nn.Module) -> None:
     for path, module in layer.named_modules():
         if module is not layer and isinstance(module, FSDPModule):
             raise ValueError(
-                f"fully_shard was applied to {path!r} inside {type(layer).__name__}: a chunked layer would gather it once "
-                "a chunk, and ranks with other numbers of chunks would wait forever; apply fully_shard to whole layers"
+                f"fully_shard was applied to {path!r} inside {type(layer).__name__}: a chunked layer would "
+                "gather it once a chunk, and ranks with other numbers of chunks would wait forever; apply "
+                "fully_shard to whole layers"
             )
 
 
 class GroupUnits:
-    """The units of a group's layers that FSDP2 releases before the group runs: those of all its layers but the last.
+    """The units that FSDP2 releases before the group runs: those of all its layers but the last.
 
     Args:
         layers: Of the group, in their order.

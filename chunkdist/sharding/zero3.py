@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO-3: a decoder layer is a leaf module, gathered and reduced once around its call, however many chunks run.
+"""DeepSpeed ZeRO-3: a decoder layer is a leaf module, gathered and reduced once, however many chunks run.
 
-ZeRO-3 reduces a leaf's gradients in a full backward hook, which runs only where an input of the leaf requires grad:
-with frozen embeddings (LoRA) the first layer's does not, and is made to.
+ZeRO-3 reduces a leaf's gradients in a full backward hook, which runs only where an input of the leaf requires
+grad: with frozen embeddings (LoRA) the first layer's does not, and is made to.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def check_group(layers: Sequence[nn.Module]) -> None:
     """Raises where ZeRO-3 cannot run a group of decoder layers.
 
     Raises:
-        ValueError: the group has several layers, or its layer was not a leaf module when DeepSpeed took the model.
+        ValueError: the group has several layers, or its layer was no leaf module when DeepSpeed took it.
     """
     if not is_sharded(layers[-1]):
         return
@@ -62,20 +62,25 @@ def check_group(layers: Sequence[nn.Module]) -> None:
         _refuse_group(len(layers))
     if not all(hasattr(parameter, "ds_z3_leaf_module") for parameter in layers[0].parameters()):
         raise ValueError(
-            f"{type(layers[0]).__name__} is no leaf module of DeepSpeed ZeRO-3, its weights would be gathered once a "
-            "chunk: call chunk_model after `import deepspeed` and before deepspeed.initialize"
+            f"{type(layers[0]).__name__} is no leaf module of DeepSpeed ZeRO-3, its weights would be "
+            "gathered once a chunk: call chunk_model after `import deepspeed` and before deepspeed.initialize"
         )
 
 
 def _refuse_group(layers_per_group: int) -> None:
     raise ValueError(
-        f"layers_per_group={layers_per_group} with DeepSpeed zero_optimization.stage=3, which releases a layer's weights "
-        "when its call ends: write layers_per_group=1, or stage 2, or use FSDP2"
+        f"layers_per_group={layers_per_group} with DeepSpeed zero_optimization.stage=3, which releases a "
+        "layer's weights when its call ends: write layers_per_group=1, or stage 2, or use FSDP2"
     )
 
 
 def _require_grad(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     hidden = args[0] if args else None
-    if not isinstance(hidden, Tensor) or hidden.requires_grad or not torch.is_grad_enabled() or not is_sharded(layer):
+    if (
+        not isinstance(hidden, Tensor)
+        or hidden.requires_grad
+        or not torch.is_grad_enabled()
+        or not is_sharded(layer)
+    ):
         return None
     return hidden.detach().requires_grad_(), *args[1:]

@@ -1,6 +1,6 @@
-"""Gloo ranks for tests: processes that stay, take one function after another, and are killed when one of them hangs.
+"""Gloo ranks for tests: processes that stay, take one function after another, and are killed when one hangs.
 
-Starting a rank costs seconds, a case milliseconds: a pool is started once a module. A case that fails or does not end
+Starting a rank costs seconds, a case less: a pool is started once a module. A case that fails or does not end
 takes its pool with it; the next case starts a new one.
 """
 
@@ -41,7 +41,7 @@ class Ranks:
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(*args)` on every rank; the results by rank. Functions must be importable, results picklable.
+        """`function(*args)` on every rank; the results by rank. Functions are importable, results picklable.
 
         Raises:
             RankError: one failed; the others have been stopped.
@@ -115,10 +115,9 @@ def _serve(pipe: Connection, rank: int, num_ranks: int, port: int) -> None:
     while True:
         try:
             function, args = pipe.recv()
+            message = True, function(*args)
         except EOFError:
             return
-        try:
-            message = True, function(*args)
         except BaseException:
             message = False, traceback.format_exc()
         sys.stdout.flush()

@@ -140,6 +140,7 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"from_scratch": True, "use_peft": True}, "base weights would be lost"),
         ({"load_in_4bit": True}, "needs use_peft"),
+        ({"load_in_4bit": True, "use_peft": True}, r"pip install 'chunkdist\[qlora\]'"),
         ({"max_length": 1}, "max_length=1 leaves no token"),
     ],
 )

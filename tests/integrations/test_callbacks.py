@@ -3,10 +3,12 @@ full."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from chunkdist.integrations import callbacks
 from chunkdist.integrations.callbacks import ChunkCallback
 from chunkdist.integrations.metrics_file import MetricsFile, draw
 from chunkdist.integrations.token_counter import TokenCounter
-from tests.models import VOCAB_SIZE, tiny_llama
+from tests.distributed.ranks import Ranks
+from tests.models import VOCAB_SIZE, tiny_llama, with_lora
 
 CONFIG = ChunkConfig(chunk_size=16)
 FIGURES = {
@@ -129,7 +132,7 @@ class TestFigures:
 
         class Slow(TrainerCallback):
             def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-                __import__("time").sleep(0.5)
+                time.sleep(0.5)
 
         trainer.add_callback(Slow())
         trainer.train()
@@ -204,43 +207,18 @@ class TestFigures:
         assert record["mfu"] == pytest.approx(2 * flops.step([40]) / record["step_time_s"] / 989e12)
 
     def test_two_ranks(self) -> None:
-        """Sums of tokens, the largest memory, one file."""
-        script = """
-import sys, torch
-from chunkdist.integrations.callbacks import _over_ranks
-torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
-print(_over_ranks([10 + rank, 100 * (rank + 1)], 7 + rank, torch.device("cpu")))
-torch.distributed.destroy_process_group()
-"""
-        outputs = run_ranks(script)
-        assert outputs == ["([21, 300], [7, 8])"] * 2
+        """Sums of tokens, each rank's memory."""
+        ranks = Ranks(2)
+        try:
+            results = ranks.run(_over_ranks_of_two)
+        finally:
+            ranks.stop()
+        assert results == [([21, 300], [7, 8])] * 2
 
 
-def run_ranks(script: str) -> list[str]:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    root = str(Path(__file__).parents[2])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "PYTHONPATH": root,
-            },
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    return [process.communicate(timeout=120)[0].strip().splitlines()[-1] for process in processes]
+def _over_ranks_of_two() -> tuple[list[int], list[int]]:
+    rank = torch.distributed.get_rank()
+    return callbacks._over_ranks([10 + rank, 100 * (rank + 1)], 7 + rank, torch.device("cpu"))
 
 
 def byte_tokenizer() -> Any:
@@ -288,8 +266,6 @@ class TestTokenCounter:
         assert counter.take() == [0, 0]
 
     def test_a_chunked_peft_model_counts_once(self) -> None:
-        from tests.models import with_lora
-
         model = chunk_model(with_lora(llama()), CONFIG)
         counter = TokenCounter(model)
         ids = torch.zeros(1, 40, dtype=torch.long)
@@ -331,7 +307,7 @@ class TestStart:
         trainer = trainer_of(tmp_path, max_steps=1)
         why_not = CpuFlashBackend.why_not
         monkeypatch.setattr(
-            CpuFlashBackend, "why_not", lambda self, q, v: "broken" if q.shape[0] > 1 else why_not(self, q, v)
+            CpuFlashBackend, "why_not", lambda self, q, v: "broken" if q.ndim == 4 else why_not(self, q, v)
         )
         trainer.train()
         assert "attention is math after all: fastest here; not cpu_flash: broken" in capsys.readouterr().out
@@ -394,7 +370,10 @@ class TestResume:
 
 
 class TestFaults:
-    def test_a_full_disk_costs_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_full_disk_costs_one_line(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(MetricsFile, "read", lambda self: [])  # that device has no end
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
         trainer = trainer_of(tmp_path)
         trainer.train()
@@ -417,23 +396,11 @@ class TestFaults:
         file = MetricsFile(tmp_path / "metrics.jsonl")
         file.append({"step": 1, "loss": 2.0})
 
-        class FullFile:
-            def __init__(self, path: Path, mode: str, buffering: int) -> None:
-                self.file = open(path, mode, buffering=buffering)
+        class FullDisk(io.FileIO):
+            def write(self, line: Any) -> int:
+                return super().write(line[:5])
 
-            def __enter__(self) -> FullFile:
-                return self
-
-            def __exit__(self, *error: object) -> None:
-                self.file.close()
-
-            def write(self, line: bytes) -> int:
-                return self.file.write(line[:5])
-
-            def __getattr__(self, name: str) -> Any:
-                return getattr(self.file, name)
-
-        monkeypatch.setattr("builtins.open", FullFile)
+        monkeypatch.setattr("builtins.open", lambda path, mode, buffering: FullDisk(path, mode))
         with pytest.raises(OSError, match="No space left"):
             file.append({"step": 2, "loss": 1.0})
         monkeypatch.undo()

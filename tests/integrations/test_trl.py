@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from chunkdist import ChunkConfig
 from chunkdist.integrations import trl as integration
 from chunkdist.integrations.arguments import TrainingOptions, parse_options
 from chunkdist.integrations.saving import UNFINISHED, DiskFullError, save_model
-from chunkdist.integrations.trl import build_trainer, check_blocker, first_batch, wandb_offline_without_key
+from chunkdist.integrations.trl import (
+    build_trainer,
+    check_blocker,
+    chunk_trainer,
+    first_batch,
+    wandb_offline_without_key,
+)
 from tests.tiny_run import ASSISTANT, CHAT_TEMPLATE, TEXTS, USER, command_line, write_rows
 
 
@@ -114,6 +122,16 @@ def test_tokens_made_elsewhere_are_taken_as_they_are_and_checked(tiny_model: Pat
         build_trainer(options(tiny_model, [*rows, masked]))
 
 
+def test_only_text_may_be_split(tiny_model: Path) -> None:
+    rows = [{"input_ids": list(range(70)), "labels": list(range(70))}]
+    with pytest.raises(ValueError, match="long_samples=split cuts plain text only"):
+        build_trainer(options(tiny_model, rows, long_samples="split"))
+    trainer, _ = build_trainer(
+        options(tiny_model, [{"input_ids": rows[0]["input_ids"]}], long_samples="split")
+    )
+    assert [len(row) for row in rows_of(trainer.train_dataset)] == [64, 6]
+
+
 def test_models_and_tokenizers_that_are_not_there(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match="gives no tokenizer"):
         build_trainer(options(tiny_model, TEXTS, model_name_or_path="nobody/nothing"))
@@ -184,10 +202,29 @@ def test_the_saved_model_loads_and_a_full_disk_leaves_the_old_one(tiny_model: Pa
     assert not (out / UNFINISHED).exists()
 
 
+def test_a_model_is_pushed_when_it_is_whole(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _ = build_trainer(options(tiny_model, TEXTS[:2]))
+    trainer.args.push_to_hub = True
+    pushed: list[set[str]] = []
+    out = tiny_model.parent / "out"
+    monkeypatch.setattr(trainer, "push_to_hub", lambda: pushed.append({path.name for path in out.iterdir()}))
+    save_model(trainer)
+    assert len(pushed) == 1
+    assert {"config.json", "model.safetensors"} <= pushed[0]
+    assert UNFINISHED not in pushed[0]
+
+
+def test_checkpointing_by_accelerate_is_refused() -> None:
+    fsdp = SimpleNamespace(activation_checkpointing=True)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=fsdp)))
+    with pytest.raises(ValueError, match="fsdp_activation_checkpointing=True"):
+        chunk_trainer(trainer, ChunkConfig(chunk_size=4))  # type: ignore[arg-type]
+
+
 def test_saving_without_weights_is_an_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _ = build_trainer(options(tiny_model, TEXTS[:2]))
     monkeypatch.setattr(
-        trainer, "save_model", lambda folder: Path(folder).mkdir()
+        trainer, "save_model", lambda folder, **_: Path(folder).mkdir()
     )  # what a sharded save may come to
     with pytest.raises(RuntimeError, match="no weights were gathered"):
         save_model(trainer)

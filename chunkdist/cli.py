@@ -1,0 +1,122 @@
+"""The `chunkdist` command: `chunkdist check CONFIG` and `chunkdist env`.
+
+Exit status 0: fine; 1: the answer is no (gradients differ); 2: the input is at fault, one line on stderr says
+how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+
+Command = Callable[[argparse.Namespace, list[str]], int]
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "trl",
+    "datasets",
+    "wandb",
+    "flash-attn",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="chunkdist", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_check(commands)
+    _add_env(commands)
+    try:
+        arguments, others = parser.parse_known_args(argv)
+    except SystemExit as stop:  # argparse has said what is wrong, or --help
+        return int(stop.code or 0)
+    command: Command = arguments.run
+    try:
+        return command(arguments, others)
+    except (ValueError, NotImplementedError, OSError) as error:
+        print(f"chunkdist: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="compare the gradients of a short sample, chunked against unchunked",
+        description="One step on a short sample of the config's data with its model, chunked and not: how "
+        "far the gradients are apart, beside the model's own rounding error. Exit status 1 when chunks are worse.",
+        epilog="Any option of the config can follow: chunkdist check CONFIG --chunk_size 1024",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the YAML file of a training run")
+    parser.set_defaults(run=_check)
+
+
+def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("env", help="versions, devices, and the attention backends that run on them")
+    parser.set_defaults(run=_env)
+
+
+def _check(arguments: argparse.Namespace, options_given: list[str]) -> int:
+    from chunkdist.check import check_gradients
+    from chunkdist.integrations.arguments import parse_options
+    from chunkdist.integrations.trl import build_trainer, first_batch
+
+    with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder, and nothing is to be written
+        silent = ["--output_dir", folder, "--report_to", "none"]
+        trainer, config = build_trainer(
+            parse_options(["--config", arguments.config, *options_given, *silent])
+        )
+    if config is None:
+        raise ValueError("chunk_method=none chunks nothing, so there is nothing to check: write seco")
+    assert trainer.model is not None
+    with trainer.accelerator.autocast():
+        result = check_gradients(trainer.model, first_batch(trainer), config)
+    print(result.report())
+    return 0 if result.passed else 1
+
+
+def _env(arguments: argparse.Namespace, others: list[str]) -> int:
+    if others:
+        raise ValueError(f"chunkdist env takes no arguments, but {others[0]!r} was given: leave it out")
+    import torch
+
+    import chunkdist.modeling  # noqa: F401  registers the attention
+    from chunkdist.attention import BACKENDS
+    from chunkdist.attention.base import AttentionVariant
+
+    rows = [
+        ("chunkdist", _version("chunkdist")),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+    ]
+    rows += [(name, _version(name)) for name in PACKAGES]
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    rows.append(("CUDA", f"{torch.version.cuda or 'not in this build of torch'}"))
+    rows += [(f"GPU {index}", name) for index, name in enumerate(devices)] or [("GPU", "none")]
+    dtype, device = (torch.bfloat16, "cuda") if devices else (torch.float32, "cpu")
+    q_TND = torch.empty(1, 1, 128, dtype=dtype, device=device)
+    for backend in BACKENDS:
+        why_not = backend.why_not(q_TND, AttentionVariant(scale=1.0))
+        rows.append((f"attention {backend.name}", "available" if why_not is None else f"not here: {why_not}"))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

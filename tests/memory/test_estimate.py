@@ -1,0 +1,73 @@
+"""The formula against what the real code keeps alive, under fake tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from chunkdist import ChunkConfig, chunk_model
+from chunkdist.memory import LiveBytes
+from chunkdist.memory.estimate import estimate_memory
+from chunkdist.memory.fake import fake_model
+from chunkdist.modeling import chunk_report
+
+
+def llama(dtype: torch.dtype, **settings: Any) -> Any:
+    values = {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 32,
+        **settings,
+    }
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.bfloat16, {"layers_per_group": 1}),
+        (torch.bfloat16, {"layers_per_group": "all"}),
+        (torch.bfloat16, {"retained_chunks": 2}),
+        (torch.float32, {"layers_per_group": 1}),
+    ],
+)
+def test_is_near_and_not_below(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    num_tokens = 6144
+    config = ChunkConfig(chunk_size=1536, **settings)
+    mode = FakeTensorMode()
+    with mode:
+        model = chunk_model(fake_model(lambda: llama(dtype), mode), config)
+        ids = torch.zeros(1, num_tokens, dtype=torch.long)
+        with LiveBytes(exclude=[*model.parameters(), ids]) as live:
+            model(input_ids=ids, labels=ids).loss.backward()
+    estimate = estimate_memory(model, config, chunk_report(model), num_tokens=num_tokens)
+    assert 0.95 <= (estimate.peak_bytes - estimate.weights_bytes) / live.peak_bytes <= 1.3
+
+
+def test_llama_3_8b_per_token() -> None:
+    """DESIGN section 4: 32 x 8 KiB of group inputs, 4 of K/V (rebuilt), 8 of their gradients, 24 of hidden
+    states, and 4 for what attention's backward returns."""
+    with torch.device("meta"):
+        model = llama(
+            torch.bfloat16,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+        )
+    config = ChunkConfig(chunk_size=2048)
+    report = chunk_report(chunk_model(model, config))
+    estimate = estimate_memory(model, config, report, num_tokens=131072, optimizer="adamw_torch")
+    assert estimate.sequence_bytes_per_token == (32 * 8 + 4 + 8 + 4 + 24) * 1024
+    assert estimate.weights_bytes == estimate.gradients_bytes == 2 * 8_030_261_248
+    assert estimate.optimizer_bytes == 2 * estimate.weights_bytes
+    assert estimate_memory(model, config, report, num_tokens=100, optimizer="lomo").optimizer_bytes is None

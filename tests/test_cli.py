@@ -1,0 +1,104 @@
+"""The `chunkdist` command, run in this process: exit statuses, and one line for what the user did wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import chunkdist.check
+from chunkdist import ChunkConfig, chunk_model
+from chunkdist.cli import main
+from tests.tiny_run import TEXTS, command_line, make_model_folder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    options = command_line(make_model_folder(tmp_path / "model"), TEXTS)
+    pairs = zip(options[::2], options[1::2], strict=True)
+    values = {
+        key.removeprefix("--"): value if value == "no" else yaml.safe_load(value) for key, value in pairs
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**values, "long_samples": "truncate"}))
+    return path
+
+
+class TestCheck:
+    def test_passes(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["check", str(config)]) == 0
+        out = capsys.readouterr().out
+        assert "gradient check passed" in out
+        assert "chunked:" in out
+        assert "plain:" in out
+        assert not (tmp_path / "out").exists()  # nothing is left behind
+
+    def test_options_after_the_config(self, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["check", str(config), "--chunk_size", "3", "--dtype", "bfloat16"]) == 0
+        out = capsys.readouterr().out
+        assert "chunks of 3," in out
+        assert "in float32" in out
+
+    def test_a_planted_fault_is_status_1(
+        self, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def faulty(model: Any, chunk_config: ChunkConfig) -> Any:
+            weight = model.model.layers[1].mlp.up_proj.weight
+            weight.register_hook(lambda grad: grad * 1.01)
+            return chunk_model(model, chunk_config)
+
+        monkeypatch.setattr(chunkdist.check, "chunk_model", faulty)
+        assert main(["check", str(config)]) == 1
+        assert "gradient check FAILED" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--chunk_sise", "4"], "did you mean 'chunk_size'?"),
+            (["--chunk_size", "0"], "chunk_size=0"),
+            (["--chunk_method", "none"], "nothing to check"),
+            (["--dataset_name", "/nowhere/data.jsonl"], "/nowhere/data.jsonl"),
+        ],
+    )
+    def test_a_fault_of_the_input_is_one_line_and_status_2(
+        self, config: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+    ) -> None:
+        assert main(["check", str(config), *options]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert words in lines[-1]
+        assert lines[-1].startswith("chunkdist: ")
+        assert not any("Traceback" in line for line in lines)
+
+    def test_a_config_that_is_not_there(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["check", str(tmp_path / "no.yaml")]) == 2
+        assert "no.yaml" in capsys.readouterr().err
+
+
+class TestEnv:
+    def test_versions_and_backends(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["env"]) == 0
+        out = capsys.readouterr().out
+        for name in ("transformers", "peft", "accelerate", "deepspeed", "trl", "flash-attn", "GPU"):
+            assert name in out
+        assert torch.__version__ in out
+        assert "attention math" in out
+
+    def test_takes_no_arguments(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["env", "--all"]) == 2
+        assert "'--all'" in capsys.readouterr().err
+
+
+class TestUsage:
+    @pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["check"]])
+    def test_wrong_usage_is_status_2(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(arguments) == 2
+        assert "usage" in capsys.readouterr().err
+
+    def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--help"]) == 0
+        out = capsys.readouterr().out
+        assert "check" in out
+        assert "env" in out

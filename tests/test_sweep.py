@@ -1,0 +1,147 @@
+"""Every causal LM class of the installed transformers is exact or refused; docs/models.md says which."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import transformers
+
+import chunkdist.attention.function as attention_function
+import chunkdist.modeling as modeling
+from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
+from chunkdist.attention.function import Cell
+from chunkdist.context import ChunkContext
+from chunkdist.kv_store import KVStore
+from tests.model_zoo import OVERRIDES, class_names, tiny_model
+from tests.sweep import CHUNK_SIZE, read_table, run_class
+
+REQUIRED = {
+    "DeepseekV3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GptOssForCausalLM",
+    "GraniteForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Olmo2ForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "SmolLM3ForCausalLM",
+}
+
+VERSION, DOCUMENTED = read_table()
+
+
+@pytest.mark.parametrize("name", class_names())
+def test_exact_or_refused(name: str) -> None:
+    record = run_class(name)
+    assert record.outcome in ("exact", "refused", "not built"), record
+    if name in REQUIRED:
+        assert (record.outcome, record.reason) == ("exact", ""), record
+    if transformers.__version__ == VERSION:
+        assert DOCUMENTED.get(name) == record, (
+            "write docs/models.md anew: python -m tests.sweep --write docs/models.md"
+        )
+
+
+@pytest.mark.skipif(
+    transformers.__version__ != VERSION, reason=f"docs/models.md is about transformers {VERSION}"
+)
+def test_table_is_complete() -> None:
+    assert set(DOCUMENTED) == set(class_names())
+    exact = [record for record in DOCUMENTED.values() if record.outcome == "exact"]
+    not_built = [record for record in DOCUMENTED.values() if record.outcome == "not built"]
+    assert len(exact) >= 63
+    assert len(not_built) <= 5
+
+
+# Each of these makes a model wrong. The sweep must say so: otherwise its "exact" means nothing.
+
+
+def test_sees_a_missed_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_function, "_window_in", lambda stream, window: None)
+    assert run_class("MistralForCausalLM").outcome == "wrong"
+    assert run_class("PhimoeForCausalLM").outcome == "wrong"  # its window is nowhere but in the mask
+
+
+def test_sees_missed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    visible = Cell.visible
+    monkeypatch.setattr(Cell, "visible", lambda self, row, window, block: visible(self, row, window, None))
+    monkeypatch.setitem(OVERRIDES, "Llama4ForCausalLM", {"attn_temperature_tuning": False})
+    monkeypatch.setattr(modeling, "_counts_tokens", lambda kind: False)
+    assert run_class("Llama4ForCausalLM").outcome == "wrong"
+
+
+def test_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OVERRIDES, "Llama4ForCausalLM", {"attn_temperature_tuning": False})
+    monkeypatch.setattr(modeling, "_counts_tokens", lambda kind: False)
+    assert run_class("Llama4ForCausalLM").outcome == "exact"
+
+
+def test_sees_positions_counted_inside_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling, "_counts_tokens", lambda kind: False)
+    assert run_class("Llama4ForCausalLM").outcome == "wrong"
+
+
+def test_sees_segments_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "chunkdist.stream._starts_from_positions", lambda position_ids, num_rows: ((0,),) * num_rows
+    )
+    record = run_class("LlamaForCausalLM")
+    assert record.outcome == "wrong"
+    assert record.reason.startswith("packed streams")
+
+
+def test_sees_a_lost_gradient_of_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_grads = KVStore.add_grads
+
+    def without_prefix(
+        self: KVStore, row: int, start: int, dk_SKD: torch.Tensor, dv_SKD: torch.Tensor
+    ) -> None:
+        for grad in (dk_SKD, dv_SKD):
+            grad[:-CHUNK_SIZE] = 0
+        add_grads(self, row, start, dk_SKD, dv_SKD)
+
+    monkeypatch.setattr(KVStore, "add_grads", without_prefix)
+    assert run_class("LlamaForCausalLM").outcome == "wrong"
+
+
+def test_sees_state_beside_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling, "_refuse_known", lambda *args: None)
+    assert run_class("FalconH1ForCausalLM").outcome == "wrong"  # attention and an SSM in each layer
+
+
+def test_a_decoder_that_is_passed_by_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ChunkContext, "running", lambda self, decoder, args, kwargs: nullcontext(kwargs))
+    record = run_class("LlamaForCausalLM")
+    assert record.outcome == "refused"
+    assert "something else than the forward of its decoder" in record.reason
+
+
+@pytest.mark.parametrize("kept_layers", [(1, 0, 1, 1), (0, 1, 1, 1), (1, 1, 1, 0)])
+def test_a_skipped_layer_is_refused(monkeypatch: pytest.MonkeyPatch, kept_layers: tuple[int, ...]) -> None:
+    """LayerDrop leaves out layers: in a group, the others would never run."""
+    config = transformers.OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_attention_heads=4,
+        num_hidden_layers=4,
+        layerdrop=0.5,
+        dropout=0.0,
+    )
+    model = chunk_model(transformers.OPTForCausalLM(config), ChunkConfig(chunk_size=7, layers_per_group=2))
+    input_ids = torch.randint(8, 64, (1, 20))
+    kept = iter(kept_layers)
+    monkeypatch.setattr(torch, "rand", lambda size: torch.tensor(1.0 if next(kept) else 0.0))
+    with pytest.raises(UnsupportedModelError, match="layers_per_group=1"):
+        model.train()(input_ids=input_ids, labels=input_ids)
+
+
+def test_the_zoo_is_in_double() -> None:
+    assert {x.dtype for x in tiny_model("LlamaForCausalLM").parameters()} == {torch.float64}
