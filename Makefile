@@ -40,10 +40,12 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
-# On its own, `accelerate launch` gives a process one thread.
+# On its own, `accelerate launch` gives a process one thread. Threads that wait for each other sleep: spinning, as is the
+# default, makes a step several times slower where anything else runs on the machine.
 train: $(READY)
-	HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(BIN)/accelerate launch --quiet \
-	  --config_file configs/accelerate/single.yaml launchers/train.py --config $(CONFIG) $(ARGS)
+	HF_HUB_DISABLE_TELEMETRY=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} \
+	  $(BIN)/accelerate launch --quiet --config_file configs/accelerate/single.yaml \
+	  launchers/train.py --config $(CONFIG) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

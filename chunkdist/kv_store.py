@@ -38,7 +38,8 @@ class KVStore:
         """Adds what one chunk leaves for the keys and values from `start` on."""
         if self._grads is None:
             assert self._kv is not None
-            self._grads = tuple(torch.zeros_like(x, dtype=self._dtype_of_grad(x)) for x in self._kv)  # type: ignore[assignment]
+            k, v = self._kv
+            self._grads = self._new_grads(k), self._new_grads(v)
         for grads, x in zip(self._grads, (dk_SKD, dv_SKD), strict=True):
             grads[row, start : start + x.shape[0]] += x
 
@@ -59,5 +60,6 @@ class KVStore:
         num_rows, _, num_heads, head_dim = x_BTKD.shape
         return x_BTKD.new_empty((num_rows, self._num_tokens, num_heads, head_dim))
 
-    def _dtype_of_grad(self, x: Tensor) -> torch.dtype:
-        return x.dtype if self._grad_dtype is None else torch.promote_types(x.dtype, self._grad_dtype)
+    def _new_grads(self, x: Tensor) -> Tensor:
+        dtype = x.dtype if self._grad_dtype is None else torch.promote_types(x.dtype, self._grad_dtype)
+        return torch.zeros_like(x, dtype=dtype)

@@ -61,7 +61,7 @@ class LazyLogits(torch.Tensor):
         cls, hidden: Tensor, head: nn.Linear, operations: tuple[Operation, ...], dtype: torch.dtype
     ) -> LazyLogits:
         shape = (*hidden.shape[:-1], head.out_features)  # the weight may be sharded
-        self: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)  # type: ignore[attr-defined]
+        self: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
         self.hidden, self.head, self.operations = hidden, head, operations
         return self
 
@@ -108,16 +108,15 @@ class LazyLogits(torch.Tensor):
         return func(*_computed(args), **_computed(kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return func(
-            *_computed(args), **_computed(kwargs or {})
-        )  # what C++ calls without asking __torch_function__
+        # What C++ calls without asking __torch_function__.
+        return func(*_computed(args), **_computed(kwargs or {}))
 
 
 def _computed(x: Any) -> Any:
@@ -190,8 +189,9 @@ def tiled_causal_lm_loss(
             ignored.
     """
     if not isinstance(logits, LazyLogits) or logits.shape[-1] != vocab_size:
+        num_items: Any = num_items_in_batch
         return ForCausalLMLoss(
-            _computed(logits), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+            _computed(logits), labels, vocab_size, num_items, ignore_index, shift_labels, **kwargs
         )
     if shift_labels is None:
         assert labels is not None

@@ -1,6 +1,6 @@
 """Makes the figures of the documentation from runs of the code, and README.md's table from docs/benchmarks.
 
-    python docs/make_figures.py
+python docs/make_figures.py
 """
 
 from __future__ import annotations
@@ -18,14 +18,22 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chunkdist import ChunkConfig, chunk_model
+from chunkdist.bench.step import BASELINE
 
+BEGIN, END = "<!-- begin: figures -->", "<!-- end: figures -->"
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 NUM_LAYERS, LAYERS_PER_GROUP = 8, 2
 NUM_GROUPS = NUM_LAYERS // LAYERS_PER_GROUP
 NUM_CHUNKS, CHUNK_SIZE = 6, 16
 MOMENT = 10
 """The backward is drawn while it runs its cell of this number."""
 
-INPUT, KV, KV_GRAD, GRAPH = "#E69F00", "#009E73", "#CC79A7", "#D55E00"  # Okabe and Ito: told apart by everyone
+INPUT, KV, KV_GRAD, GRAPH = (
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#D55E00",
+)  # Okabe and Ito: told apart by everyone
 CELL, DONE, INK = "#DCEAF5", "#F1F1F1", "#222222"
 
 
@@ -39,7 +47,7 @@ class Visit:
 
 
 def recorded_step() -> tuple[list[Visit], list[Visit]]:
-    """The cells that one training step of a tiny model runs, in their order: of its forward, and of its backward."""
+    """The cells that one training step of a tiny model runs, in their order: forward, and backward."""
     hidden_size = 16
     config = LlamaConfig(
         vocab_size=32,
@@ -55,7 +63,9 @@ def recorded_step() -> tuple[list[Visit], list[Visit]]:
     visits: list[Visit] = []
 
     def record(group: int, hidden: torch.Tensor) -> None:
-        if hidden.shape[1] == CHUNK_SIZE:  # not the single token on which a group learns what its layers return
+        if (
+            hidden.shape[1] == CHUNK_SIZE
+        ):  # not the single token on which a group learns what its layers return
             chunk = hidden.storage_offset() // (hidden_size * CHUNK_SIZE)
             visits.append(Visit(group=group, chunk=chunk, with_graph=torch.is_grad_enabled()))
 
@@ -130,22 +140,40 @@ def _frame(axes: Axes, *, with_names: bool) -> None:
 
 
 def _bar(axes: Axes, y: float, text: str) -> None:
-    axes.add_patch(Rectangle((0.03, y), NUM_CHUNKS - 0.06, 0.28, facecolor="white", edgecolor="#AAAAAA", linewidth=0.8))
+    axes.add_patch(
+        Rectangle((0.03, y), NUM_CHUNKS - 0.06, 0.28, facecolor="white", edgecolor="#AAAAAA", linewidth=0.8)
+    )
     axes.text(NUM_CHUNKS / 2, y + 0.13, text, ha="center", va="center", fontsize=9.5, color=INK)
 
 
 def _cell(axes: Axes, visit: Visit, number: int, color: str) -> None:
     box = FancyBboxPatch(
-        (visit.chunk + 0.06, visit.group + 0.13), 0.88, 0.76, boxstyle="round,pad=0,rounding_size=0.06", facecolor=color, edgecolor="none"
+        (visit.chunk + 0.06, visit.group + 0.13),
+        0.88,
+        0.76,
+        boxstyle="round,pad=0,rounding_size=0.06",
+        facecolor=color,
+        edgecolor="none",
     )
     axes.add_patch(box)
     ink = "white" if color == GRAPH else "#8A8A8A" if color == DONE else INK
     weight = "bold" if color == GRAPH else "normal"
-    axes.text(visit.chunk + 0.5, visit.group + 0.66, str(number), ha="center", va="center", fontsize=12, color=ink, weight=weight)
+    axes.text(
+        visit.chunk + 0.5,
+        visit.group + 0.66,
+        str(number),
+        ha="center",
+        va="center",
+        fontsize=12,
+        color=ink,
+        weight=weight,
+    )
 
 
 def _strip(axes: Axes, group: int, chunk: int, row: int, color: str) -> None:
-    axes.add_patch(Rectangle((chunk + 0.14, group + 0.18 + 0.14 * row), 0.72, 0.1, facecolor=color, edgecolor="none"))
+    axes.add_patch(
+        Rectangle((chunk + 0.14, group + 0.18 + 0.14 * row), 0.72, 0.1, facecolor=color, edgecolor="none")
+    )
 
 
 def _group_input(axes: Axes, group: int) -> None:
@@ -156,7 +184,15 @@ def _gradient_arrow(axes: Axes, running: Visit, chunk: int) -> None:
     """From the running cell to the gradients of the keys and values that it read."""
     start, end = (running.chunk + 0.14, running.group + 0.38), (chunk + 0.6, running.group + 0.43)
     axes.add_patch(
-        FancyArrowPatch(start, end, connectionstyle="arc3,rad=0.1", arrowstyle="-|>", mutation_scale=9, color=KV_GRAD, linewidth=1.2)
+        FancyArrowPatch(
+            start,
+            end,
+            connectionstyle="arc3,rad=0.1",
+            arrowstyle="-|>",
+            mutation_scale=9,
+            color=KV_GRAD,
+            linewidth=1.2,
+        )
     )
 
 
@@ -164,33 +200,48 @@ def readme_with_table(readme: str, step: dict[str, Any], memory: dict[str, Any])
     """`readme`, with the table between its two marks made from the results of both benchmarks."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
-    assert begin and end, f"README.md has no {BEGIN} and {END}"
+    assert end, f"README.md has no {BEGIN} and {END}"
     return f"{before}{begin}\n{_table(step, memory)}\n{end}{after}"
 
 
 def _table(step: dict[str, Any], memory: dict[str, Any]) -> str:
-    names = [name for name in memory["summary"] if "all logits" not in name]
-    rows = ["| | memory per token | time of a step | gradients differ by |", "|---|---|---|---|"]
-    for name in names:
-        kib = memory["summary"][name]["bytes_per_token"] / 1024
+    rows = ["| | memory a token | time of a step | gradients differ by |", "|---|---|---|---|"]
+    for name, row in memory["summary"].items():
         timed = step["summary"].get(name)
-        if timed is None:
-            time, difference = "not yet measured", "not yet measured"
-        else:
+        time = difference = "not yet measured"
+        if timed is not None:
             time = f"{timed['wall_ratio']:.2f} x"
             difference = "reference" if name == BASELINE else f"{timed['largest_gradient_difference']:.0e}"
-        rows.append(f"| {name} | {kib:,.0f} KiB | {time} | {difference} |")
-    model, machine = step["model"], step["hardware"]
-    shorter, longer = list(next(iter(memory["summary"].values()))["peak_bytes"])[:: max(1, len(memory["summary"]))][:1] * 2
-    return "\n".join(rows)
+        rows.append(f"| {name} | {row['bytes_per_token'] / 1024:,.0f} KiB | {time} | {difference} |")
+    lengths = " and ".join(f"{int(length):,}" for length in memory["summary"][BASELINE]["peak_bytes"])
+    sizes, machine = step["model"], step["hardware"]
+    notes = f"""
+*Memory*: what a token of the sequence adds to the peak of a training step; Llama-3-8B with LoRA in bf16, chunks
+of {memory["chunk_size"]:,} tokens, between {lengths} tokens. Counted under fake tensors, without a GPU:
+`{memory["command"]}`.
+
+*Time and gradients*: forward and backward of a Llama of {sizes["num_parameters"] / 1e6:.1f}M parameters
+({sizes["num_layers"]} layers, hidden size {sizes["hidden_size"]}) in {_DTYPES[sizes["dtype"]]},
+{sizes["num_tokens"]:,} tokens in chunks of {sizes["chunk_size"]:,}, {machine["num_threads"]} thread(s) of
+{machine.get("gpu", machine["cpu"])}, median of {step["num_repetitions"]} rounds:
+`{step["command"]}`.
+Differences are relative, of the worst parameter; in fp64 the tests ask for 1e-10.
+
+Gradient checkpointing is Hugging Face's, of every layer, with the same attention kernel and, but for the last
+row, the same tiled loss. All results are in [docs/benchmarks](docs/benchmarks)."""
+    return "\n".join([*rows, notes])
 
 
 def main() -> None:
-    """Writes every figure."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes every figure, and the table."""
+    docs = Path(__file__).parent
     matplotlib.rcParams["svg.hashsalt"] = "chunkdist"  # the same file from the same run
-    grid_figure().savefig(folder / "grid.svg", metadata={"Date": None})
+    grid_figure().savefig(docs / "figures" / "grid.svg", metadata={"Date": None})
+    readme = docs.parent / "README.md"
+    step, memory = (
+        json.loads((docs / "benchmarks" / name).read_text()) for name in ("step-cpu.json", "memory.json")
+    )
+    readme.write_text(readme_with_table(readme.read_text(), step, memory))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ def _finite(lse: Tensor) -> Tensor:
 
 def _by_kv_head(x_TND: Tensor, num_kv_heads: int) -> Tensor:
     """(T, N, D) to (K, G, T, D), G query heads a kv head."""
-    return x_TND.transpose(0, 1).unflatten(0, (num_kv_heads, -1))
+    heads: Tensor = x_TND.transpose(0, 1).unflatten(0, (num_kv_heads, -1))
+    return heads
 
 
 def _tiles(spans: tuple[Span, ...], window: int | None) -> Iterator[tuple[slice, slice, int]]:

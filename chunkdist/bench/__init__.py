@@ -1,4 +1,4 @@
-"""Benchmarks: what docs/benchmarks holds, and what the README quotes. Each prints a table and writes a JSON file.
+"""Benchmarks, whose results docs/benchmarks holds and the README quotes. Each prints a table and writes JSON.
 
 They import torch, transformers and peft only, so that they run where nothing else is installed.
 """

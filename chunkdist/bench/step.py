@@ -1,8 +1,8 @@
-"""The time of a training step: chunked, and with Hugging Face's gradient checkpointing, side by side in one process.
+"""The time of a training step: chunked, and with Hugging Face's gradient checkpointing, in one process.
 
-A step is a forward with its loss and a backward, without the optimizer. All ways run on the same weights and tokens,
-with scaled dot product attention and the same tiled loss, in turn, in an order that rotates: what disturbs the machine
-disturbs all of them. A ratio is the median of the ratios of each round.
+A step is a forward with its loss and a backward, without the optimizer. All ways run on the same weights and
+tokens, with flash attention and the same tiled loss, in turn, in an order that rotates: what disturbs the
+machine disturbs all of them. A ratio is the median of the ratios of each round.
 
     python -m chunkdist.bench.step [--smoke] [--json FILE] [--repetitions N] [--device cuda]
 """
@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,27 +55,49 @@ class Sizes:
             num_attention_heads=self.num_heads,
             num_key_value_heads=self.num_kv_heads,
             max_position_embeddings=self.num_tokens,
-            attn_implementation="sdpa",
             use_cache=False,
         )
         torch.manual_seed(0)
         with torch.device(device):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return model.train()
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa"
+            )
+        model.train()
+        return model
 
 
 SIZES = {
     "smoke": Sizes(
-        num_tokens=64, chunk_size=16, vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1
+        num_tokens=64,
+        chunk_size=16,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
     ),
     "10m": Sizes(
-        num_tokens=8192, chunk_size=1024, vocab_size=256, hidden_size=320, intermediate_size=896, num_layers=8, num_heads=5, num_kv_heads=5
+        num_tokens=8192,
+        chunk_size=1024,
+        vocab_size=256,
+        hidden_size=320,
+        intermediate_size=896,
+        num_layers=8,
+        num_heads=5,
+        num_kv_heads=5,
     ),
     "1b": Sizes(
-        num_tokens=32768, chunk_size=4096, vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32,
+        num_tokens=32768,
+        chunk_size=4096,
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        num_heads=32,
         num_kv_heads=8,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +122,17 @@ def ways(chunk_size: int) -> dict[str, ChunkConfig | None]:
     }
 
 
-def measure(sizes: Sizes, *, device: str, dtype: torch.dtype, num_rounds: int, report: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    sizes: Sizes, *, device: str, dtype: torch.dtype, num_rounds: int, report: Callable[[str], None]
+) -> dict[str, Any]:
     """Runs every way once to warm up, then `num_rounds` times; returns what the JSON holds of it.
 
     The warm-up compares the gradients: a fast wrong step is no step.
     """
     model = sizes.model(device, dtype)
-    ids = torch.randint(0, sizes.vocab_size, (1, sizes.num_tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    ids = torch.randint(
+        0, sizes.vocab_size, (1, sizes.num_tokens), generator=torch.Generator().manual_seed(1)
+    ).to(device)
     contenders = ways(sizes.chunk_size)
     steps: list[Step] = []
     expected: dict[str, Tensor] = {}
@@ -126,17 +152,25 @@ def measure(sizes: Sizes, *, device: str, dtype: torch.dtype, num_rounds: int, r
         for way in names[shift:] + names[:shift]:
             steps.append(_timed_step(model, ids, contenders[way], way=way, number=number))
     return {
-        "model": {**asdict(sizes), "num_parameters": model.num_parameters(), "dtype": str(dtype).removeprefix("torch.")},
-        "summary": {way: {**_summary(steps, way), "largest_gradient_difference": differences[way]} for way in names},
+        "model": {
+            **asdict(sizes),
+            "num_parameters": model.num_parameters(),
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+        "summary": {
+            way: {**_summary(steps, way), "largest_gradient_difference": differences[way]} for way in names
+        },
         "steps": [asdict(step) for step in steps],
     }
 
 
-def _timed_step(model: PreTrainedModel, ids: Tensor, config: ChunkConfig | None, *, way: str, number: int) -> Step:
+def _timed_step(
+    model: PreTrainedModel, ids: Tensor, config: ChunkConfig | None, *, way: str, number: int
+) -> Step:
     on_gpu = ids.is_cuda
     model.zero_grad(set_to_none=True)
     if config is None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_checkpointing(model, True)
         same_loss: AbstractContextManager[None] = lazy_logits(model)
     else:
         chunk_model(model, config)
@@ -153,7 +187,7 @@ def _timed_step(model: PreTrainedModel, ids: Tensor, config: ChunkConfig | None,
         torch.cuda.synchronize()
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     if config is None:
-        model.gradient_checkpointing_disable()
+        set_checkpointing(model, False)
     else:
         unchunk_model(model)
     return Step(
@@ -166,10 +200,23 @@ def _timed_step(model: PreTrainedModel, ids: Tensor, config: ChunkConfig | None,
     )
 
 
+def set_checkpointing(model: Any, on: bool) -> None:
+    """Hugging Face's gradient checkpointing, under the name that this version of transformers has for it."""
+    # `activation_*` is new in transformers 5, the old names go with version 6: then this needs no choice
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
 def _largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Over all parameters, the norm of the difference, relative to the norm."""
     assert found.keys() == expected.keys()
-    return max(float((found[name] - expected[name]).float().norm() / expected[name].float().norm()) for name in expected)
+    return max(
+        float((found[name] - expected[name]).float().norm() / expected[name].float().norm())
+        for name in expected
+    )
 
 
 def _summary(steps: Sequence[Step], way: str) -> dict[str, float | int | None]:
@@ -200,17 +247,20 @@ def table(result: dict[str, Any]) -> str:
     """The summary, for people to read."""
     model, machine = result["model"], result["hardware"]
     lines = [
-        f"Llama of {model['num_parameters'] / 1e6:.1f}M parameters ({model['num_layers']} layers, hidden {model['hidden_size']}, "
-        f"vocabulary {model['vocab_size']:,}), {model['dtype']}, {model['num_tokens']:,} tokens in chunks of {model['chunk_size']:,}",
-        f"{machine.get('gpu', machine['cpu'])}, {machine['num_threads']} CPU threads, medians of {result['num_repetitions']} rounds",
+        f"Llama of {model['num_parameters'] / 1e6:.1f}M parameters ({model['num_layers']} layers, hidden "
+        f"{model['hidden_size']}, vocabulary {model['vocab_size']:,}), {model['dtype']}, "
+        f"{model['num_tokens']:,} tokens in chunks of {model['chunk_size']:,}",
+        f"{machine.get('gpu', machine['cpu'])}, {machine['num_threads']} CPU threads, "
+        f"medians of {result['num_repetitions']} rounds",
         "",
         f"{'':34}{'wall time':>11}{'ratio':>8}{'CPU time':>11}{'ratio':>8}{'gradients':>11}{'peak':>11}",
     ]
     for way, row in result["summary"].items():
         peak = row["peak_allocated_bytes"]
         lines.append(
-            f"{way:34}{row['median_wall_s']:9.3f} s{row['wall_ratio']:8.3f}{row['median_cpu_s']:9.3f} s{row['cpu_ratio']:8.3f}"
-            f"{row['largest_gradient_difference']:11.1e}" + (f"{peak / 2**30:7.2f} GiB" if peak else f"{'-':>11}")
+            f"{way:34}{row['median_wall_s']:9.3f} s{row['wall_ratio']:8.3f}"
+            f"{row['median_cpu_s']:9.3f} s{row['cpu_ratio']:8.3f}{row['largest_gradient_difference']:11.1e}"
+            + (f"{peak / 2**30:7.2f} GiB" if peak else f"{'-':>11}")
         )
     lines += ["", f"ratio: to {BASELINE}, median over rounds; gradients: largest relative difference from it"]
     return "\n".join(lines)
@@ -219,9 +269,14 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="chunkdist bench step", description="Time of a chunked step against checkpointing.")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, in seconds: the figures mean nothing")
-    parser.add_argument("--model", choices=[name for name in SIZES if name != "smoke"], default="10m", help="default: 10m")
+    parser = argparse.ArgumentParser(
+        prog="chunkdist bench step", description="Time of a chunked step against checkpointing."
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model, in seconds: the figures mean nothing"
+    )
+    models = [name for name in SIZES if name != "smoke"]
+    parser.add_argument("--model", choices=models, default="10m", help="default: 10m")
     parser.add_argument("--num-tokens", type=int, help="tokens of the sequence; default: the model's own")
     parser.add_argument("--chunk-size", type=int, help="tokens of a chunk; default: the model's own")
     parser.add_argument("--repetitions", type=int, help="rounds; default: 7, with --smoke 2")
@@ -230,23 +285,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
     options = parser.parse_args(given)
     sizes = SIZES["smoke" if options.smoke else options.model]
-    sizes = Sizes(**{**asdict(sizes), **{key: x for key in ("num_tokens", "chunk_size") if (x := getattr(options, key)) is not None}})
+    given_sizes = {key: getattr(options, key) for key in ("num_tokens", "chunk_size")}
+    sizes = replace(sizes, **{key: value for key, value in given_sizes.items() if value is not None})
     num_rounds = (2 if options.smoke else 7) if options.repetitions is None else options.repetitions
-    for name, count in (("--repetitions", num_rounds), ("--num-tokens", sizes.num_tokens), ("--chunk-size", sizes.chunk_size)):
+    counts = {"repetitions": num_rounds, "num-tokens": sizes.num_tokens, "chunk-size": sizes.chunk_size}
+    for name, count in counts.items():
         if count < 1:
-            parser.error(f"{name} {count} is no count: write an integer >= 1")
+            parser.error(f"--{name} {count} is no count: write an integer >= 1")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     dtype = torch.float32 if torch.device(options.device).type == "cpu" else torch.bfloat16
-    machine = hardware(options.device)
     result = {
         "benchmark": "step",
         "command": shlex.join(["python", "-m", "chunkdist.bench.step", *given]),
         "versions": versions(),
-        "hardware": machine,
+        "hardware": hardware(options.device),
         "num_repetitions": num_rounds,
         **measure(
-            sizes, device=options.device, dtype=dtype, num_rounds=num_rounds, report=lambda line: print(line, file=sys.stderr)
+            sizes,
+            device=options.device,
+            dtype=dtype,
+            num_rounds=num_rounds,
+            report=lambda line: print(line, file=sys.stderr),
         ),
     }
     print(table(result))

@@ -23,7 +23,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, T
 from chunkdist.config import ATTENTION_NAMES, ChunkConfig
 from chunkdist.data.samples import LongSamples
 from chunkdist.samplers import ChunkSampler, FixedBudgetSampler, ImportanceSampler, IndependentSampler
-from chunkdist.sharding.launch import needs_gloo
+from chunkdist.sharding.launch import needs_gloo, skip_shm_build
 
 _KV_GRAD_DTYPES: dict[str, torch.dtype | None] = {
     "float32": torch.float32,
@@ -156,7 +156,9 @@ class TrainArguments(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if not self.deepspeed and needs_gloo():
+        if self.deepspeed and needs_gloo():
+            skip_shm_build()
+        elif needs_gloo():
             self.use_cpu = True
         super().__post_init__()  # type: ignore[no-untyped-call]
 

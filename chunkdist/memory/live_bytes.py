@@ -56,7 +56,7 @@ class _Record:
         self.ref: weakref.ref[torch.UntypedStorage] | None = None
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live storages while it is active.
 
     Args:

@@ -21,6 +21,17 @@ def needs_gloo() -> bool:
     return num_launched_ranks() > 1 and not torch.accelerator.is_available()
 
 
+def skip_shm_build() -> None:
+    """Keeps DeepSpeed (0.19) from compiling its shared-memory collectives for CPU ranks, unused in training.
+
+    That takes a minute and a C++ compiler, and a process that is killed meanwhile leaves a lock file at which all
+    later runs wait for ever.
+    """
+    import deepspeed.comm.torch
+
+    deepspeed.comm.torch.build_shm_op = lambda: None
+
+
 def check_ranks(num_processes: int) -> None:
     """Raises where the trainer has other ranks than the launcher started.
 

@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
+from chunkdist.sharding.launch import skip_shm_build
 from tests.models import batch, tiny_llama, with_lora
 
 EngineName = Literal["ddp", "fsdp2", "fsdp2 groups", "fsdp2 head", "zero1", "zero2", "zero3"]
@@ -189,8 +190,7 @@ def _fsdp2_step(model: nn.Module, case: Case) -> Step:
 def deepspeed_engine(model: nn.Module, case: Case, **settings: Any) -> Any:
     import deepspeed
 
-    # It compiles for a minute, and a rank that is killed meanwhile leaves a lock for ever.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    skip_shm_build()
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": case.num_micro_batches,

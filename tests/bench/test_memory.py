@@ -1,0 +1,39 @@
+"""The memory benchmark runs, in its smallest size; the bound on the real size is tests/test_memory.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from chunkdist.bench import memory
+from chunkdist.bench.step import BASELINE
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path: Path) -> None:
+    file = tmp_path / "memory.json"
+    assert memory.main(["--smoke", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert list(result["summary"]) == [way.name for way in memory.ways(16)]
+    assert all(row["bytes_per_token"] > 0 for row in result["summary"].values())
+    default = result["summary"]["chunked, K/V rebuilt (default)"]["bytes_per_token"]
+    assert default < result["summary"]["chunked, K/V kept"]["bytes_per_token"]
+    assert default < result["summary"][BASELINE]["bytes_per_token"]
+
+
+def test_layers_that_differ_are_not_extrapolated() -> None:
+    with pytest.raises(RuntimeError, match="run all of them"):
+        memory._check_layers_are_alike(memory.Way(name="x"), {4: 10, 8: 20, 12: 31})
+
+
+def test_the_peak_of_all_layers() -> None:
+    assert memory._of_all_layers({4: 10, 8: 18}, 32) == 66
+
+
+@pytest.mark.parametrize("lengths", [["64"], ["64", "32"]])
+def test_lengths_are_checked(lengths: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        memory.main(["--smoke", "--num-tokens", *lengths])
+    assert "ascending" in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""What the documentation says is true: examples run, tables tell all options, figures are the code's."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from chunkdist import ChunkConfig
+from tests.models import tiny_llama
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+BLOCK = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.S)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+def runnable(page: Path) -> str:
+    return "\n".join(BLOCK.findall(page.read_text()))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All marked blocks of a page, one after another, where the folder `my-model` holds a model."""
+    torch.manual_seed(0)
+    tiny_llama(
+        dtype=torch.float32, vocab_size=256, max_position_embeddings=16384, attn_implementation="sdpa"
+    ).save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(runnable(page), page.name, "exec"), {})
+
+
+def test_the_readme_has_an_example() -> None:
+    assert "chunk_model(" in runnable(ROOT / "README.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text()):
+        if target.startswith("http"):
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def test_every_option_is_told() -> None:
+    from chunkdist.integrations.arguments import ChunkArguments
+
+    page = (ROOT / "docs" / "usage.md").read_text()
+    config, launcher = page.split("## Launcher")
+    for field in dataclasses.fields(ChunkConfig):
+        assert f"| `{field.name}` |" in config
+    for field in dataclasses.fields(ChunkArguments):
+        assert re.search(rf"^\|[^|]*`{field.name}`", launcher, re.M), field.name
+
+
+def test_defaults_are_those_of_the_code() -> None:
+    from chunkdist.integrations.arguments import ChunkArguments
+
+    launcher = (ROOT / "docs" / "usage.md").read_text().split("## Launcher")[1]
+    for field in dataclasses.fields(ChunkArguments):
+        row = re.search(rf"^\| `{field.name}` \| `([^`]*)` \|", launcher, re.M)
+        assert row is None or row[1].lower() == str(field.default).lower(), field.name
+
+
+def figures_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_figures", ROOT / "docs" / "make_figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return figures_script()
+
+
+def test_the_step_in_the_picture(script: ModuleType) -> None:
+    """What docs/how-it-works.md says of it: up and to the right, then down and to the left."""
+    in_forward, in_backward = script.recorded_step()
+    cells = [(group, chunk) for group in range(script.NUM_GROUPS) for chunk in range(script.NUM_CHUNKS)]
+    assert [(visit.group, visit.chunk) for visit in in_forward] == cells
+    assert [(visit.group, visit.chunk) for visit in in_backward] == cells[::-1]
+
+
+def test_the_picture_is_drawn(script: ModuleType, tmp_path: Path) -> None:
+    script.grid_figure().savefig(tmp_path / "grid.svg")
+    assert (tmp_path / "grid.svg").stat().st_size > 10_000
+
+
+def results() -> list[dict[str, Any]]:
+    return [
+        json.loads((ROOT / "docs" / "benchmarks" / name).read_text())
+        for name in ("step-cpu.json", "memory.json")
+    ]
+
+
+def test_the_readmes_table_is_that_of_the_results(script: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert script.readme_with_table(readme, *results()) == readme, "run python docs/make_figures.py"
+
+
+def test_a_changed_result_changes_the_table(script: ModuleType) -> None:
+    readme, (step, memory) = (ROOT / "README.md").read_text(), results()
+    memory["summary"][next(iter(memory["summary"]))]["bytes_per_token"] *= 2
+    assert script.readme_with_table(readme, step, memory) != readme
+
+
+def test_the_worked_example() -> None:
+    """The sums of the table of docs/how-it-works.md, by its formula."""
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    rows = re.findall(r"^\| g = (\d+)[^|]*\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.M)
+    assert len(rows) == 5
+    num_layers, hidden, kv = 32, 8, 4
+    for group, inputs, kv_kept, kv_grads, states, total in (map(int, row) for row in rows):
+        assert inputs == num_layers // group * hidden
+        assert kv_kept in (num_layers * kv, group * kv)
+        assert kv_grads == 2 * group * kv
+        assert states == 3 * hidden
+        assert total == inputs + kv_kept + kv_grads + states
