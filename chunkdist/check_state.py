@@ -9,8 +9,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 _QUANTISED = {"Params4bit", "Int8Params"}
@@ -56,7 +55,7 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     try:
         for tensor, data in before:
             tensor.data = data.to(dtype)
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(device_type, enabled=False), _eager_experts(model, dtype):
             yield
     finally:
         for tensor, data in before:
@@ -64,21 +63,36 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def other_attention(model: nn.Module) -> Iterator[str | None]:
-    """Inside, the plain model computes its attention in another way; gives the name of that, if any."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    configs = {id(m.config): m.config for m in inner.modules() if hasattr(m, "config")}.values()
-    before = [(config, config._attn_implementation_internal) for config in configs if _has_attention(config)]
-    name: str | None = "eager"
-    if inner.config._attn_implementation == "eager":
-        name = "sdpa" if inner._supports_sdpa else None
+def _eager_experts(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Grouped matrix products know no fp64 (torch 2.13)."""
+    name = "_experts_implementation_internal"
+    modules: list[Any] = [module for module in model.modules() if dtype == torch.float64]
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    before = [(config, getattr(config, name)) for config in configs.values() if getattr(config, name, None)]
     try:
-        for config, _ in before if name else ():
-            config._attn_implementation_internal = name
-        yield name
+        for config, _ in before:
+            setattr(config, name, "eager")
+        yield
     finally:
         for config, implementation in before:
-            config._attn_implementation_internal = implementation
+            setattr(config, name, implementation)
+
+
+@contextmanager
+def nudged(model: Any, dtype: torch.dtype, seed: int) -> Iterator[None]:
+    """Inside, each number that the input embeddings give is moved by one unit of rounding in `dtype`, up or
+    down. Every operation after it rounds anew, so that a step's rounding error is drawn again."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def nudge(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        signs = torch.randint(2, output.shape, generator=generator).to(output) * 2 - 1
+        return output * (1 + torch.finfo(dtype).eps * signs)
+
+    hook = model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def why_not_widened(model: nn.Module, dtype: torch.dtype) -> str | None:
@@ -102,10 +116,6 @@ def refuse_absent_weights(model: nn.Module) -> None:
             raise RuntimeError(f"{name} is sharded, and the check needs it whole: run `chunkdist check`")
         if parameter.is_meta:
             raise RuntimeError(f"{name} is on the meta device: load the weights first")
-
-
-def _has_attention(config: object) -> bool:
-    return hasattr(config, "_attn_implementation_internal")
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -51,7 +51,8 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "check",
         help="compare the gradients of a short sample, chunked against unchunked",
         description="One step on a short sample of the config's data with its model, chunked and not: how "
-        "far the gradients are apart, beside the model's own rounding error. Exit status 1 when chunks are worse.",
+        "far the gradients are apart, beside the model's own rounding error. Exit status 1 when chunks are "
+        "worse.",
         epilog="Any option of the config can follow: chunkdist check CONFIG --chunk_size 1024",
         allow_abbrev=False,
     )

@@ -144,6 +144,7 @@ class ChunkedModel:
     def remove(self) -> None:
         """Puts the forwards back; where others have wrapped ours, ours only passes on from now."""
         self.context.bypassed = True
+        self._zero3.remove()
         for entry in self.entries:
             entry.__dict__.pop(_CONTEXT)
         for module, forward, before in self._forwards:

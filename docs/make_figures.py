@@ -182,12 +182,12 @@ def _group_input(axes: Axes, group: int) -> None:
 
 def _gradient_arrow(axes: Axes, running: Visit, chunk: int) -> None:
     """From the running cell to the gradients of the keys and values that it read."""
-    start, end = (running.chunk + 0.14, running.group + 0.38), (chunk + 0.6, running.group + 0.43)
+    start, end = (running.chunk + 0.06, running.group + 0.5), (chunk + 0.6, running.group + 0.43)
     axes.add_patch(
         FancyArrowPatch(
             start,
             end,
-            connectionstyle="arc3,rad=0.1",
+            connectionstyle="arc3,rad=0.13",
             arrowstyle="-|>",
             mutation_scale=9,
             color=KV_GRAD,
@@ -216,8 +216,8 @@ def _table(step: dict[str, Any], memory: dict[str, Any]) -> str:
     lengths = " and ".join(f"{int(length):,}" for length in memory["summary"][BASELINE]["peak_bytes"])
     sizes, machine = step["model"], step["hardware"]
     notes = f"""
-*Memory*: what a token of the sequence adds to the peak of a training step; Llama-3-8B with LoRA in bf16, chunks
-of {memory["chunk_size"]:,} tokens, between {lengths} tokens. Counted under fake tensors, without a GPU:
+*Memory*: what a token of the sequence adds to the peak of a step; Llama-3-8B with LoRA in bf16,
+{memory["chunk_size"]:,} tokens a chunk, between {lengths} tokens. Counted with fake tensors, without a GPU:
 `{memory["command"]}`.
 
 *Time and gradients*: forward and backward of a Llama of {sizes["num_parameters"] / 1e6:.1f}M parameters

@@ -231,6 +231,7 @@ def test_unchunk_leaves_no_trace() -> None:
     assert list(model.state_dict()) == keys
     gradients(model, batch())
     assert unchunk_model(model) is model
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     gradients(untouched, batch())
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
     inputs = batch()

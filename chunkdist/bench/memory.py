@@ -36,7 +36,7 @@ from chunkdist.loss import lazy_logits
 from chunkdist.memory import LiveBytes
 from chunkdist.memory.fake import fake_model
 
-NUM_LAYERS_RUN = (4, 8, 12)
+NUM_LAYERS_RUN = (8, 12, 16)
 LLAMA_3_8B = {
     "vocab_size": 128256,
     "hidden_size": 4096,

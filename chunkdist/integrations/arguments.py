@@ -23,7 +23,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, T
 from chunkdist.config import ATTENTION_NAMES, ChunkConfig
 from chunkdist.data.samples import LongSamples
 from chunkdist.samplers import ChunkSampler, FixedBudgetSampler, ImportanceSampler, IndependentSampler
-from chunkdist.sharding.launch import needs_gloo, skip_shm_build
+from chunkdist.sharding.launch import needs_gloo, skip_shm_build, tell_ranks
 
 _KV_GRAD_DTYPES: dict[str, torch.dtype | None] = {
     "float32": torch.float32,
@@ -161,6 +161,8 @@ class TrainArguments(SFTConfig):
         elif needs_gloo():
             self.use_cpu = True
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.deepspeed and needs_gloo():
+            tell_ranks(self.distributed_state)
 
 
 @dataclass

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import Any
 
 import torch
 
@@ -24,12 +26,24 @@ def needs_gloo() -> bool:
 def skip_shm_build() -> None:
     """Keeps DeepSpeed (0.19) from compiling its shared-memory collectives for CPU ranks, unused in training.
 
-    That takes a minute and a C++ compiler, and a process that is killed meanwhile leaves a lock file at which all
-    later runs wait for ever.
+    That takes a minute and a C++ compiler, and a process that is killed meanwhile leaves a lock file at which
+    all later runs wait for ever.
     """
-    import deepspeed.comm.torch
+    # As an attribute, `deepspeed.comm.torch` is torch itself.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
 
-    deepspeed.comm.torch.build_shm_op = lambda: None
+
+def tell_ranks(state: Any) -> None:
+    """Tells Accelerate's `PartialState` its ranks, under DeepSpeed without an accelerator.
+
+    Accelerate (1.15) finds no backend there and believes in one process: each rank would get the same data,
+    and write the same files, though DeepSpeed's own process group is whole.
+    """
+    state.backend = "gloo"
+    state.num_processes = torch.distributed.get_world_size()
+    state.process_index = torch.distributed.get_rank()
+    state.local_process_index = int(os.environ["LOCAL_RANK"])
 
 
 def check_ranks(num_processes: int) -> None:
