@@ -20,6 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.step import BASELINE
 
+Result = dict[str, Any]
+ROOT = Path(__file__).parents[1]
+UNKNOWN = "not yet measured"
+BASELINE_NOTE = """Gradient checkpointing is Hugging Face's, of every layer, with the same attention kernel and, but where
+the row says otherwise, the same tiled loss. Results are kept in `docs/benchmarks`."""
 BEGIN, END = "<!-- begin: figures -->", "<!-- end: figures -->"
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 NUM_LAYERS, LAYERS_PER_GROUP = 8, 2
@@ -196,52 +201,65 @@ def _gradient_arrow(axes: Axes, running: Visit, chunk: int) -> None:
     )
 
 
-def readme_with_table(readme: str, step: dict[str, Any], memory: dict[str, Any]) -> str:
-    """`readme`, with the table between its two marks made from the results of both benchmarks."""
+def readme_with_table(readme: str, step: Result | None, memory: Result | None) -> str:
+    """`readme`, with the table between its two marks made from the results of both benchmarks, if there are any."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     assert end, f"README.md has no {BEGIN} and {END}"
     return f"{before}{begin}\n{_table(step, memory)}\n{end}{after}"
 
 
-def _table(step: dict[str, Any], memory: dict[str, Any]) -> str:
-    rows = ["| | memory a token | time of a step | gradients differ by |", "|---|---|---|---|"]
-    for name, row in memory["summary"].items():
-        timed = step["summary"].get(name)
-        time = difference = "not yet measured"
-        if timed is not None:
-            time = f"{timed['wall_ratio']:.2f} x"
-            difference = "reference" if name == BASELINE else f"{timed['largest_gradient_difference']:.0e}"
-        rows.append(f"| {name} | {row['bytes_per_token'] / 1024:,.0f} KiB | {time} | {difference} |")
-    lengths = " and ".join(f"{int(length):,}" for length in memory["summary"][BASELINE]["peak_bytes"])
-    sizes, machine = step["model"], step["hardware"]
-    notes = f"""
-*Memory*: what a token of the sequence adds to the peak of a step; Llama-3-8B with LoRA in bf16,
-{memory["chunk_size"]:,} tokens a chunk, between {lengths} tokens. Counted with fake tensors, without a GPU:
-`{memory["command"]}`.
+def result(name: str) -> Result | None:
+    """A committed result."""
+    file = ROOT / "docs" / "benchmarks" / name
+    return json.loads(file.read_text()) if file.exists() else None
 
-*Time and gradients*: forward and backward of a Llama of {sizes["num_parameters"] / 1e6:.1f}M parameters
+
+def _table(step: Result | None, memory: Result | None) -> str:
+    timed, counted = ({} if found is None else found["summary"] for found in (step, memory))
+    rows = ["| | memory a token | time of a step | gradients differ by |", "|---|---|---|---|"]
+    for name in counted or timed or {BASELINE: None}:
+        cells = [UNKNOWN] * 3
+        if name in counted:
+            cells[0] = f"{counted[name]['bytes_per_token'] / 1024:,.0f} KiB"
+        if name in timed:
+            cells[1] = f"{timed[name]['wall_ratio']:.2f} x"
+            cells[2] = (
+                "reference" if name == BASELINE else f"{timed[name]['largest_gradient_difference']:.0e}"
+            )
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*rows, "", _memory_note(memory), "", _step_note(step), "", BASELINE_NOTE])
+
+
+def _memory_note(memory: Result | None) -> str:
+    if memory is None:
+        return "*Memory*: `python -m chunkdist.bench.memory --json docs/benchmarks/memory.json`."
+    lengths = " and ".join(f"{int(length):,}" for length in memory["summary"][BASELINE]["peak_bytes"])
+    return f"""*Memory*: what a token of the sequence adds to the peak of a step; Llama-3-8B with LoRA in bf16,
+{memory["chunk_size"]:,} tokens a chunk, between {lengths} tokens. Counted with fake tensors, without a GPU:
+`{memory["command"]}`."""
+
+
+def _step_note(step: Result | None) -> str:
+    if step is None:
+        return "*Time and gradients*: `python -m chunkdist.bench.step --json docs/benchmarks/step-cpu.json`."
+    sizes, machine = step["model"], step["hardware"]
+    return f"""*Time and gradients*: forward and backward of a Llama of {sizes["num_parameters"] / 1e6:.1f}M parameters
 ({sizes["num_layers"]} layers, hidden size {sizes["hidden_size"]}) in {_DTYPES[sizes["dtype"]]},
 {sizes["num_tokens"]:,} tokens in chunks of {sizes["chunk_size"]:,}, {machine["num_threads"]} thread(s) of
-{machine.get("gpu", machine["cpu"])}, median of {step["num_repetitions"]} rounds:
+{machine.get("gpu", machine["cpu"])}, median of {step["num_repetitions"]} round(s):
 `{step["command"]}`.
-Differences are relative, of the worst parameter; in fp64 the tests ask for 1e-10.
-
-Gradient checkpointing is Hugging Face's, of every layer, with the same attention kernel and, but for the last
-row, the same tiled loss. All results are in [docs/benchmarks](docs/benchmarks)."""
-    return "\n".join([*rows, notes])
+Differences are relative, of the worst parameter; in fp64 the tests ask for 1e-10."""
 
 
 def main() -> None:
     """Writes every figure, and the table."""
-    docs = Path(__file__).parent
     matplotlib.rcParams["svg.hashsalt"] = "chunkdist"  # the same file from the same run
-    grid_figure().savefig(docs / "figures" / "grid.svg", metadata={"Date": None})
-    readme = docs.parent / "README.md"
-    step, memory = (
-        json.loads((docs / "benchmarks" / name).read_text()) for name in ("step-cpu.json", "memory.json")
-    )
-    readme.write_text(readme_with_table(readme.read_text(), step, memory))
+    figures = ROOT / "docs" / "figures"
+    figures.mkdir(exist_ok=True)
+    grid_figure().savefig(figures / "grid.svg", metadata={"Date": None})
+    readme = ROOT / "README.md"
+    readme.write_text(readme_with_table(readme.read_text(), result("step-cpu.json"), result("memory.json")))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,9 @@ def measure(
         report(f"round {number} of {num_rounds}")
         shift = (number - 1) % len(names)
         for way in names[shift:] + names[:shift]:
-            steps.append(_timed_step(model, ids, contenders[way], way=way, number=number))
+            step = _timed_step(model, ids, contenders[way], way=way, number=number)
+            report(f"  {way}: {step.wall_s:.3f} s, CPU {step.cpu_s:.3f} s")
+            steps.append(step)
     return {
         "model": {
             **asdict(sizes),
