@@ -17,7 +17,6 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 CONFIG ?= configs/quickstart.yaml
 export DS_BUILD_OPS := 0
-export PIP_REQUIRE_VIRTUALENV := 1
 
 help:
 	@echo "make train    create .venv, train the default model (CONFIG=..., ARGS='--max_steps 10 ...')"
@@ -30,10 +29,10 @@ help:
 env: $(READY)
 
 # Without an NVIDIA driver the CPU build of torch is taken if some index has it: the default one brings gigabytes of
-# CUDA. An environment that was left half-made is made anew. Bytecode is not compiled at installation: most of it is never imported.
+# CUDA. Bytecode is not compiled at installation: most of it is never imported.
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 with venv found: install one, or write PYTHON=/path/to/python" >&2; exit 1; }
-	$(BIN)/python -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade -c constraints.txt pip
 	command -v nvidia-smi >/dev/null || \
 	  $(PIP) install --quiet --no-compile --no-deps --retries 1 --extra-index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)+cpu" || \

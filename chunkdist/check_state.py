@@ -80,14 +80,13 @@ def _eager_experts(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def nudged(model: Any, dtype: torch.dtype, seed: int) -> Iterator[None]:
-    """Inside, one in 16 of the numbers that the input embeddings give is moved by one unit of rounding in
-    `dtype`, which is about as much as one operation rounds. Everything after it rounds anew: a step's
-    rounding error is drawn again."""
+    """Inside, each number that the input embeddings give is moved by one unit of rounding in `dtype`, up or
+    down. Every operation after it rounds anew, so that a step's rounding error is drawn again."""
     generator = torch.Generator().manual_seed(seed)
 
     def nudge(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        is_moved = (torch.rand(output.shape, generator=generator) < 1 / 16).to(output)
-        return output * (1 + torch.finfo(dtype).eps * is_moved)
+        signs = torch.randint(2, output.shape, generator=generator).to(output) * 2 - 1
+        return output * (1 + torch.finfo(dtype).eps * signs)
 
     hook = model.get_input_embeddings().register_forward_hook(nudge)
     try:

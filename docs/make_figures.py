@@ -23,8 +23,8 @@ from chunkdist.bench.step import BASELINE
 Result = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 UNKNOWN = "not yet measured"
-BASELINE_NOTE = """Gradient checkpointing is Hugging Face's, of every layer, with the same attention kernel and, but where
-the row says otherwise, the same tiled loss. Results are kept in `docs/benchmarks`."""
+BASELINE_NOTE = """Gradient checkpointing is Hugging Face's, of every layer, with the same attention
+kernel and, but where the row says otherwise, the same tiled loss. Results are kept in `docs/benchmarks`."""
 BEGIN, END = "<!-- begin: figures -->", "<!-- end: figures -->"
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 NUM_LAYERS, LAYERS_PER_GROUP = 8, 2
@@ -202,7 +202,7 @@ def _gradient_arrow(axes: Axes, running: Visit, chunk: int) -> None:
 
 
 def readme_with_table(readme: str, step: Result | None, memory: Result | None) -> str:
-    """`readme`, with the table between its two marks made from the results of both benchmarks, if there are any."""
+    """`readme`, with the table between its two marks made from the results, as far as there are any."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     assert end, f"README.md has no {BEGIN} and {END}"
@@ -244,7 +244,8 @@ def _step_note(step: Result | None) -> str:
     if step is None:
         return "*Time and gradients*: `python -m chunkdist.bench.step --json docs/benchmarks/step-cpu.json`."
     sizes, machine = step["model"], step["hardware"]
-    return f"""*Time and gradients*: forward and backward of a Llama of {sizes["num_parameters"] / 1e6:.1f}M parameters
+    parameters = f"{sizes['num_parameters'] / 1e6:.1f}M"
+    return f"""*Time and gradients*: forward and backward of a Llama of {parameters} parameters
 ({sizes["num_layers"]} layers, hidden size {sizes["hidden_size"]}) in {_DTYPES[sizes["dtype"]]},
 {sizes["num_tokens"]:,} tokens in chunks of {sizes["chunk_size"]:,}, {machine["num_threads"]} thread(s) of
 {machine.get("gpu", machine["cpu"])}, median of {step["num_repetitions"]} round(s):

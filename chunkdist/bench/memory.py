@@ -134,11 +134,11 @@ def measure(
     for way in ways(chunk_size):
         measured: dict[int, dict[int, int]] = {}
         for num_tokens in lengths:
+            report(f"{way.name}: {num_tokens:,} tokens")
             few = NUM_LAYERS_RUN if num_tokens == lengths[0] else NUM_LAYERS_RUN[:2]
             measured[num_tokens] = {
                 num: peak_bytes(way, {**sizes, "num_hidden_layers": num}, num_tokens) for num in few
             }
-            report(f"{way.name}, {num_tokens:,} tokens: bytes by layers {measured[num_tokens]}")
         _check_layers_are_alike(way, measured[lengths[0]])
         peaks = {
             num_tokens: _of_all_layers(peak, sizes["num_hidden_layers"])

@@ -150,9 +150,7 @@ def measure(
         report(f"round {number} of {num_rounds}")
         shift = (number - 1) % len(names)
         for way in names[shift:] + names[:shift]:
-            step = _timed_step(model, ids, contenders[way], way=way, number=number)
-            report(f"  {way}: {step.wall_s:.3f} s, CPU {step.cpu_s:.3f} s")
-            steps.append(step)
+            steps.append(_timed_step(model, ids, contenders[way], way=way, number=number))
     return {
         "model": {
             **asdict(sizes),
