@@ -235,7 +235,7 @@ def _memory_note(memory: Result | None) -> str:
     if memory is None:
         return "*Memory*: `python -m chunkdist.bench.memory --json docs/benchmarks/memory.json`."
     lengths = " and ".join(f"{int(length):,}" for length in memory["summary"][BASELINE]["peak_bytes"])
-    return f"""*Memory*: what a token of the sequence adds to the peak of a step; Llama-3-8B with LoRA in bf16,
+    return f"""*Memory*: what a token of the sequence adds to the peak of a step; Llama-3-8B, LoRA, bf16,
 {memory["chunk_size"]:,} tokens a chunk, between {lengths} tokens. Counted with fake tensors, without a GPU:
 `{memory["command"]}`."""
 

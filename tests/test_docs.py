@@ -100,6 +100,12 @@ def test_the_picture_is_drawn(script: ModuleType, tmp_path: Path) -> None:
     assert (tmp_path / "grid.svg").stat().st_size > 10_000
 
 
+def test_the_readmes_table_is_that_of_the_results(script: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text()
+    found = [script.result(name) for name in ("step-cpu.json", "memory.json")]
+    assert script.readme_with_table(readme, *found) == readme, "run python docs/make_figures.py"
+
+
 def test_a_table_from_results(script: ModuleType) -> None:
     step = {
         "command": "time it",
