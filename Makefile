@@ -17,6 +17,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 CONFIG ?= configs/quickstart.yaml
 export DS_BUILD_OPS := 0
+export PIP_REQUIRE_VIRTUALENV := 1
 
 help:
 	@echo "make train    create .venv, train the default model (CONFIG=..., ARGS='--max_steps 10 ...')"
@@ -29,10 +30,11 @@ help:
 env: $(READY)
 
 # Without an NVIDIA driver the CPU build of torch is taken if some index has it: the default one brings gigabytes of
-# CUDA. Bytecode is not compiled at installation: most of it is never imported.
+# CUDA. Bytecode is not compiled at installation: most of it is never imported. An environment whose creation was
+# interrupted is made again.
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 with venv found: install one, or write PYTHON=/path/to/python" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet --upgrade -c constraints.txt pip
 	command -v nvidia-smi >/dev/null || \
 	  $(PIP) install --quiet --no-compile --no-deps --retries 1 --extra-index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)+cpu" || \

@@ -15,78 +15,24 @@ comes out once, summed over the chunks in at least fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from chunkdist.attention.function import Cell, KeysAndValues, LayerState
+from chunkdist.attention.function import Cell, KeysAndValues
 from chunkdist.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.group_layer import GroupLayer
 from chunkdist.kv_store import KVStore
-from chunkdist.layer_arguments import LayerSignature, refuse_arguments, slice_tokens
+from chunkdist.layer_arguments import refuse_arguments, slice_tokens
 from chunkdist.parameters import GroupParameters
 from chunkdist.replay import AutocastState, RngState, undisturbed_rng
 from chunkdist.schedule import Chunk, Stream
 from chunkdist.sharding import zero3
 from chunkdist.sharding.fsdp2 import GroupUnits, refuse_inner_units
-
-
-class GroupLayer:
-    """Stands in for one layer's `forward`, set on the instance: hooks around the layer's call run as
-    before."""
-
-    def __init__(self, layer: nn.Module, state: LayerState | None) -> None:
-        self.layer = layer
-        self.state = state
-        self.original_forward: Callable[..., Any] = layer.forward
-        self.signature = LayerSignature(layer)
-        self.returns_tuple: bool | None = None
-        self.group: LayerGroup
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        context = self.group.context
-        if context.stream is None:
-            if self.state is not None and not context.bypassed and torch.is_grad_enabled():
-                raise UnsupportedModelError(
-                    f"{self.state.name} was called by something else than the forward of its decoder"
-                )
-            return self.original_forward(*args, **kwargs)
-        hidden, arguments = self.signature.bind(args, kwargs)
-        if self.state is None and (arguments or hidden.ndim != 3):
-            return self.original_forward(*args, **kwargs)
-        return self.group.call(self, hidden, arguments)
-
-    def run(self, cell: Cell | None, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """The layer itself on one chunk (B, T, H)."""
-        if self.state is not None:
-            self.state.cell = cell
-        try:
-            output = self.original_forward(hidden, **arguments)
-        finally:
-            if self.state is not None:
-                self.state.cell = None
-        if cell is not None and cell.num_calls != 1:
-            raise UnsupportedModelError(
-                f"{type(self.layer).__name__} called the attention function {cell.num_calls} times in a "
-                "pass, not once: it keeps state between tokens that is not in its keys and values"
-            )
-        self.returns_tuple = isinstance(output, tuple)
-        if isinstance(output, tuple):
-            output, *others = output
-            if any(x is not None for x in others):
-                raise UnsupportedModelError(f"{type(self.layer).__name__} returns more than hidden states")
-        if not isinstance(output, Tensor):
-            raise UnsupportedModelError(
-                f"{type(self.layer).__name__} returns {type(output).__name__}, not a tensor"
-            )
-        return output
-
-    def wrap(self, hidden: Tensor) -> Any:
-        """`hidden`, in the form in which the layer returns it."""
-        return (hidden,) if self.returns_tuple else hidden
 
 
 class LayerGroup:

@@ -24,7 +24,8 @@ from chunkdist.attention.mask import chunk_mask
 from chunkdist.config import ChunkConfig
 from chunkdist.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
-from chunkdist.layer_group import GroupLayer, LayerGroup
+from chunkdist.group_layer import GroupLayer
+from chunkdist.layer_group import LayerGroup
 from chunkdist.loss import lazy_logits, tile_tokens
 from chunkdist.sampling import SampleReport
 from chunkdist.sharding.zero3 import Zero3Layers
