@@ -34,14 +34,14 @@ class KVStore:
         k, v = self._kv
         return k[row, start:end], v[row, start:end]
 
-    def add_grads(self, row: int, start: int, dk_SKD: Tensor, dv_SKD: Tensor) -> None:
-        """Adds what one chunk leaves for the keys and values from `start` on."""
+    def grads(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Views (end - start, K, D) of the gradients of one row's keys and values, to be added to."""
         if self._grads is None:
             assert self._kv is not None
             k, v = self._kv
             self._grads = self._new_grads(k), self._new_grads(v)
-        for grads, x in zip(self._grads, (dk_SKD, dv_SKD), strict=True):
-            grads[row, start : start + x.shape[0]] += x
+        dk, dv = self._grads
+        return dk[row, start:end], dv[row, start:end]
 
     def grads_of(self, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
         """Views (B, T, K, D) of what has been left so far for the chunk's own keys and values; `None`:

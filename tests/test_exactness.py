@@ -145,15 +145,16 @@ def test_a_fault_is_seen(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above fails when the engine is broken."""
     from chunkdist import layer_group, loss
     from chunkdist.kv_store import KVStore
-    from chunkdist.schedule import Stream
+    from chunkdist.schedule import Chunk, Stream
 
     if broken == "prefix gradients":
-        real_add = KVStore.add_grads
+        real_grads_of = KVStore.grads_of
 
-        def add_without_first_key(self: KVStore, row: int, start: int, dk: Tensor, dv: Tensor) -> None:
-            real_add(self, row, start, torch.cat([dk[:1] * 0, dk[1:]]), dv)
+        def without_first_key(self: KVStore, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+            dk, dv = real_grads_of(self, chunk) or pytest.fail("nothing was left")
+            return torch.cat([dk[:, :1] * 0, dk[:, 1:]], 1), dv
 
-        monkeypatch.setattr(KVStore, "add_grads", add_without_first_key)
+        monkeypatch.setattr(KVStore, "grads_of", without_first_key)
     elif broken == "descending order":
         monkeypatch.setattr(layer_group, "reversed", lambda x: x, raising=False)
     elif broken == "segments":

@@ -66,9 +66,12 @@ class Backend(Protocol):
         v_SKD: Tensor,
         out_TND: Tensor,
         lse_NT: Tensor,
+        kv_grads: tuple[Tensor, Tensor],
         spans: tuple[Span, ...],
         variant: AttentionVariant,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns dq (T, N, D), dk and dv (S, K, D), from the `out` and `lse` given, which the caller may
-        have changed (attention sinks)."""
+    ) -> Tensor:
+        """Returns dq (T, N, D) and adds the gradients of K and V to `kv_grads` (S, K, D), of any dtype.
+
+        They follow from the `out` and `lse` given, which the caller may have changed (attention sinks).
+        """
         ...

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from chunkdist.attention.base import AttentionVariant, Span
 
+MAX_CUTS, MIN_KEYS, MOSTLY_BUSY = 8, 256, 0.95
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -47,11 +49,11 @@ class CpuFlashBackend:
         v_SKD: Tensor,
         out_TND: Tensor,
         lse_NT: Tensor,
+        kv_grads: tuple[Tensor, Tensor],
         spans: tuple[Span, ...],
         variant: AttentionVariant,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = torch.empty_like(q_TND), torch.empty_like(k_SKD), torch.empty_like(v_SKD)
-        dk[: spans[0].k_start] = dv[: spans[0].k_start] = 0
+    ) -> Tensor:
+        dq = torch.empty_like(q_TND)
         for span in spans:
             queries, prefix, own = _parts(span)
             row = [_heads_first(x[queries]) for x in (grad_out_TND, q_TND)]
@@ -59,21 +61,22 @@ class CpuFlashBackend:
             for keys, causal in ((own, True), (prefix, False)):
                 if keys is None:
                     continue
-                grads = _backward(
-                    *row,
-                    _heads_first(k_SKD[keys]),
-                    _heads_first(v_SKD[keys]),
-                    *merged,
-                    0.0,
-                    causal,
-                    scale=variant.scale,
+                num_cuts = 1 if causal else _even_cuts(q_TND.shape[1], keys.stop - keys.start)
+                k_cKsD, v_cKsD = (
+                    x[keys].unflatten(0, (num_cuts, -1)).transpose(1, 2) for x in (k_SKD, v_SKD)
                 )
-                part_dq, dk[keys], dv[keys] = (grad[0].transpose(0, 1) for grad in grads)
+                grad_out, q, out, lse = (x.expand(num_cuts, *x.shape[1:]) for x in (*row, *merged))
+                dq_cNTD, *dkv = _backward(
+                    grad_out, q, k_cKsD, v_cKsD, out, lse, 0.0, causal, scale=variant.scale
+                )
+                for total, grad in zip(kv_grads, dkv, strict=True):
+                    total[keys] += grad.transpose(1, 2).flatten(0, 1)
                 if causal:
-                    dq[queries] = part_dq
+                    dq[queries] = dq_cNTD[0].transpose(0, 1)
                 else:
-                    dq[queries] += part_dq
-        return dq, dk, dv
+                    for part_NTD in dq_cNTD:
+                        dq[queries] += part_NTD.transpose(0, 1)
+        return dq
 
     def _forward_span(
         self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, span: Span, variant: AttentionVariant
@@ -101,6 +104,23 @@ class CpuFlashBackend:
 def _heads_first(x_TND: Tensor) -> Tensor:
     """(T, N, D) to (1, N, T, D), a view."""
     return x_TND.transpose(0, 1)[None]
+
+
+def _even_cuts(num_heads: int, num_keys: int) -> int:
+    """Into how many equal parts the keys are cut for the backward, whose threads share out heads, not keys.
+
+    5 heads on 2 threads leave one of them idle for a sixth of the time; twice 5 heads do not.
+    """
+    num_threads = torch.get_num_threads()
+
+    def busy(num_cuts: int) -> float:
+        num_tasks = num_heads * num_cuts
+        return num_tasks / (-(-num_tasks // num_threads) * num_threads)
+
+    possible = [
+        cuts for cuts in range(1, MAX_CUTS + 1) if num_keys % cuts == 0 and num_keys // cuts >= MIN_KEYS
+    ]
+    return max(possible or [1], key=lambda cuts: (busy(cuts) >= MOSTLY_BUSY or busy(cuts), -cuts))
 
 
 def _parts(span: Span) -> tuple[slice, slice | None, slice]:

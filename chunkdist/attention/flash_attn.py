@@ -61,14 +61,13 @@ class FlashAttnBackend:
         v_SKD: Tensor,
         out_TND: Tensor,
         lse_NT: Tensor,
+        kv_grads: tuple[Tensor, Tensor],
         spans: tuple[Span, ...],
         variant: AttentionVariant,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor:
         packed = pack(q_TND, spans, variant.window)
         seen = slice(packed.first_key, None)
-        dq_TND, dk_SKD, dv_SKD = (torch.empty_like(x) for x in (q_TND, k_SKD, v_SKD))
-        dk_SKD[: packed.first_key].zero_()
-        dv_SKD[: packed.first_key].zero_()
+        dq_TND, dk, dv = (torch.empty_like(x) for x in (q_TND, k_SKD[seen], v_SKD[seen]))
         workspace = simulated_workspace(q_TND, k_SKD[seen], len(spans))
         interface = importlib.import_module("flash_attn.flash_attn_interface")
         interface._flash_attn_varlen_backward(
@@ -79,8 +78,8 @@ class FlashAttnBackend:
             out_TND,
             readable_lse(lse_NT, q_TND),
             dq_TND,
-            dk_SKD[seen],
-            dv_SKD[seen],
+            dk,
+            dv,
             packed.cu_q,
             packed.cu_k,
             packed.max_q,
@@ -98,7 +97,9 @@ class FlashAttnBackend:
             ),
         )
         del workspace
-        return dq_TND, dk_SKD, dv_SKD
+        for total, grad in zip(kv_grads, (dk, dv), strict=True):
+            total[seen] += grad
+        return dq_TND
 
 
 def _why_no_package() -> str | None:

@@ -245,17 +245,17 @@ class _ChunkAttention(torch.autograd.Function):
         with torch.autocast(q_BTND.device.type, enabled=False):
             for row, q_TND in enumerate(q_BTND):
                 origin, spans = cell.visible(row, ctx.variant.window, ctx.block)
-                dq_TND, dk_SKD, dv_SKD = ctx.backend.backward(
+                dq_TND = ctx.backend.backward(
                     grad_out_BTND[row],
                     q_TND,
                     *store.read(row, origin, cell.chunk.end),
                     out_BTND[row],
                     lse_BNT[row],
+                    store.grads(row, origin, cell.chunk.end),
                     spans,
                     ctx.variant,
                 )
                 dqs.append(dq_TND)
-                store.add_grads(row, origin, dk_SKD, dv_SKD)
         kv_grads = store.grads_of(cell.chunk)
         assert kv_grads is not None
         dk_BTKD, dv_BTKD = (grad.to(q_BTND.dtype) for grad in kv_grads)

@@ -55,12 +55,14 @@ class MathBackend:
         v_SKD: Tensor,
         out_TND: Tensor,
         lse_NT: Tensor,
+        kv_grads: tuple[Tensor, Tensor],
         spans: tuple[Span, ...],
         variant: AttentionVariant,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor:
         dtype = _sum_dtype(q_TND)
         num_kv_heads = k_SKD.shape[1]
-        dq_TND, dk_SKD, dv_SKD = (torch.zeros_like(x, dtype=dtype) for x in (q_TND, k_SKD, v_SKD))
+        dk_SKD, dv_SKD = kv_grads
+        dq_TND = torch.zeros_like(q_TND, dtype=dtype)
         row_dot_TN = (grad_out_TND.to(dtype) * out_TND.to(dtype)).sum(-1)
         for q_tile, k_tile, offset in _tiles(spans, variant.window):
             q_KGtD = _by_kv_head(q_TND[q_tile], num_kv_heads).to(dtype)
@@ -77,7 +79,7 @@ class MathBackend:
                 dscores = dscores * cap_slope
             dq_TND[q_tile] += (dscores @ k_K1sD).flatten(0, 1).transpose(0, 1)
             dk_SKD[k_tile] += (dscores.transpose(-1, -2) @ q_KGtD).sum(1).transpose(0, 1)
-        return dq_TND.to(q_TND.dtype), dk_SKD.to(k_SKD.dtype), dv_SKD.to(v_SKD.dtype)
+        return dq_TND.to(q_TND.dtype)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

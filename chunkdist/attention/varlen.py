@@ -18,12 +18,11 @@ the kernels of flash-attn 2:
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.functional import pad
 
 from chunkdist.attention.base import AttentionVariant, Span
 
@@ -78,9 +77,10 @@ class VarlenBackend:
         v_SKD: Tensor,
         out_TND: Tensor,
         lse_NT: Tensor,
+        kv_grads: tuple[Tensor, Tensor],
         spans: tuple[Span, ...],
         variant: AttentionVariant,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor:
         packed = pack(q_TND, spans, variant.window)
         keys = k_SKD[packed.first_key :]
         workspace = simulated_workspace(q_TND, keys, len(spans))
@@ -104,9 +104,9 @@ class VarlenBackend:
             window_size_right=0,
         )
         del workspace
-        if packed.first_key:
-            dk, dv = (pad(grad, (0, 0, 0, 0, packed.first_key, 0)) for grad in (dk, dv))
-        return dq_TND, dk, dv
+        for total, grad in zip(kv_grads, (dk, dv), strict=True):
+            total[packed.first_key :] += grad
+        return cast(Tensor, dq_TND)
 
 
 class Packing(NamedTuple):

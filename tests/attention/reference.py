@@ -133,8 +133,9 @@ def run(backend: Any, case: Case, q: Tensor, k: Tensor, v: Tensor, grad_out: Ten
         if case.sinks:
             used_lse = torch.logaddexp(lse, case.sink(q))
             used_out = (out * torch.exp(lse - used_lse).T[..., None]).to(out.dtype)
-        dq, dk, dv = backend.backward(grad_out, q, k, v, used_out, used_lse, case.spans, case.variant)
-    return {"out": used_out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+        dk, dv = (torch.zeros_like(x, dtype=accumulator(q)) for x in (k, v))
+        dq = backend.backward(grad_out, q, k, v, used_out, used_lse, (dk, dv), case.spans, case.variant)
+    return {"out": used_out, "lse": lse, "dq": dq, "dk": dk.to(k.dtype), "dv": dv.to(v.dtype)}
 
 
 def run_in_chunks(
@@ -162,11 +163,17 @@ def run_in_chunks(
         for tokens, keys, values, spans in chunks:
             out[tokens], lse[:, tokens] = backend.forward(q[tokens], keys, values, spans, case.variant)
         for tokens, keys, values, spans in reversed(chunks):
-            dq[tokens], chunk_dk, chunk_dv = backend.backward(
-                grad_out[tokens], q[tokens], keys, values, out[tokens], lse[:, tokens], spans, case.variant
+            dq[tokens] = backend.backward(
+                grad_out[tokens],
+                q[tokens],
+                keys,
+                values,
+                out[tokens],
+                lse[:, tokens],
+                (dk[: tokens.stop], dv[: tokens.stop]),
+                spans,
+                case.variant,
             )
-            dk[: tokens.stop] += chunk_dk
-            dv[: tokens.stop] += chunk_dv
     return {"out": out, "lse": lse, "dq": dq, "dk": dk.to(k.dtype), "dv": dv.to(v.dtype)}
 
 
