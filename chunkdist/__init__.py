@@ -3,7 +3,13 @@
 from chunkdist.config import ChunkConfig
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.modeling import chunk_model, unchunk_model
-from chunkdist.samplers import ChunkSampler, FixedBudgetSampler, ImportanceSampler, IndependentSampler
+from chunkdist.samplers import (
+    ChunkSampler,
+    FixedBudgetSampler,
+    ImportanceSampler,
+    IndependentSampler,
+    RunSampler,
+)
 
 __all__ = [
     "ChunkConfig",
@@ -11,6 +17,7 @@ __all__ = [
     "FixedBudgetSampler",
     "ImportanceSampler",
     "IndependentSampler",
+    "RunSampler",
     "UnsupportedModelError",
     "chunk_model",
     "unchunk_model",

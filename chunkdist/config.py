@@ -36,7 +36,7 @@ class ChunkConfig:
             kept otherwise.
         control_variate: Whether the gradients that kept chunks leave for other chunks' keys and values reach
             the norm and the k/v projections without weights, which lowers SpaCO's variance for a few percent
-            of its time. `"auto"`: when a group is one layer and the sampler keeps chunks independently.
+            of its time. `"auto"`: when a group is one layer and the sampler says `unbiased = True`.
 
     Raises:
         ValueError: a value is out of its range, or two values exclude each other.
@@ -98,7 +98,7 @@ class ChunkConfig:
     def uses_control_variate(self) -> bool:
         """Whether SpaCO's control variate is added, with `"auto"` resolved."""
         if self.control_variate == "auto":
-            return self.layers_per_group == 1 and getattr(self.sampler, "independent", False)
+            return self.layers_per_group == 1 and getattr(self.sampler, "unbiased", False)
         return self.control_variate
 
     @property

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -20,6 +23,23 @@ class KVStore:
         self._grad_dtype = grad_dtype
         self._kv: tuple[Tensor, Tensor] | None = None
         self._grads: tuple[Tensor, Tensor] | None = None
+        self._unweighted: tuple[Tensor, Tensor] | None = None
+        self._relays: dict[Chunk, list[tuple[Chunk, float]]] = {}
+        self._keeps_unweighted = False
+
+    def weigh_relays(
+        self, chunks: Sequence[Chunk], weights: Sequence[Sequence[float]], *, keep_unweighted: bool
+    ) -> None:
+        """From now on, what chunk j leaves for an earlier chunk i is multiplied by `weights[j][i]` (SpaCO).
+
+        Args:
+            keep_unweighted: The sum without weights is kept too, for `left_out_of`.
+        """
+        self._relays = {
+            reader: [*zip(chunks[:j], weights[j][:j], strict=True), (reader, 1.0)]
+            for j, reader in enumerate(chunks)
+        }
+        self._keeps_unweighted = keep_unweighted
 
     def write(self, chunk: Chunk, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
         """Stores the chunk's own keys and values."""
@@ -34,14 +54,28 @@ class KVStore:
         k, v = self._kv
         return k[row, start:end], v[row, start:end]
 
-    def grads(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Views (end - start, K, D) of the gradients of one row's keys and values, to be added to."""
+    @contextmanager
+    def grads_from(self, reader: Chunk, row: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What one chunk's gradients of the keys and values from `start` to its own end, (S, K, D) each, are
+        added to."""
         if self._grads is None:
-            assert self._kv is not None
-            k, v = self._kv
-            self._grads = self._new_grads(k), self._new_grads(v)
-        dk, dv = self._grads
-        return dk[row, start:end], dv[row, start:end]
+            self._grads = self._new_grads()
+        seen = row, slice(start, reader.end)
+        dk, dv = (grads[seen] for grads in self._grads)
+        if not self._relays:
+            yield dk, dv
+            return
+        found = torch.zeros_like(dk), torch.zeros_like(dv)
+        yield found
+        for total, grads in zip((dk, dv), found, strict=True):
+            for chunk, weight in self._relays[reader]:
+                part = slice(max(chunk.start - start, 0), chunk.end - start)
+                if weight and chunk.end > start:
+                    total[part].add_(grads[part], alpha=weight)
+        if self._keeps_unweighted:
+            self._unweighted = self._unweighted or self._new_grads()
+            for total, grads in zip(self._unweighted, found, strict=True):
+                total[seen] += grads
 
     def grads_of(self, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
         """Views (B, T, K, D) of what has been left so far for the chunk's own keys and values; `None`:
@@ -51,15 +85,25 @@ class KVStore:
         dk, dv = (grads[:, chunk.start : chunk.end] for grads in self._grads)
         return dk, dv
 
-    def scale_grads(self, chunk: Chunk, factor: float) -> None:
-        """Multiplies what later chunks have left for the chunk's keys and values."""
-        for grads in self.grads_of(chunk) or ():
-            grads *= factor
+    def left_out_of(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        """(B, T, K, D) each: what later chunks have left without weights, less what they have left with
+        them."""
+        if self._grads is None or self._unweighted is None:
+            return ()
+        tokens = slice(chunk.start, chunk.end)
+        return tuple(
+            total[:, tokens] - weighted[:, tokens]
+            for total, weighted in zip(self._unweighted, self._grads, strict=True)
+        )
 
     def _new_buffer(self, x_BTKD: Tensor) -> Tensor:
         num_rows, _, num_heads, head_dim = x_BTKD.shape
         return x_BTKD.new_empty((num_rows, self._num_tokens, num_heads, head_dim))
 
-    def _new_grads(self, x: Tensor) -> Tensor:
-        dtype = x.dtype if self._grad_dtype is None else torch.promote_types(x.dtype, self._grad_dtype)
-        return torch.zeros_like(x, dtype=dtype)
+    def _new_grads(self) -> tuple[Tensor, Tensor]:
+        assert self._kv is not None
+        k, v = (torch.zeros_like(x, dtype=self._dtype_of_grads(x)) for x in self._kv)
+        return k, v
+
+    def _dtype_of_grads(self, x: Tensor) -> torch.dtype:
+        return x.dtype if self._grad_dtype is None else torch.promote_types(x.dtype, self._grad_dtype)

@@ -169,9 +169,9 @@ class GroupRun:
         with undisturbed_rng(hidden), self.group.context.attention_installed():
             if not self._stores:
                 self._rebuild_kv(hidden, kept)
+            self._weigh_relays()
             for index, chunk in reversed(list(enumerate(self.stream.chunks))):
-                if weights[index] != 1:
-                    self._weigh_kv_grads(index, hidden, weights[index], kept)
+                self._add_control_variate(index, hidden, kept)
                 cell = self._retained.pop(index, None)
                 if not weights[index]:
                     continue
@@ -194,25 +194,32 @@ class GroupRun:
             self._sample.draw(grad_output)
         return self._sample.weights
 
-    def _weigh_kv_grads(self, index: int, hidden: Tensor, weight: float, kept: list[int]) -> None:
-        """Multiplies by the chunk's weight what later chunks left for its keys and values.
-
-        The control variate: carried through the norm and the k/v projections alone, that gradient reaches
-        their parameters without a rerun of the chunk. Added with the factor 1 - weight, whose mean is 0.
-        """
-        chunk = self.stream.chunks[index]
-        if self.group.context.config.uses_control_variate and self.stream.is_read_later(index, kept):
-            (store,) = self._stores
-            assert store is not None
-            self._rng[index].restore()
-            with torch.enable_grad(), self._autocast.apply(), self.parameters.aliased():
-                found = self._keys_and_values(index, hidden)
-            for x, grads in zip(found, store.grads_of(chunk) or (), strict=False):
-                if x.requires_grad:
-                    torch.autograd.backward(x, (grads * (1 - weight)).to(x.dtype), retain_graph=x is found[0])
+    def _weigh_relays(self) -> None:
+        if self._sample is None or self._sample.relays is None or not self.group.attends:
+            return
         for store in self._stores:
-            if store is not None and weight:
-                store.scale_grads(chunk, weight)
+            if store is not None:
+                store.weigh_relays(
+                    self.stream.chunks,
+                    self._sample.relays,
+                    keep_unweighted=self.group.context.config.uses_control_variate,
+                )
+
+    def _add_control_variate(self, index: int, hidden: Tensor, kept: list[int]) -> None:
+        """What the weights have left out of the chunk's K/V gradient reaches the parameters of the norm and
+        the k/v projections without a rerun of the chunk. Its mean over the samples is 0."""
+        store = self._stores[0]
+        if store is None or not self.stream.is_read_later(index, kept):
+            return
+        left_out = store.left_out_of(self.stream.chunks[index])
+        if not left_out:
+            return
+        self._rng[index].restore()
+        with torch.enable_grad(), self._autocast.apply(), self.parameters.aliased():
+            found = self._keys_and_values(index, hidden)
+        for x, grads in zip(found, left_out, strict=True):
+            if x.requires_grad:
+                torch.autograd.backward(x, grads.to(x.dtype), retain_graph=x is found[0])
 
     def _retain(self, index: int, hidden: Tensor) -> Tensor:
         with torch.enable_grad(), self.parameters.saved_as_reference():

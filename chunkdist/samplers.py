@@ -8,7 +8,9 @@ torch's default CPU generator.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -26,7 +28,9 @@ class ChunkSampler(Protocol):
             scores: (k,), fp64, CPU: the norms of the chunks' output gradients.
 
         Returns:
-            (k,): the weight of each chunk's gradient; 0 drops the chunk.
+            (k,): the weight of each chunk's gradient; 0 drops the chunk. Or (k, k): on the diagonal, the
+            weight of each chunk's own output gradient; at [j, i], i < j, that of what chunk j leaves for the
+            keys and values of chunk i.
         """
         ...
 
@@ -40,7 +44,7 @@ class IndependentSampler:
     """
 
     budget: float = 8
-    independent: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)
@@ -62,14 +66,11 @@ class ImportanceSampler:
 
     budget: float = 8
     min_probability: float = 0.05
-    independent: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)
-        if not 0 < self.min_probability <= 1:
-            raise ValueError(
-                f"min_probability={self.min_probability} is no probability above 0: write one up to 1"
-            )
+        _check_probability(self.min_probability)
 
     def draw(self, scores: Tensor) -> Tensor:
         return _keep(self.probabilities(scores))
@@ -105,7 +106,7 @@ class FixedBudgetSampler:
 
     budget: int = 8
     cap: float | None = None
-    independent: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)
@@ -123,10 +124,87 @@ class FixedBudgetSampler:
         return weights
 
 
+@dataclass(frozen=True)
+class RunSampler:
+    """Keeps neighbouring chunks together: whether chunk i is kept depends on chunk i + 1 alone. Unbiased.
+
+    From the last chunk to the first, kept and dropped form a Markov chain. A path of gradients through chunks
+    a > b > c gets the weight 1 / P(a) * 1 / P(b | a) * 1 / P(c | b) = 1 / P(all three are kept), so that its
+    mean is right. Near chunks, to which most of attention goes, are mostly kept together, at a low factor.
+
+    Args:
+        budget: Expected number of chunks kept. A sequence of no more chunks is backpropagated whole.
+        run_length: Mean number of neighbours kept together; below 1 / (1 - budget / k) they come together by
+            chance as often: then chunks are independent.
+        importance: Whether a chunk's probability is that of `ImportanceSampler`.
+        min_probability: Of `ImportanceSampler`.
+    """
+
+    budget: float = 8
+    run_length: float = 2
+    importance: bool = False
+    min_probability: float = 0.05
+    unbiased: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_budget(self.budget)
+        _check_probability(self.min_probability)
+        if not self.run_length >= 1:
+            raise ValueError(f"run_length={self.run_length} is less than one chunk: write a number >= 1")
+
+    def draw(self, scores: Tensor) -> Tensor:
+        p = self.probabilities(scores).tolist()
+        ties = self.ties(p)
+        kept: list[bool] = []  # from the last chunk to the first
+        for i, u in zip(
+            reversed(range(len(p))), torch.rand(len(p), dtype=torch.float64).tolist(), strict=True
+        ):
+            kept.append(u < (self.probability_after(kept[-1], i, p, ties) if kept else p[i]))
+        return self.weights(kept[::-1], p, ties)
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """(k,): of each chunk to be kept."""
+        if self.importance:
+            return ImportanceSampler(self.budget, self.min_probability).probabilities(scores)
+        return torch.full((len(scores),), min(1.0, self.budget / len(scores)), dtype=torch.float64)
+
+    def ties(self, p: Sequence[float]) -> list[float]:
+        """(k - 1,): how far chunk i follows chunk i + 1, 0 to 1: P(i | i + 1 kept) - P(i | i + 1 dropped)."""
+        mean = sum(p) / len(p)
+        wanted = max(0.0, 1 - 1 / (self.run_length * (1 - mean))) if mean < 1 else 0.0
+        most = [
+            min(ours / next_, (1 - ours) / (1 - next_) if next_ < 1 else 0.0) for ours, next_ in pairwise(p)
+        ]  # as far as both probabilities can be had
+        return [min(wanted, limit) for limit in most]
+
+    @staticmethod
+    def probability_after(next_kept: bool, i: int, p: Sequence[float], ties: Sequence[float]) -> float:
+        """Of chunk i to be kept, when it is known whether chunk i + 1 is."""
+        return p[i] + ties[i] * (next_kept - p[i + 1])
+
+    @staticmethod
+    def weights(kept: Sequence[bool], p: Sequence[float], ties: Sequence[float]) -> Tensor:
+        """(k, k), as `ChunkSampler.draw` returns them."""
+        k = len(p)
+        weights = torch.zeros((k, k), dtype=torch.float64)
+        for j in (j for j in range(k) if kept[j]):
+            weights[j, j], tie = 1 / p[j], 1.0
+            for i in reversed(range(j)):
+                tie *= ties[i]
+                if kept[i]:
+                    weights[j, i] = 1 / (p[i] + (1 - p[j]) * tie)
+        return weights
+
+
 def _keep(probabilities: Tensor) -> Tensor:
     """Weights 1 / p with probability p, else 0."""
     kept = torch.rand(len(probabilities), dtype=torch.float64) < probabilities
     return torch.where(kept, 1 / probabilities, 0)
+
+
+def _check_probability(min_probability: float) -> None:
+    if not 0 < min_probability <= 1:
+        raise ValueError(f"min_probability={min_probability} is no probability above 0: write one up to 1")
 
 
 def _check_budget(budget: float) -> None:

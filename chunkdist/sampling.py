@@ -36,6 +36,9 @@ class ChunkSample:
         self._sampler = sampler
         self._stream = stream
         self.weights: tuple[float, ...] = ()
+        """(k,): of each chunk's output gradient; 0 drops the chunk."""
+        self.relays: list[list[float]] | None = None
+        """(k, k): [j][i], of what chunk j leaves for the keys and values of chunk i; `None`: all 1."""
         self.report: SampleReport | None = None
 
     def draw(self, grad_output: Tensor) -> None:
@@ -44,13 +47,21 @@ class ChunkSample:
         norms = [grad_output[:, chunk.start : chunk.end].float().norm() for chunk in chunks]
         scores = torch.stack(norms).double().cpu()
         with _rank_generator():
-            weights = self._sampler.draw(scores).double()
-        if weights.shape != scores.shape or not bool((weights.isfinite() & (weights >= 0)).all()):
+            drawn = self._sampler.draw(scores).double()
+        k = len(chunks)
+        if drawn.shape not in ((k,), (k, k)) or not bool((drawn.isfinite() & (drawn >= 0)).all()):
             raise ValueError(
-                f"{type(self._sampler).__name__}.draw returned {weights.tolist()}: it must return "
-                f"{len(chunks)} finite weights, none negative"
+                f"{type(self._sampler).__name__}.draw returned {drawn.tolist()}: it must return {k} finite "
+                f"weights, or {k} x {k}, none negative"
+            )
+        weights, relays = (drawn, drawn.expand(k, k)) if drawn.ndim == 1 else (drawn.diagonal(), drawn)
+        earlier = relays.tril(-1)  # only what an earlier chunk gets
+        if bool(earlier[:, weights == 0].any()):
+            raise ValueError(
+                f"{type(self._sampler).__name__}.draw gives a relay to a chunk that it drops: write 0 there"
             )
         self.weights = tuple(weights.tolist())
+        self.relays = None if torch.equal(earlier, torch.ones_like(earlier).tril(-1)) else relays.tolist()
         kept = [chunk for chunk, weight in zip(chunks, self.weights, strict=True) if weight]
         noise = (weights * (weights - 1) * scores**2).sum() / (scores**2).sum().clamp(
             min=torch.finfo(torch.float64).tiny

@@ -245,16 +245,17 @@ class _ChunkAttention(torch.autograd.Function):
         with torch.autocast(q_BTND.device.type, enabled=False):
             for row, q_TND in enumerate(q_BTND):
                 origin, spans = cell.visible(row, ctx.variant.window, ctx.block)
-                dq_TND = ctx.backend.backward(
-                    grad_out_BTND[row],
-                    q_TND,
-                    *store.read(row, origin, cell.chunk.end),
-                    out_BTND[row],
-                    lse_BNT[row],
-                    store.grads(row, origin, cell.chunk.end),
-                    spans,
-                    ctx.variant,
-                )
+                with store.grads_from(cell.chunk, row, origin) as kv_grads:
+                    dq_TND = ctx.backend.backward(
+                        grad_out_BTND[row],
+                        q_TND,
+                        *store.read(row, origin, cell.chunk.end),
+                        out_BTND[row],
+                        lse_BNT[row],
+                        kv_grads,
+                        spans,
+                        ctx.variant,
+                    )
                 dqs.append(dq_TND)
         kv_grads = store.grads_of(cell.chunk)
         assert kv_grads is not None
