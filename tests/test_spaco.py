@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chunkdist import ChunkConfig, FixedBudgetSampler, ImportanceSampler, IndependentSampler, chunk_model
+from chunkdist import (
+    ChunkConfig,
+    FixedBudgetSampler,
+    ImportanceSampler,
+    IndependentSampler,
+    RunSampler,
+    chunk_model,
+)
 from chunkdist.kv_store import KVStore
 from chunkdist.layer_group import GroupRun
 from chunkdist.modeling import chunk_report
@@ -35,7 +42,7 @@ INPUTS: dict[str, Callable[[], dict[str, Tensor]]] = {
 class Fixed:
     """Draws what it was told, and remembers the scores."""
 
-    independent = True
+    unbiased = True
 
     def __init__(self) -> None:
         self.weights = torch.ones(NUM_CHUNKS, dtype=torch.float64)
@@ -106,6 +113,65 @@ def test_unbiased_over_all_subsets(sampler: Any, height: Any, control_variate: A
     assert error > 0.1, "the estimates differ, so the test can see a bias"
 
 
+def chains_with_probability(sampler: RunSampler, p: list[float]) -> Iterator[tuple[Tensor, float]]:
+    """All weights that a chain of chunks gives, and their probabilities."""
+    ties = sampler.ties(p)
+    for kept in itertools.product((False, True), repeat=NUM_CHUNKS):
+        probability = 1.0
+        for i in reversed(range(NUM_CHUNKS)):
+            is_last = i == NUM_CHUNKS - 1
+            chance = p[i] if is_last else sampler.probability_after(kept[i + 1], i, p, ties)
+            probability *= chance if kept[i] else 1 - chance
+        yield sampler.weights(kept, p, ties), probability
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize(("height", "control_variate"), [(1, True), (1, False), (2, "auto"), ("all", "auto")])
+@pytest.mark.parametrize("importance", [False, True])
+def test_runs_are_unbiased_over_all_subsets(
+    importance: bool, height: Any, control_variate: Any, inputs: str
+) -> None:
+    sampler = RunSampler(budget=2, run_length=2, importance=importance, min_probability=0.2)
+    p = sampler.probabilities(scores(inputs)).tolist()
+    bias, error = mean_and_error(
+        height, inputs, chains_with_probability(sampler, p), control_variate=control_variate
+    )
+    assert bias < 1e-7
+    assert error > 0.1
+
+
+@pytest.mark.parametrize("reader", range(1, NUM_CHUNKS))
+def test_a_changed_relay_is_seen(reader: int) -> None:
+    sampler = RunSampler(budget=2)
+    p = sampler.probabilities(scores("one segment")).tolist()
+
+    def weighted() -> Iterator[tuple[Tensor, float]]:
+        for weights, probability in chains_with_probability(sampler, p):
+            weights[reader, reader - 1] *= 1.01
+            yield weights, probability
+
+    assert mean_and_error(2, "one segment", weighted())[0] > 1e-5
+
+
+def test_runs_of_neighbours() -> None:
+    torch.manual_seed(0)
+    sampler, scores = RunSampler(budget=16, run_length=4), torch.ones(128)
+    kept = torch.stack([sampler.draw(scores).diagonal() > 0 for _ in range(200)])
+    assert float(kept.double().mean()) == pytest.approx(16 / 128, rel=0.1)
+    starts = kept[:, :1].sum() + (kept[:, 1:] & ~kept[:, :-1]).sum()
+    assert float(kept.sum() / starts) == pytest.approx(4, rel=0.1)
+    weights = sampler.draw(scores)
+    assert set(weights.diagonal().unique().tolist()) <= {0.0, 8.0}
+    neighbours = weights.diagonal(-1)
+    assert torch.allclose(neighbours[neighbours > 0], torch.tensor(4 / 3, dtype=torch.float64))
+    assert not weights.triu(1).any()
+
+
+def test_runs_of_one_are_independent() -> None:
+    weights = RunSampler(budget=2, run_length=1).weights([True] * 6, [1 / 3] * 6, [0.0] * 5)
+    torch.testing.assert_close(weights, torch.full((6, 6), 3.0, dtype=torch.float64).tril())
+
+
 @pytest.mark.parametrize("index", range(NUM_CHUNKS))
 def test_a_changed_weight_is_seen(index: int) -> None:
     probabilities = torch.full((NUM_CHUNKS,), 1 / 3, dtype=torch.float64)
@@ -146,7 +212,8 @@ def test_the_papers_estimator_is_biased_and_its_bias_falls_to_zero() -> None:
 
 @pytest.mark.parametrize("height", [1, 2])
 @pytest.mark.parametrize(
-    "sampler", [s(budget=NUM_CHUNKS) for s in (IndependentSampler, ImportanceSampler, FixedBudgetSampler)]
+    "sampler",
+    [s(budget=NUM_CHUNKS) for s in (IndependentSampler, ImportanceSampler, RunSampler, FixedBudgetSampler)],
 )
 def test_a_budget_of_all_chunks_is_exact(sampler: Any, height: Any) -> None:
     exact = gradients(make_model(None, height), batch(num_tokens=24))
@@ -184,6 +251,7 @@ def test_frequencies_and_weights_of_the_samplers() -> None:
         (lambda: ImportanceSampler(min_probability=0), "min_probability=0"),
         (lambda: FixedBudgetSampler(budget=2.5), "budget=2.5 is no number"),  # type: ignore[arg-type]
         (lambda: FixedBudgetSampler(cap=0.5), "cap=0.5"),
+        (lambda: RunSampler(run_length=0.5), "run_length=0.5 is less than one chunk"),
         (lambda: ChunkConfig(chunk_size=4, sampler="importance"), "has no method draw"),  # type: ignore[arg-type]
         (lambda: ChunkConfig(chunk_size=4, control_variate=True), "control_variate=True needs a sampler"),
         (
@@ -200,12 +268,19 @@ def test_bad_values(make: Callable[[], Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", [torch.ones(3), torch.full((NUM_CHUNKS,), float("nan")), -torch.ones(NUM_CHUNKS)]
+    "weights",
+    [
+        torch.ones(3),
+        torch.full((NUM_CHUNKS,), float("nan")),
+        -torch.ones(NUM_CHUNKS),
+        torch.ones(2, NUM_CHUNKS),
+        torch.ones(NUM_CHUNKS, NUM_CHUNKS).fill_diagonal_(0),  # relays to chunks that are dropped
+    ],
 )
 def test_a_users_sampler_that_draws_nonsense(weights: Tensor) -> None:
     sampler = Fixed()
     sampler.weights = weights
-    with pytest.raises(ValueError, match=r"Fixed\.draw returned"):
+    with pytest.raises(ValueError, match=r"Fixed\.draw (returned|gives a relay)"):
         gradients(make_model(sampler, 1), batch(num_tokens=24))
 
 

@@ -257,9 +257,9 @@ class _ChunkAttention(torch.autograd.Function):
                         ctx.variant,
                     )
                 dqs.append(dq_TND)
-        kv_grads = store.grads_of(cell.chunk)
-        assert kv_grads is not None
-        dk_BTKD, dv_BTKD = (grad.to(q_BTND.dtype) for grad in kv_grads)
+        own_grads = store.grads_of(cell.chunk)
+        assert own_grads is not None
+        dk_BTKD, dv_BTKD = (grad.to(q_BTND.dtype) for grad in own_grads)
         dsink_N = None
         if sink_N is not None and ctx.needs_input_grad[7]:
             out_dot_BNT = (grad_out_BTND.to(lse_BNT.dtype) * out_BTND).sum(-1).transpose(1, 2)
