@@ -72,12 +72,12 @@ class Sizes:
 SMOKE = Sizes(
     num_tokens=64,
     num_chunks=16,
-    num_steps=2,
+    num_steps=1,
     warmup_steps=1,
     learning_rates=(1e-3, 3e-3),
     num_seeds=2,
     num_held_out=1,
-    num_draws=2,
+    num_draws=1,
     corpus_bytes=200_000,
 )
 

@@ -1,0 +1,162 @@
+"""The time of a SpaCO step beside its parts: a forward without gradients, and the exact backward.
+
+With t of k chunks, a step should cost the forward and t / k of the exact backward. All are run in turn, in
+one process; a ratio is the median of the ratios of each round.
+
+    python -m chunkdist.bench.spaco [--smoke] [--json FILE] [--repetitions N] [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chunkdist import ChunkConfig, FixedBudgetSampler, chunk_model, unchunk_model
+from chunkdist.bench.environment import hardware, versions
+from chunkdist.bench.step import SIZES, Sizes
+
+NUM_CHUNKS = 128
+
+
+def measure(
+    sizes: Sizes, budgets: Sequence[int], *, device: str, dtype: torch.dtype, num_rounds: int
+) -> dict[str, Any]:
+    """Seconds of each round, and the ratios of SpaCO's steps to what they should cost."""
+    model = sizes.model(device, dtype)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, sizes.vocab_size, (1, sizes.num_tokens), generator=generator).to(device)
+    exact = ChunkConfig(chunk_size=sizes.chunk_size)
+    ways: dict[str, Callable[[], list[float]]] = {
+        "no-grad forward": lambda: _timed(model, ids, exact, with_gradients=False),
+        "exact step": lambda: _timed(model, ids, exact),
+    }
+    for budget in budgets:
+        sampler = FixedBudgetSampler(budget)  # as many chunks in every round
+        for name, variate in (("", True), (", no control variate", False)):
+            config = replace(exact, sampler=sampler, control_variate=variate)
+            ways[f"{budget} chunks{name}"] = lambda config=config: _timed(model, ids, config)  # type: ignore[misc]
+    torch.manual_seed(0)
+    rounds: list[dict[str, list[float]]] = []
+    names = list(ways)
+    for number in range(num_rounds + 1):  # the first one warms up
+        order = names[number % len(names) :] + names[: number % len(names)]
+        seconds = {name: ways[name]() for name in order}
+        if number:
+            rounds.append({name: seconds[name] for name in names})
+            print(f"round {number} of {num_rounds}", file=sys.stderr, flush=True)
+    summary = {}
+    num_chunks = -(-sizes.num_tokens // sizes.chunk_size)
+    for name in names:
+        steps = [sum(one[name]) for one in rounds]
+        summary[name] = {"median_s": statistics.median(steps)}
+        if name.partition(" ")[0].isdigit():
+            share = int(name.partition(" ")[0]) / num_chunks
+            ratios = [
+                sum(one[name]) / (sum(one["no-grad forward"]) + share * one["exact step"][1])
+                for one in rounds
+            ]
+            to_exact = [sum(one[name]) / sum(one["exact step"]) for one in rounds]
+            summary[name] |= {"ratio": statistics.median(ratios), "of_exact": statistics.median(to_exact)}
+    return {
+        "model": {**asdict(sizes), "num_parameters": model.num_parameters(), "num_chunks": num_chunks},
+        "summary": summary,
+        "rounds": rounds,
+    }
+
+
+def _timed(
+    model: PreTrainedModel, ids: Tensor, config: ChunkConfig, *, with_gradients: bool = True
+) -> list[float]:
+    """Seconds of the forward, and of the backward."""
+    model.zero_grad(set_to_none=True)
+    chunk_model(model, config)
+    marks = [_now(ids)]
+    with torch.set_grad_enabled(with_gradients):
+        loss = model(input_ids=ids, labels=ids).loss
+    marks.append(_now(ids))
+    if with_gradients:
+        loss.backward()
+        marks.append(_now(ids))
+    unchunk_model(model)
+    return [after - before for before, after in pairwise(marks)]
+
+
+def _now(ids: Tensor) -> float:
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def table(result: dict[str, Any]) -> str:
+    """The summary, for people to read."""
+    model = result["model"]
+    lines = [
+        f"Llama of {model['num_parameters'] / 1e6:.1f}M parameters, {model['num_tokens']:,} tokens in "
+        f"{model['num_chunks']} chunks, medians of {result['num_repetitions']} rounds",
+        "",
+        f"{'':34}{'step':>11}{'of exact':>10}{'of its parts':>14}",
+    ]
+    for name, row in result["summary"].items():
+        ratios = f"{row['of_exact']:10.3f}{row['ratio']:14.3f}" if "ratio" in row else ""
+        lines.append(f"{name:34}{row['median_s']:9.3f} s{ratios}")
+    return "\n".join([*lines, "", "its parts: the no-grad forward and budget / chunks of the exact backward"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="chunkdist bench spaco", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model, in seconds: the figures mean nothing"
+    )
+    models = [name for name in SIZES if name != "smoke"]
+    parser.add_argument("--model", choices=models, default="10m", help="default: 10m")
+    parser.add_argument("--num-tokens", type=int, help="tokens of the sequence; default: the model's own")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[8], help="chunks kept; default: 8")
+    parser.add_argument("--repetitions", type=int, default=5, help="rounds; default: 5")
+    parser.add_argument("--device", default="cpu", help="cpu (fp32) or cuda (bf16)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
+    options = parser.parse_args(given)
+    sizes = SIZES["smoke" if options.smoke else options.model]
+    num_tokens = options.num_tokens or sizes.num_tokens
+    num_chunks = 16 if options.smoke else NUM_CHUNKS
+    if num_tokens % num_chunks or not all(0 < budget <= num_chunks for budget in options.budgets):
+        parser.error(f"write a multiple of {num_chunks} tokens, and budgets from 1 to {num_chunks}")
+    if options.repetitions < 1:
+        parser.error(f"--repetitions {options.repetitions} is no count: write an integer >= 1")
+    dtype = torch.float32 if torch.device(options.device).type == "cpu" else torch.bfloat16
+    result = {
+        "benchmark": "spaco",
+        "command": shlex.join(["python", "-m", "chunkdist.bench.spaco", *given]),
+        "versions": versions(),
+        "hardware": hardware(options.device),
+        "num_repetitions": options.repetitions,
+        **measure(
+            replace(sizes, num_tokens=num_tokens, chunk_size=num_tokens // num_chunks),
+            options.budgets,
+            device=options.device,
+            dtype=dtype,
+            num_rounds=options.repetitions,
+        ),
+    }
+    print(table(result))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
