@@ -22,7 +22,13 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, T
 
 from chunkdist.config import ATTENTION_NAMES, ChunkConfig
 from chunkdist.data.samples import LongSamples
-from chunkdist.samplers import ChunkSampler, FixedBudgetSampler, ImportanceSampler, IndependentSampler
+from chunkdist.samplers import (
+    ChunkSampler,
+    FixedBudgetSampler,
+    ImportanceSampler,
+    IndependentSampler,
+    RunSampler,
+)
 from chunkdist.sharding.launch import needs_gloo, skip_shm_build, tell_ranks
 
 _KV_GRAD_DTYPES: dict[str, torch.dtype | None] = {
@@ -33,6 +39,7 @@ _KV_GRAD_DTYPES: dict[str, torch.dtype | None] = {
 _SAMPLERS = {
     "independent": IndependentSampler,
     "importance": ImportanceSampler,
+    "runs": RunSampler,
     "fixed": FixedBudgetSampler,
 }
 
@@ -74,8 +81,7 @@ class ChunkArguments:
     spaco_sampler: str = _option(
         "independent",
         "independent: every chunk with the same probability. importance: in proportion to the norm of its "
-        "output "
-        "gradient. fixed: the paper's, a fixed number of chunks, biased.",
+        "output gradient. runs: neighbouring chunks together. fixed: the paper's, biased.",
         choices=tuple(_SAMPLERS),
     )
     spaco_budget: int = _option(8, "How many chunks of a sequence are backpropagated, on average.")

@@ -9,6 +9,7 @@ end a picture and a line.
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import sys
 import time
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 logger = logging.getLogger(__name__)
+
+NOISY_VARIANCE, NUM_SAMPLES_TO_JUDGE = 3.0, 10
+"""Of SpaCO's samples: from this mean relative variance on, over so many, a person is warned."""
 
 
 class ChunkCallback(TrainerCallback):
@@ -75,6 +79,7 @@ class ChunkCallback(TrainerCallback):
         self._expected: ChunkReport | None = None
         self._has_warned = False
         self._samples: list[SampleReport] = []
+        self._first_variances: list[float] = []
         self._mark = self._seconds = self._first_step = 0.0
         self._num_steps = 0
 
@@ -173,8 +178,21 @@ class ChunkCallback(TrainerCallback):
     def _note_sample(self) -> None:
         """SpaCO's sample of the micro-batch that has just ended."""
         sample = None if self._config is None else chunk_report(self._model).sample
-        if sample is not None:
-            self._samples.append(sample)
+        if sample is None:
+            return
+        self._samples.append(sample)
+        if len(self._first_variances) < NUM_SAMPLES_TO_JUDGE:
+            self._first_variances.append(sample.relative_variance)
+            if len(self._first_variances) == NUM_SAMPLES_TO_JUDGE:
+                self._warn_of_noise(sum(self._first_variances) / NUM_SAMPLES_TO_JUDGE)
+
+    def _warn_of_noise(self, variance: float) -> None:
+        if variance >= NOISY_VARIANCE and int(os.environ.get("RANK", "0")) == 0:
+            self._say(
+                f"warning: SpaCO's gradients are as noisy as with 1/{1 + variance:.0f} of the tokens "
+                f"(relative variance {variance:.1f}): a learning rate for exact gradients is too high; "
+                f"divide it by about {(1 + variance) ** 0.5:.1f}, or raise spaco_budget"
+            )
 
     def _sample_figures(self) -> dict[str, float]:
         samples, self._samples = self._samples, []

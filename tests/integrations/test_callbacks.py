@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from chunkdist import ChunkConfig, chunk_model
+from chunkdist import ChunkConfig, FixedBudgetSampler, chunk_model
 from chunkdist.flops import StepFlops
 from chunkdist.integrations import callbacks
 from chunkdist.integrations.callbacks import ChunkCallback
@@ -100,6 +100,22 @@ class TestFigures:
             assert set(record) >= FIGURES
             assert record == {"step": record["step"], **logs} == state
         assert "tokens_per_second" not in listener.logs[-1]  # the summary of the trainer
+
+    @pytest.mark.parametrize(("budget", "is_noisy"), [(1, True), (5, False)])
+    def test_what_spaco_kept(
+        self, budget: int, is_noisy: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = ChunkConfig(chunk_size=4, sampler=FixedBudgetSampler(budget))
+        trainer_of(tmp_path, config=config, gradient_accumulation_steps=3).train()
+        for record in lines(tmp_path):
+            assert record["spaco_chunks"] == 3 * 10
+            assert record["spaco_chunks_kept"] == 3 * budget
+            assert record["spaco_tokens_kept"] == 3 * budget * 4
+            assert record["spaco_largest_weight"] == 10 / budget
+            weight = 10 / budget
+            assert record["spaco_relative_variance"] == pytest.approx(weight - 1, rel=0.5)
+        warning = "SpaCO's gradients are as noisy as with 1/"
+        assert capsys.readouterr().out.count(warning) == is_noisy
 
     def test_tokens_under_accumulation_and_sparse_logging(self, tmp_path: Path) -> None:
         trainer_of(
