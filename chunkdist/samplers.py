@@ -136,13 +136,13 @@ class RunSampler:
         budget: Expected number of chunks kept. A sequence of no more chunks is backpropagated whole.
         run_length: Mean number of neighbours kept together; below 1 / (1 - budget / k) they come together by
             chance as often: then chunks are independent.
-        importance: Whether a chunk's probability is that of `ImportanceSampler`.
+        importance: Whether a chunk's probability is that of `ImportanceSampler`; else all have the same.
         min_probability: Of `ImportanceSampler`.
     """
 
     budget: float = 8
     run_length: float = 2
-    importance: bool = False
+    importance: bool = True
     min_probability: float = 0.05
     unbiased: ClassVar[bool] = True
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,11 +47,11 @@ SAMPLERS: dict[str, Callable[[int], ChunkSampler]] = {
     "paper's, cap 2": lambda budget: FixedBudgetSampler(budget, cap=2),
     "independent": lambda budget: IndependentSampler(budget),
     "importance": lambda budget: ImportanceSampler(budget),
-    "runs of 2": lambda budget: RunSampler(budget, run_length=2),
-    "runs of 4": lambda budget: RunSampler(budget, run_length=4),
-    "runs of 2, importance": lambda budget: RunSampler(budget, run_length=2, importance=True),
+    "runs of 2": lambda budget: RunSampler(budget, run_length=2, importance=False),
+    "runs of 4": lambda budget: RunSampler(budget, run_length=4, importance=False),
+    "runs of 2, importance": lambda budget: RunSampler(budget, run_length=2),
 }
-IN_TRAINING = (PAPERS, "paper's, cap 2", "importance", "runs of 2, importance")
+IN_TRAINING = (PAPERS, "paper's, cap 2", "runs of 2, importance")
 BUDGET_DIVISORS = (16, 8, 4)
 
 
@@ -220,25 +221,42 @@ def run_all(
             run(*which, best[which], seed)
 
 
+def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """By sampler and budget: the mean loss over seeds at the best learning rate, and how far above exact."""
+    runs, rows = found["runs"], []
+    errors = {(row["sampler"], row["budget"]): row["rms_error"] for row in found["gradient_errors"]}
+    for sampler, budget in dict.fromkeys((run["sampler"], run["budget"]) for run in runs):
+        mine = [run for run in runs if (run["sampler"], run["budget"]) == (sampler, budget)]
+        rate = min((run for run in mine if run["seed"] == 0), key=lambda run: run["loss"])["learning_rate"]
+        losses = {run["seed"]: run["loss"] for run in mine if run["learning_rate"] == rate}
+        rows.append(
+            {
+                "sampler": sampler,
+                "budget": budget,
+                "rms_error": errors.get((sampler, budget)),
+                "learning_rate": rate,
+                "losses": losses,
+                "loss": statistics.mean(losses.values()),
+            }
+        )
+    exact = next(row["losses"] for row in rows if row["sampler"] == EXACT)
+    for row in rows:
+        above = [loss - exact[seed] for seed, loss in row["losses"].items() if seed in exact]
+        row["above_exact"] = statistics.mean(above)
+        row["standard_error"] = statistics.stdev(above) / len(above) ** 0.5 if len(above) > 1 else None
+    return rows
+
+
 def table(found: dict[str, Any]) -> str:
-    """Mean loss over seeds at the best learning rate, and how far above exact."""
-    runs = found["runs"]
+    """The summary, for people to read."""
     lines = [
         f"{'sampler':26}{'budget':>7}{'rms error':>11}{'lr':>9}{'seeds':>7}{'loss':>9}{'above exact':>13}"
     ]
-    exact = None
-    errors = {(row["sampler"], row["budget"]): row["rms_error"] for row in found["gradient_errors"]}
-    for which in dict.fromkeys((run["sampler"], run["budget"]) for run in runs):
-        mine = [run for run in runs if (run["sampler"], run["budget"]) == which]
-        rate = min((run for run in mine if run["seed"] == 0), key=lambda run: run["loss"])["learning_rate"]
-        losses = {run["seed"]: run["loss"] for run in mine if run["learning_rate"] == rate}
-        mean = sum(losses.values()) / len(losses)
-        exact = mean if which[0] == EXACT else exact
-        assert exact is not None
-        error = f"{errors[which]:.2f}" if which in errors else "-"
+    for row in summary(found):
+        error = "-" if row["rms_error"] is None else f"{row['rms_error']:.2f}"
         lines.append(
-            f"{which[0]:26}{which[1] or '-':>7}{error:>11}{rate:9.0e}{len(losses):7}{mean:9.4f}"
-            f"{mean - exact:13.4f}"
+            f"{row['sampler']:26}{row['budget'] or '-':>7}{error:>11}{row['learning_rate']:9.0e}"
+            f"{len(row['losses']):7}{row['loss']:9.4f}{row['above_exact']:13.4f}"
         )
     return "\n".join(lines)
 
