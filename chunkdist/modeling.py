@@ -191,7 +191,7 @@ class ChunkedModel:
             retained_at_most=self.context.retained_at_most,
             retained_reason=self.context.retained_reason or "auto: chosen in the first step",
             rebuilds_kv=config.rebuilds_kv,
-            attention=" and ".join(reasons) or self.config.attention,
+            attention=" and ".join(reasons) or config.attention,
             attention_reason="; ".join(reasons.values()) or "chosen in the first step",
             head_tile_tokens=None if weight is None else tile_tokens(weight.shape[0], weight.element_size()),
             sample=None if self.context.sample is None else self.context.sample.report,

@@ -16,7 +16,7 @@ from chunkdist.data.long_tail import long_tailed_lengths
 from chunkdist.data.streams import join_sequences, stream_of
 from chunkdist.layer_group import GroupRun
 from chunkdist.memory import LiveBytes
-from chunkdist.memory.retained import choose_retained_chunks
+from chunkdist.memory.retained import USABLE_SHARE, choose_retained_chunks
 from chunkdist.modeling import chunk_report, resolve_retained_chunks
 from tests.models import batch, gradients, largest_difference, packed_batch, tiny_llama
 
@@ -104,7 +104,7 @@ def peak_bytes(model: Any, streams: list[dict[str, Tensor]]) -> int:
 
 def wide_llama(config: ChunkConfig) -> Any:
     """Keys and values are most of what grows with the sequence."""
-    settings = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32}
+    settings = {"num_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32}
     return chunk_model(tiny_llama(dtype=torch.float32, **settings), config)
 
 
@@ -114,24 +114,24 @@ def test_only_a_run_has_keys_and_values(rebuild_kv: bool) -> None:
     config = ChunkConfig(chunk_size=32, layers_per_group="all", rebuild_kv=rebuild_kv)
     model = wide_llama(config)
     short, long = (peak_bytes(model, [packed_batch(lengths)]) for lengths in ([32] * 8, [256]))
-    one_token = 2 * 8 * 32 * 4 * 4  # K and V, heads, head dim, fp32, layers
+    one_token = 2 * 8 * 32 * 4 * 2  # K and V, heads, head dim, fp32, layers
     kept_of_seven_chunks = 7 * 32 * one_token * 2  # and their gradients
     assert long - short > 0.9 * kept_of_seven_chunks
 
 
 def test_the_peak_is_set_by_the_longest_sequence_and_the_chunk() -> None:
-    """A long-tailed set, scaled down: global batches of 16 and of 128 sequences need no more memory than the
+    """A long-tailed set, scaled down: global batches of 8 and of 64 sequences need no more memory than the
     longest sequence alone."""
-    lengths = [*long_tailed_lengths(127, divisor=16, seed=2), 512]
+    lengths = [*long_tailed_lengths(63, divisor=24, seed=2), 320]
     longest = max(lengths)
-    assert longest == 512
+    assert longest == 320
     samples = [batch(num_tokens=length, seed=length) for length in lengths]
     for sample in samples:
         sample.update({name: tensor[0] for name, tensor in sample.items()})
     model = wide_llama(ChunkConfig(chunk_size=32))
     alone = peak_bytes(model, [join_sequences([samples[-1]])])
     peaks = []
-    for num_sequences in (16, 128):
+    for num_sequences in (8, 64):
         of_batch = lengths[-num_sequences:]
         plan = plan_batch(
             of_batch, num_ranks=1, cost=SequenceCost.of(model), budget_tokens=longest, chunk_size=32
@@ -142,11 +142,11 @@ def test_the_peak_is_set_by_the_longest_sequence_and_the_chunk() -> None:
         ]
         assert max(stream["input_ids"].shape[1] for stream in streams) <= longest
         peaks.append(peak_bytes(model, streams))
-    assert sum(lengths) > 3 * longest
+    assert sum(lengths) > 2 * longest
     assert max(peaks) <= 1.02 * alone
     half = peak_bytes(wide_llama(ChunkConfig(chunk_size=16)), [join_sequences([samples[-1]])])
     assert half < alone
-    shorter = peak_bytes(model, [batch(num_tokens=256)])
+    shorter = peak_bytes(model, [batch(num_tokens=160)])
     assert shorter < 0.7 * alone
 
 
@@ -168,8 +168,8 @@ class TestAuto:
         assert f"auto: {num_chunks} of the 10 chunks of 160 tokens" in reason
 
     def test_a_step_fits_into_what_was_allowed(self) -> None:
-        """Where the estimate allows some chunks, not all, the real step holds no more."""
-        for kib in (1500, 2500):
+        """Where some chunks are allowed, not all, what the real step holds is covered by the margin."""
+        for kib in (700, 900, 1300):
             model = chunk_model(
                 tiny_llama(dtype=torch.float32), ChunkConfig(chunk_size=16, retained_chunks="auto")
             )
@@ -177,7 +177,8 @@ class TestAuto:
             assert 0 < num_chunks < 10
             model._chunkdist_model.context.resolve_retained(num_chunks, "")
             gradient_bytes = sum(p.numel() * 4 for p in model.parameters())
-            assert peak_bytes(model, [batch(num_tokens=160)]) + gradient_bytes <= kib * 1024
+            peak = peak_bytes(model, [batch(num_tokens=160)]) + gradient_bytes
+            assert peak * USABLE_SHARE["cuda"] <= kib * 1024
 
     def test_is_resolved_once_in_the_first_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = chunk_model(tiny_llama(), ChunkConfig(chunk_size=16, retained_chunks="auto"))

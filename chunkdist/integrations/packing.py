@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.data_loader import DataLoaderShard
-from accelerate.utils import DistributedType
+from accelerate.data_loader import DataLoaderShard  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers.trainer_utils import seed_worker
@@ -124,7 +124,8 @@ class StreamTrainer(SFTTrainer):
     @property
     def stream_tokens(self) -> int:
         """Tokens of the longest stream: `max_length`, and no less than the longest sequence and a chunk."""
-        return max(self.args.max_length or 0, max(self._lengths), int(self._chunk_config.chunk_size))
+        args: Any = self.args
+        return max(args.max_length or 0, max(self._lengths), int(self._chunk_config.chunk_size))
 
     def stream_sampler(self) -> StreamBatchSampler:
         """The plan of all epochs; equal on all ranks but for what it yields."""
@@ -184,7 +185,7 @@ class StreamTrainer(SFTTrainer):
                     state._set_sync_gradients(False)
                     if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
                         stack.enter_context(self.accelerator.no_sync(model))
-                losses.append(super().training_step(model, stream, num_items_in_batch))
+                losses.append(super().training_step(model, stream, num_items_in_batch))  # type: ignore[no-untyped-call]
             state._set_sync_gradients(ends_step)
             if not is_last:
                 self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)

@@ -126,7 +126,7 @@ def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkCon
         }
     try:
         make: Callable[..., CheckedSFTTrainer] = CheckedSFTTrainer
-        if options.chunk.chunk_packing:
+        if chunk_config is not None and options.chunk.chunk_packing:
             make = partial(ChunkSFTTrainer, chunk_config=chunk_config)
         trainer = make(
             long_samples=cast(LongSamples, options.data.long_samples),

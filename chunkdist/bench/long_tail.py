@@ -1,0 +1,350 @@
+"""Long-tailed data: the time of an epoch on token streams against padded batches and TRL's packing, and how
+even the streams are over many ranks.
+
+*Timed*: forward and backward of all sequences of a scaled-down sample (`chunkdist.data.long_tail`), without
+the optimizer, in turn, in one process: the same weights, tokens, tiled loss and flash kernel. The ways differ
+in what a micro-batch is:
+
+- token streams: global batches joined to streams no longer than the longest sequence;
+- padded: so many rows in the order of a shuffled epoch, padded to the longest of them, every layer recomputed
+  (Hugging Face's gradient checkpointing); 8 rows are the default of `TrainingArguments`. Padding is on the
+  right and causal attention never sees it: no mask is made, which is faster than what users have;
+- TRL's packing (`bfd`): rows no longer than the longest sequence, one at a time, every layer recomputed. TRL
+  truncates what is longer than `max_length`, which here is nothing.
+
+*Simulated*: global batches of 256 sequences of the whole sample over 8 and 64 ranks, with the cost of
+Llama-3-8B.
+
+    python -m chunkdist.bench.long_tail [--smoke] [--json FILE] [--repetitions N] [--threads N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig
+
+from chunkdist import ChunkConfig, chunk_model, unchunk_model
+from chunkdist.bench.environment import hardware, versions
+from chunkdist.bench.long_tail_simulation import simulate
+from chunkdist.bench.step import set_checkpointing
+from chunkdist.data.assignment import plan_batch
+from chunkdist.data.cost import SequenceCost
+from chunkdist.data.long_tail import long_tailed_lengths
+from chunkdist.data.streams import NO_LABEL, join_sequences, stream_of
+from chunkdist.loss import lazy_logits
+from chunkdist.modeling import chunk_report
+
+STREAMS = "token streams"
+BASELINE = "padded, 8 rows"
+BATCH_SEQUENCES = 64
+_FLASH = "chunkdist_bench_segments"
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A Llama, and the sample that it is trained on: lengths are divided by `divisor`."""
+
+    num_sequences: int
+    divisor: int
+    chunk_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    vocab_size: int = 256
+
+
+SIZES = {
+    "smoke": Sizes(
+        num_sequences=24,
+        divisor=32,
+        chunk_size=16,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=2,
+    ),
+    "5m": Sizes(
+        num_sequences=512,
+        divisor=8,
+        chunk_size=1024,
+        hidden_size=256,
+        intermediate_size=704,
+        num_layers=6,
+        num_heads=4,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How an epoch is cut into micro-batches, and which config the model is chunked with (`None`: Hugging
+    Face's gradient checkpointing)."""
+
+    name: str
+    micro_batches: list[dict[str, Tensor]]
+    config: ChunkConfig | None
+    num_padded: int = 0
+
+
+def segment_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The flash kernel of `cpu_flash`, causal, on each segment of a row that `position_ids` tell apart."""
+    positions = kwargs.get("position_ids")
+    starts = [] if positions is None else (positions[0] == 0).nonzero().flatten().tolist()
+    if len(starts) < 2:
+        return _kernel(query, key, value, 0.0, True)[0].transpose(1, 2), None
+    lengths = torch.diff(torch.tensor([*starts, query.shape[2]])).tolist()
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([_kernel(*part, 0.0, True)[0] for part in parts], dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(_FLASH, segment_attention)
+AttentionMaskInterface.register(_FLASH, lambda **kwargs: None)
+
+
+def ways(sizes: Sizes, samples: list[dict[str, Tensor]], cost: SequenceCost) -> list[Way]:
+    """What is compared, the baseline first."""
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    streams = []
+    for start in range(0, len(order), BATCH_SEQUENCES):
+        own = order[start : start + BATCH_SEQUENCES]
+        plan = plan_batch(
+            [lengths[index] for index in own],
+            num_ranks=1,
+            cost=cost,
+            budget_tokens=max(lengths),
+            chunk_size=sizes.chunk_size,
+        )
+        streams += [join_sequences([samples[own[i]] for i in stream]) for stream in plan.streams[0]]
+    packed = [join_sequences([samples[i] for i in row]) for row in _packed_by_trl(lengths)]
+    made = [_padded_way(samples, order, num_rows) for num_rows in (8, 1)]
+    made.append(Way(name="TRL's packing (bfd)", micro_batches=packed, config=None))
+    for name, retained in ((f"{STREAMS}, nothing retained", 0), (STREAMS, "auto")):
+        config = ChunkConfig(
+            chunk_size=sizes.chunk_size,
+            retained_chunks=retained,  # type: ignore[arg-type]  # one of the two
+            attention="cpu_flash",
+        )
+        made.append(Way(name=name, micro_batches=streams, config=config))
+    return made
+
+
+def _padded_way(samples: list[dict[str, Tensor]], order: list[int], num_rows: int) -> Way:
+    batches, num_padded = [], 0
+    for start in range(0, len(order), num_rows):
+        rows = [samples[index] for index in order[start : start + num_rows]]
+        ids = pad_sequence([row["input_ids"] for row in rows], batch_first=True)
+        labels = pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=NO_LABEL)
+        num_padded += ids.numel() - sum(len(row["input_ids"]) for row in rows)
+        batches.append({"input_ids": ids, "labels": labels})
+    name = f"padded, {num_rows} row{'s' if num_rows > 1 else ''}"
+    return Way(name=name, micro_batches=batches, config=None, num_padded=num_padded)
+
+
+def _packed_by_trl(lengths: list[int]) -> list[list[int]]:
+    """The rows that TRL makes, as indices of sequences."""
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    numbers = [[index] * length for index, length in enumerate(lengths)]
+    packed: Any = pack_dataset(Dataset.from_dict({"input_ids": numbers}), max(lengths), "bfd")
+    rows = [list(dict.fromkeys(row["input_ids"])) for row in packed]
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert sum(len(row["input_ids"]) for row in packed) == sum(lengths), "TRL has truncated a sequence"
+    return rows
+
+
+def measure(sizes: Sizes, *, num_rounds: int, report: Callable[[str], None]) -> dict[str, Any]:
+    """Every way once a round, in an order that rotates; returns what the JSON holds of it.
+
+    The gradients of a way's first epoch are compared with the baseline's: a fast wrong step is no step.
+    """
+    lengths = [max(2, n) for n in long_tailed_lengths(sizes.num_sequences, divisor=sizes.divisor)]
+    model = _model(sizes, max(lengths))
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for length in lengths:
+        ids = torch.randint(0, sizes.vocab_size, (length,), generator=generator)
+        samples.append({"input_ids": ids, "labels": torch.cat([ids[:1] * 0 + NO_LABEL, ids[1:]])})
+    num_items = sum(length - 1 for length in lengths)
+    contenders = ways(sizes, samples, SequenceCost.of(model))
+    for way in contenders:  # the kernels and the allocator have been used before anything is timed
+        _epoch(model, Way(name="", micro_batches=way.micro_batches[:1], config=way.config), num_items)
+    expected: dict[str, Tensor] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[float]] = {way.name: [] for way in contenders}
+    for number in range(num_rounds):
+        shift = number % len(contenders)
+        for way in contenders[shift:] + contenders[:shift]:
+            report(f"round {number + 1} of {num_rounds}: {way.name}")
+            seconds, retained = _epoch(model, way, num_items)
+            times[way.name].append(seconds)
+            if number == 0:
+                grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+                expected = expected or grads
+                rows[way.name] = {
+                    **_counts(way, sizes.chunk_size, retained),
+                    "largest_gradient_difference": max(
+                        float((grads[name] - expected[name]).norm() / expected[name].norm())
+                        for name in expected
+                    ),
+                }
+    for name, row in rows.items():
+        ratios = [base / own for base, own in zip(times[BASELINE], times[name], strict=True)]
+        row |= {"seconds": times[name], "median_s": statistics.median(times[name])}
+        row |= {"speedup": statistics.median(ratios), "speedup_lowest": min(ratios)}
+    return {
+        "model": {**asdict(sizes), "num_parameters": model.num_parameters(), "dtype": "float32"},
+        "data": {
+            "num_sequences": len(lengths),
+            "num_tokens": sum(lengths),
+            "longest": max(lengths),
+            "median": statistics.median(lengths),
+            "batch_sequences": BATCH_SEQUENCES,
+        },
+        "baseline": BASELINE,
+        "summary": rows,
+    }
+
+
+def _model(sizes: Sizes, longest: int) -> Any:
+    config = LlamaConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_heads,
+        max_position_embeddings=longest,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=_FLASH).train()
+
+
+def _epoch(model: Any, way: Way, num_items: int) -> tuple[float, tuple[int, int | None]]:
+    """Seconds of an epoch, and how many chunks were retained in it."""
+    model.zero_grad(set_to_none=True)
+    if way.config is None:
+        set_checkpointing(model, True)
+    else:
+        chunk_model(model, way.config)
+    start = time.perf_counter()
+    for inputs in way.micro_batches:
+        with lazy_logits(model) if way.config is None else nullcontext():  # a chunked model does it itself
+            model(**inputs, num_items_in_batch=num_items).loss.backward()
+    seconds = time.perf_counter() - start
+    retained: tuple[int, int | None] = (0, None)
+    if way.config is None:
+        set_checkpointing(model, False)
+    else:
+        report = chunk_report(model)
+        retained = report.retained_chunks, report.retained_at_most
+        unchunk_model(model)
+    return seconds, retained
+
+
+def _counts(way: Way, chunk_size: int, retained: tuple[int, int | None]) -> dict[str, Any]:
+    computed = sum(inputs["input_ids"].numel() for inputs in way.micro_batches)
+    recomputed = computed
+    if way.config is not None:
+        recomputed = 0
+        for inputs in way.micro_batches:
+            starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
+            ends = [*starts[1:], inputs["input_ids"].shape[1]]
+            stream = stream_of([end - start for start, end in zip(starts, ends, strict=True)], chunk_size)
+            kept = stream.retained(retained[0], at_most=retained[1])
+            recomputed += sum(c.num_tokens for index, c in enumerate(stream.chunks) if index not in kept)
+    return {
+        "num_micro_batches": len(way.micro_batches),
+        "tokens_computed": computed,
+        "tokens_padded": way.num_padded,
+        "tokens_recomputed": recomputed,
+        "retained_chunks": retained[0],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The summary, for people to read."""
+    data, model = result["data"], result["model"]
+    lines = [
+        f"Llama of {model['num_parameters'] / 1e6:.1f}M parameters, {data['num_sequences']:,} sequences of "
+        f"{data['num_tokens']:,} tokens (median {data['median']:,.0f}, longest {data['longest']:,}), "
+        f"{result['num_repetitions']} round(s)",
+        "",
+        f"{'':34}{'epoch':>10}{'speedup':>9}{'padded':>10}{'recomputed':>12}{'gradients':>11}",
+    ]
+    for way, row in result["summary"].items():
+        lines.append(
+            f"{way:34}{row['median_s']:8.2f} s{row['speedup']:8.2f}x{row['tokens_padded']:10,}"
+            f"{row['tokens_recomputed']:12,}{row['largest_gradient_difference']:11.1e}"
+        )
+    lines += ["", f"speedup: over {result['baseline']}; padded and recomputed: tokens", ""]
+    lines.append("Simulated, global batches of 256 sequences up to 262,144 tokens, cost of Llama-3-8B:")
+    lines.append(
+        f"{'ranks':>6}{'chunk':>7}{'imbalance':>11}{'over bound':>12}{'empty slots':>13}{'at best':>9}"
+    )
+    for row in result["simulation"]["rows"]:
+        even = "-" if row["largest_imbalance"] is None else f"{row['largest_imbalance']:.3f}"
+        lines.append(
+            f"{row['num_ranks']:6}{row['chunk_size']:7,}{even:>11}{row['largest_over_bound']:12.3f}"
+            f"{row['empty_share']:13.2%}{row['empty_share_at_best']:9.2%}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="chunkdist bench long_tail", description="An epoch of long-tailed data, by how it is batched."
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: the times mean nothing")
+    parser.add_argument("--repetitions", type=int, help="rounds; default: 2, with --smoke 1")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
+    options = parser.parse_args(given)
+    num_rounds = (1 if options.smoke else 2) if options.repetitions is None else options.repetitions
+    if num_rounds < 1:
+        parser.error(f"--repetitions {num_rounds} is no count: write an integer >= 1")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    result = {
+        "benchmark": "long_tail",
+        "command": shlex.join(["python", "-m", "chunkdist.bench.long_tail", *given]),
+        "versions": versions(),
+        "hardware": hardware("cpu"),
+        "num_repetitions": num_rounds,
+        **measure(
+            SIZES["smoke" if options.smoke else "5m"],
+            num_rounds=num_rounds,
+            report=lambda line: print(line, file=sys.stderr),
+        ),
+        "simulation": simulate(num_batches=2 if options.smoke else 390),
+    }
+    print(table(result))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
