@@ -30,8 +30,8 @@ def _timed(result: Result) -> str:
 {data["median"]:.0f}, longest {data["longest"]:,}: the sample of `chunkdist.data.long_tail`, lengths
 divided by {model["divisor"]}. Llama of {model["num_parameters"] / 1e6:.1f}M parameters in fp32, chunks of
 {model["chunk_size"]:,}; forward and backward, {machine["num_threads"]} thread(s) of {machine["cpu"]} at a
-load of {machine["load_average_1_min"]} when it began, {result["num_repetitions"]} round(s). Where other programs
-ran beside it, CPU time is the better figure."""
+load of {machine["load_average_1_min"]} when it began, {result["num_repetitions"]} round(s). Where
+other programs ran beside it, CPU time is the better figure."""
     rows = [
         _paragraph(text),
         "",
@@ -63,10 +63,10 @@ def _simulated(simulation: Result) -> str:
     text = f"""Simulated with the cost of Llama-3-8B: {simulation["num_batches"]} global batches of
 {simulation["batch_sequences"]} sequences, {sample["share_below_4096"]:.1%} below 4,096 tokens, longest
 {sample["longest"]:,}, mean {sample["mean"]:.0f} (seed {sample["seed"]}). *Imbalance*: the largest of the
-batches in which no single sequence costs more than a rank's share. *Over bound*: in all batches, the costliest
-rank over the larger of the share and the costliest sequence. *Empty slots*: of all chunks; *at best*: if the tokens
-of a batch were one stream, which no assignment can beat. 4,096 sequences are assigned to 512 bins in
-{simulation["assign_4096_to_512_s"]:.2f} s."""
+batches in which no single sequence costs more than a rank's share. *Over bound*: in all batches,
+the costliest rank over the larger of the share and the costliest sequence. *Empty slots*: of all chunks;
+*at best*: if the tokens of a batch were one stream, which no assignment can beat. 4,096 sequences are
+assigned to 512 bins in {simulation["assign_4096_to_512_s"]:.2f} s."""
     rows = [
         _paragraph(text),
         "",

@@ -216,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--repetitions {num_rounds} is no count: write an integer >= 1")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    print("simulation", file=sys.stderr)
+    simulation = simulate(num_batches=2 if options.smoke else 390)
     result = {
         "benchmark": "long_tail",
         "command": shlex.join(["python", "-m", "chunkdist.bench.long_tail", *given]),
@@ -227,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_rounds=num_rounds,
             report=lambda line: print(line, file=sys.stderr),
         ),
-        "simulation": simulate(num_batches=2 if options.smoke else 390),
+        "simulation": simulation,
     }
     print(table(result))
     if options.json is not None:

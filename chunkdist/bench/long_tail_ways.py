@@ -47,7 +47,7 @@ SIZES = {
         num_heads=2,
     ),
     "3m": Sizes(
-        num_sequences=384,
+        num_sequences=256,
         divisor=8,
         chunk_size=1024,
         hidden_size=256,
