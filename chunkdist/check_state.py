@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from chunkdist.memory.retained import free_bytes
 
 _QUANTISED = {"Params4bit", "Int8Params"}
 
@@ -102,7 +103,7 @@ def why_not_widened(model: nn.Module, dtype: torch.dtype) -> str | None:
         return "the weights are quantised"
     narrow = [p for p in parameters if p.is_floating_point() and p.dtype.itemsize < dtype.itemsize]
     needed = dtype.itemsize * sum(p.numel() * (2 if p.requires_grad else 1) for p in narrow)
-    free = _free_bytes(parameters[0].device)
+    free = free_bytes(parameters[0].device)
     if needed * 1.25 > free:
         return f"{needed / 2**30:.1f} GiB would be needed and {free / 2**30:.1f} are free"
     return None
@@ -116,10 +117,3 @@ def refuse_absent_weights(model: nn.Module) -> None:
             raise RuntimeError(f"{name} is sharded, and the check needs it whole: run `chunkdist check`")
         if parameter.is_meta:
             raise RuntimeError(f"{name} is on the meta device: load the weights first")
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    return int(psutil.virtual_memory().available)

@@ -1,4 +1,4 @@
-"""The `chunkdist` command: `chunkdist check CONFIG` and `chunkdist env`.
+"""The `chunkdist` command: `chunkdist check CONFIG`, `chunkdist preview CONFIG` and `chunkdist env`.
 
 Exit status 0: fine; 1: the answer is no (gradients differ); 2: the input is at fault, one line on stderr says
 how.
@@ -12,6 +12,11 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chunkdist.config import ChunkConfig
+    from chunkdist.integrations.trl import CheckedSFTTrainer
 
 Command = Callable[[argparse.Namespace, list[str]], int]
 
@@ -33,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="chunkdist", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_check(commands)
+    _add_preview(commands)
     _add_env(commands)
     try:
         arguments, others = parser.parse_known_args(argv)
@@ -60,21 +66,60 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=_check)
 
 
+def _add_preview(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "preview",
+        help="show the first streams that a config trains on, with supervised tokens in colour",
+        description="The first streams of a run: their sequences, where chunks begin, and in bright colour "
+        "the tokens that are supervised. Nothing is written.",
+        epilog="Any option of the config can follow: chunkdist preview CONFIG --chunk_size 1024",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the YAML file of a training run")
+    parser.add_argument("--streams", type=int, default=2, help="how many streams; default: 2")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of a sequence shown; default: 200")
+    parser.set_defaults(run=_preview)
+
+
 def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("env", help="versions, devices, and the attention backends that run on them")
     parser.set_defaults(run=_env)
 
 
-def _check(arguments: argparse.Namespace, options_given: list[str]) -> int:
-    from chunkdist.check import check_gradients
+def _preview(arguments: argparse.Namespace, options_given: list[str]) -> int:
+    from rich.console import Console
+
+    from chunkdist.preview import first_streams, render
+
+    for name in ("streams", "tokens"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} {getattr(arguments, name)} shows nothing: write at least 1")
+    trainer, config = _trainer(arguments.config, options_given)
+    if config is None:
+        raise ValueError("chunk_method=none has no chunks to show: write seco")
+    console = Console(highlight=False)
+    tokenizer: Any = trainer.processing_class
+    sizes = {"chunk_size": int(config.chunk_size), "max_segment_tokens": arguments.tokens}
+    for title, samples in first_streams(trainer, arguments.streams):
+        for line in render(title, samples, tokenizer, **sizes):
+            console.print(line)
+    return 0
+
+
+def _trainer(config: str, options_given: list[str]) -> tuple[CheckedSFTTrainer, ChunkConfig | None]:
     from chunkdist.integrations.arguments import parse_options
-    from chunkdist.integrations.trl import build_trainer, first_batch
+    from chunkdist.integrations.trl import build_trainer
 
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder, and nothing is to be written
         silent = ["--output_dir", folder, "--report_to", "none"]
-        trainer, config = build_trainer(
-            parse_options(["--config", arguments.config, *options_given, *silent])
-        )
+        return build_trainer(parse_options(["--config", config, *options_given, *silent]))
+
+
+def _check(arguments: argparse.Namespace, options_given: list[str]) -> int:
+    from chunkdist.check import check_gradients
+    from chunkdist.integrations.trl import first_batch
+
+    trainer, config = _trainer(arguments.config, options_given)
     if config is None:
         raise ValueError("chunk_method=none chunks nothing, so there is nothing to check: write seco")
     assert trainer.model is not None

@@ -22,9 +22,10 @@ class ChunkConfig:
         chunk_size: Tokens of a chunk. A sequence of T tokens runs as ceil(T / chunk_size) chunks.
         layers_per_group: Consecutive decoder layers that form one autograd node; `"all"` is the schedule of
             SeCO (arXiv 2505.16710), 1 keeps the least K/V, and is what DeepSpeed ZeRO-3 needs.
-        retained_chunks: Chunks at the end of a sequence whose graphs are kept from the forward instead of
-            being rebuilt in the backward (the K of ChunkFlow, arXiv 2503.02356). More is faster and takes
-            more memory.
+        retained_chunks: Chunks at the end of each dependent run (consecutive chunks of which each reads the
+            one before) whose graphs are kept from the forward instead of being rebuilt in the backward (the K
+            of ChunkFlow, arXiv 2503.02356). More is faster and takes more memory. `"auto"`: as many of a
+            stream as memory has room for, determined once, before the first step.
         sampler: Which chunks are backpropagated, and with which weights. `None`: all of them, exact
             gradients.
         kv_grad_dtype: Dtype in which the gradients of keys and values are summed over the chunks that read
@@ -54,7 +55,7 @@ class ChunkConfig:
     control_variate: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("chunk_size", "layers_per_group", "retained_chunks"):
+        for name in ("chunk_size", "layers_per_group"):
             if getattr(self, name) == "auto":
                 raise NotImplementedError(f"{name}='auto' is not built yet: write a number of {_UNITS[name]}")
         if self.offload in ("host", "auto"):
@@ -62,7 +63,8 @@ class ChunkConfig:
         _check_count("chunk_size", self.chunk_size, minimum=1)
         if self.layers_per_group != "all":
             _check_count("layers_per_group", self.layers_per_group, minimum=1, others=" or 'all'")
-        _check_count("retained_chunks", self.retained_chunks, minimum=0)
+        if self.retained_chunks != "auto":
+            _check_count("retained_chunks", self.retained_chunks, minimum=0, others=" or 'auto'")
         if self.offload != "none":
             raise ValueError(f"offload={self.offload!r} is unknown: write 'none', 'host' or 'auto'")
         if self.attention not in ATTENTION_NAMES:

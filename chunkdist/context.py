@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -46,6 +47,22 @@ class ChunkContext:
         self.sample: ChunkSample | None = None
         """SpaCO's sample of the forward that runs, or ran last; `None`: every chunk is backpropagated."""
         self._model_configs = model_configs
+        self.retained_at_most: int | None = None
+        """Bound on the retained chunks of a whole stream, where memory has set their number."""
+        self.retained_reason = "" if config.retained_chunks == "auto" else "as configured"
+        """Why so many chunks are retained; empty while `"auto"` is not resolved."""
+
+    def resolve_retained(self, num_chunks: int, reason: str) -> None:
+        """Puts a number in the place of `retained_chunks="auto"`."""
+        self.config = replace(self.config, retained_chunks=num_chunks)
+        self.retained_at_most, self.retained_reason = num_chunks, reason
+
+    def retained_chunks(self, stream: Stream) -> frozenset[int]:
+        """Indices of the chunks that keep their graphs; none while `"auto"` is not resolved."""
+        num_chunks = self.config.retained_chunks
+        if num_chunks == "auto" or num_chunks == 0:
+            return frozenset()
+        return stream.retained(num_chunks, at_most=self.retained_at_most)
 
     @contextmanager
     def attention_installed(self) -> Iterator[None]:

@@ -12,14 +12,14 @@ from chunkdist.schedule import Chunk
 
 
 class KVStore:
-    """Buffers (B, T, K, D) of all tokens, allocated at the first write.
+    """Buffers (B, T, K, D) of consecutive tokens of a stream, allocated at the first write.
 
-    B rows, T tokens of the stream, K kv heads, D head dim. Gradients of K/V are summed over the chunks that
-    read them, in `grad_dtype` unless K/V are wider.
+    B rows, T tokens, K kv heads, D head dim. Positions that are passed count from the stream's first token.
+    Gradients of K/V are summed over the chunks that read them, in `grad_dtype` unless K/V are wider.
     """
 
-    def __init__(self, num_tokens: int, grad_dtype: torch.dtype | None) -> None:
-        self._num_tokens = num_tokens
+    def __init__(self, tokens: Chunk, grad_dtype: torch.dtype | None) -> None:
+        self._tokens = tokens
         self._grad_dtype = grad_dtype
         self._kv: tuple[Tensor, Tensor] | None = None
         self._grads: tuple[Tensor, Tensor] | None = None
@@ -36,8 +36,10 @@ class KVStore:
             keep_unweighted: The sum without weights is kept too, for `left_out_of`.
         """
         self._relays = {
-            reader: [*zip(chunks[:j], weights[j][:j], strict=True), (reader, 1.0)]
+            reader: [(chunks[i], weight) for i, weight in enumerate(weights[j][:j]) if weight]
+            + [(reader, 1.0)]
             for j, reader in enumerate(chunks)
+            if weights[j][j]
         }
         self._keeps_unweighted = keep_unweighted
 
@@ -46,13 +48,13 @@ class KVStore:
         if self._kv is None:
             self._kv = self._new_buffer(k_BTKD), self._new_buffer(v_BTKD)
         for buffer, x in zip(self._kv, (k_BTKD, v_BTKD), strict=True):
-            buffer[:, chunk.start : chunk.end] = x
+            self._part(buffer, chunk.start, chunk.end).copy_(x)
 
     def read(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Views (end - start, K, D) of one row's keys and values."""
         assert self._kv is not None, "read before the first write"
         k, v = self._kv
-        return k[row, start:end], v[row, start:end]
+        return self._part(k, start, end)[row], self._part(v, start, end)[row]
 
     @contextmanager
     def grads_from(self, reader: Chunk, row: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -60,8 +62,7 @@ class KVStore:
         added to."""
         if self._grads is None:
             self._grads = self._new_grads()
-        seen = row, slice(start, reader.end)
-        dk, dv = (grads[seen] for grads in self._grads)
+        dk, dv = (self._part(grads, start, reader.end)[row] for grads in self._grads)
         if not self._relays:
             yield dk, dv
             return
@@ -70,19 +71,19 @@ class KVStore:
         for total, grads in zip((dk, dv), found, strict=True):
             for chunk, weight in self._relays[reader]:
                 part = slice(max(chunk.start - start, 0), chunk.end - start)
-                if weight and chunk.end > start:
+                if chunk.end > start:
                     total[part].add_(grads[part], alpha=weight)
         if self._keeps_unweighted:
             self._unweighted = self._unweighted or self._new_grads()
             for total, grads in zip(self._unweighted, found, strict=True):
-                total[seen] += grads
+                self._part(total, start, reader.end)[row].add_(grads)
 
     def grads_of(self, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
         """Views (B, T, K, D) of what has been left so far for the chunk's own keys and values; `None`:
         nothing yet."""
         if self._grads is None:
             return None
-        dk, dv = (grads[:, chunk.start : chunk.end] for grads in self._grads)
+        dk, dv = (self._part(grads, chunk.start, chunk.end) for grads in self._grads)
         return dk, dv
 
     def left_out_of(self, chunk: Chunk) -> tuple[Tensor, ...]:
@@ -90,15 +91,17 @@ class KVStore:
         them."""
         if self._grads is None or self._unweighted is None:
             return ()
-        tokens = slice(chunk.start, chunk.end)
         return tuple(
-            total[:, tokens] - weighted[:, tokens]
+            self._part(total, chunk.start, chunk.end) - self._part(weighted, chunk.start, chunk.end)
             for total, weighted in zip(self._unweighted, self._grads, strict=True)
         )
 
+    def _part(self, buffer: Tensor, start: int, end: int) -> Tensor:
+        return buffer[:, start - self._tokens.start : end - self._tokens.start]
+
     def _new_buffer(self, x_BTKD: Tensor) -> Tensor:
         num_rows, _, num_heads, head_dim = x_BTKD.shape
-        return x_BTKD.new_empty((num_rows, self._num_tokens, num_heads, head_dim))
+        return x_BTKD.new_empty((num_rows, self._tokens.num_tokens, num_heads, head_dim))
 
     def _new_grads(self) -> tuple[Tensor, Tensor]:
         assert self._kv is not None

@@ -15,7 +15,7 @@ comes out once, summed over the chunks in at least fp32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,9 @@ class GroupRun:
         self.units.keep()
         self._input: tuple[Tensor, int] | None = None
         self._stores: list[KVStore | None] = []
+        """By layer, of the dependent run at hand."""
+        self._kept_stores: dict[range, list[KVStore | None]] = {}
+        """Of the runs whose K/V wait for the backward."""
         self._rng: list[RngState] = []
         self._autocast: AutocastState
         self._sample = group.context.sample
@@ -119,7 +122,7 @@ class GroupRun:
             output: Tensor = _GroupFunction.apply(self, hidden, *self.parameters.trainable)  # type: ignore[no-untyped-call]
             return output
         with torch.no_grad():
-            return self.forward(hidden, num_retained=0)
+            return self.forward(hidden, retained=())
 
     def learn_output_form(self, layer: GroupLayer) -> None:
         """Runs `layer` on the first token alone, to see whether it returns a tensor or a tuple."""
@@ -128,22 +131,26 @@ class GroupRun:
         token = Chunk(0, 1)
         stream = Stream(num_tokens=1, chunks=(token,), segment_starts=((0,),) * hidden.shape[0])
         with torch.no_grad(), undisturbed_rng(hidden):
-            cell = self._cell(layer, token, stream, self._new_store(layer, num_tokens=1))
+            cell = self._cell(layer, token, stream, self._new_store(layer, token))
             layer.run(
                 cell,
                 _tokens_of(hidden, token),
                 slice_tokens(self.arguments[-1], token, self.stream.num_tokens),
             )
 
-    def forward(self, hidden: Tensor, num_retained: int) -> Tensor:
-        """Runs all chunks without a graph, but the last `num_retained` with one. (B, T, H) to (B, T, H)."""
+    def forward(self, hidden: Tensor, retained: Collection[int]) -> Tensor:
+        """Runs all chunks without a graph, but those of the indices `retained`. (B, T, H) to (B, T, H)."""
         chunks = self.stream.chunks
         self._autocast = AutocastState.capture(hidden.device.type)
-        self._stores = [self._new_store(layer, self.stream.num_tokens) for layer in self.group.layers]
+        self._kept_stores, runs = {}, {run.start: run for run in self.stream.runs()}
         output = None
         for index, chunk in enumerate(chunks):
             self._rng.append(RngState.capture(hidden))
-            if index >= len(chunks) - num_retained:
+            if (run := runs.get(index)) is not None:
+                self._begin_run(run)
+                if len(run) > 1 and not self.group.context.config.rebuilds_kv:
+                    self._kept_stores[run] = self._stores  # one chunk alone stores its own again when rerun
+            if index in retained:
                 part = self._retain(index, hidden)
             else:
                 part = self._run_layers(chunk, _tokens_of(hidden, chunk))
@@ -154,8 +161,7 @@ class GroupRun:
                 output = part.new_empty((part.shape[0], self.stream.num_tokens, *part.shape[2:]))
             output[:, chunk.start : chunk.end] = part
         assert output is not None
-        if self.group.context.config.rebuilds_kv:
-            self._stores = []
+        self._stores = []
         self.parameters.release()
         return output
 
@@ -167,23 +173,38 @@ class GroupRun:
         kept = [index for index, weight in enumerate(weights) if weight]
         grad_hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
         with undisturbed_rng(hidden), self.group.context.attention_installed():
-            if not self._stores:
-                self._rebuild_kv(hidden, kept)
-            self._weigh_relays()
-            for index, chunk in reversed(list(enumerate(self.stream.chunks))):
-                self._add_control_variate(index, hidden, kept)
-                cell = self._retained.pop(index, None)
-                if not weights[index]:
-                    continue
-                leaf, output = cell or self._rerun(index, hidden)
-                if output.requires_grad:
-                    grad = grad_output[:, chunk.start : chunk.end]
-                    torch.autograd.backward(output, grad * weights[index] if self.group.is_last else grad)
-                if grad_hidden is not None and leaf.grad is not None:
-                    grad_hidden[:, chunk.start : chunk.end] = leaf.grad
-                del leaf, output, cell
+            for run in reversed(self.stream.runs()):
+                self._stores = self._kept_stores.pop(run, [])
+                if not self._stores:
+                    self._rebuild_kv(hidden, kept, run)
+                self._weigh_relays()
+                for index in reversed(run):
+                    self._backward_cell(index, hidden, grad_output, grad_hidden, weights[index], kept)
         self._stores = []
         return grad_hidden, *self.parameters.take_grads(unused_as_zeros=self._sample is not None)
+
+    def _backward_cell(
+        self,
+        index: int,
+        hidden: Tensor,
+        grad_output: Tensor,
+        grad_hidden: Tensor | None,
+        weight: float,
+        kept: list[int],
+    ) -> None:
+        """Adds what comes back through one chunk, `kept` being the chunks that are backpropagated."""
+        chunk = self.stream.chunks[index]
+        self._add_control_variate(index, hidden, kept)
+        cell = self._retained.pop(index, None)
+        if not weight:
+            return
+        leaf, output = cell or self._rerun(index, hidden)
+        del cell
+        if output.requires_grad:
+            grad = grad_output[:, chunk.start : chunk.end]
+            torch.autograd.backward(output, grad * weight if self.group.is_last else grad)
+        if grad_hidden is not None and leaf.grad is not None:
+            grad_hidden[:, chunk.start : chunk.end] = leaf.grad
 
     def _chunk_weights(self, grad_output: Tensor) -> tuple[float, ...]:
         """SpaCO's weight of each chunk; all 1 without a sampler, and for modules that treat each token
@@ -252,13 +273,19 @@ class GroupRun:
             return found.k_BTKD, found.v_BTKD
         raise AssertionError("the layer ran to its end without attending")
 
-    def _rebuild_kv(self, hidden: Tensor, kept: list[int]) -> None:
-        """Stores the keys and values that the chunks to be rerun read of other chunks; they store their
+    def _begin_run(self, run: range) -> None:
+        """New stores, for the keys and values of a dependent run: no other chunk reads them."""
+        tokens = Chunk(self.stream.chunks[run[0]].start, self.stream.chunks[run[-1]].end)
+        self._stores = [self._new_store(layer, tokens) for layer in self.group.layers]
+
+    def _rebuild_kv(self, hidden: Tensor, kept: list[int], run: range) -> None:
+        """Stores the keys and values that the run's chunks to be rerun read of other chunks; they store their
         own."""
-        self._stores = [self._new_store(layer, self.stream.num_tokens) for layer in self.group.layers]
+        self._begin_run(run)
         if not self.group.attends:
             return
-        for index, chunk in enumerate(self.stream.chunks):
+        for index in run:
+            chunk = self.stream.chunks[index]
             if not self.stream.is_read_later(index, kept):
                 continue
             self._rng[index].restore()
@@ -268,8 +295,8 @@ class GroupRun:
                 elif (store := self._stores[0]) is not None:
                     store.write(chunk, *self._keys_and_values(index, hidden))
 
-    def _new_store(self, layer: GroupLayer, num_tokens: int) -> KVStore | None:
-        return None if layer.state is None else KVStore(num_tokens, self.group.context.config.kv_grad_dtype)
+    def _new_store(self, layer: GroupLayer, tokens: Chunk) -> KVStore | None:
+        return None if layer.state is None else KVStore(tokens, self.group.context.config.kv_grad_dtype)
 
     def _cell(
         self,
@@ -296,7 +323,7 @@ class _GroupFunction(torch.autograd.Function):
     def forward(ctx: Any, run: GroupRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
         ctx.run = run
         ctx.save_for_backward(hidden)
-        return run.forward(hidden, num_retained=int(run.group.context.config.retained_chunks))
+        return run.forward(hidden, run.group.context.retained_chunks(run.stream))
 
     @staticmethod
     @once_differentiable

@@ -16,7 +16,8 @@ from functools import partial, wraps
 from types import MethodType
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, LayerState, attend
@@ -27,6 +28,7 @@ from chunkdist.errors import UnsupportedModelError
 from chunkdist.group_layer import GroupLayer
 from chunkdist.layer_group import LayerGroup
 from chunkdist.loss import lazy_logits, tile_tokens
+from chunkdist.memory.retained import choose_retained_chunks
 from chunkdist.sampling import SampleReport
 from chunkdist.sharding.zero3 import Zero3Layers
 
@@ -61,6 +63,10 @@ class ChunkReport:
     num_groups: int
     chunk_size: int
     retained_chunks: int
+    """0 while `"auto"` is not resolved."""
+    retained_at_most: int | None
+    """In all of a stream, where memory has set the number."""
+    retained_reason: str
     rebuilds_kv: bool
     attention: str
     attention_reason: str
@@ -113,6 +119,19 @@ def chunk_report(model: nn.Module) -> ChunkReport:
     return _handle(_causal_lm(model)).report()
 
 
+def resolve_retained_chunks(model: nn.Module, **sizes: Any) -> None:
+    """Puts a number in the place of `retained_chunks="auto"`; where there is one, does nothing. The first
+    training forward does it by its own tokens, unless it has been done.
+
+    Args:
+        sizes: Of the longest stream that will come, as `choose_retained_chunks` takes them.
+    """
+    handle = _handle(_causal_lm(model))
+    context = handle.context
+    if context.config.retained_chunks == "auto":
+        context.resolve_retained(*choose_retained_chunks(model, context.config, handle.report(), **sizes))
+
+
 class ChunkedModel:
     """Everything that `chunk_model` puts into a model."""
 
@@ -126,7 +145,6 @@ class ChunkedModel:
             raise ValueError(f"layers_per_group={height}, but the model has {num_layers} layers: write 'all'")
         self.model = model
         self.entries = entries
-        self.config = config
         self.context = ChunkContext(config, _configs([*entries, decoder, *layers]))
         self._zero3 = Zero3Layers(layers, height)
         self.groups: list[LayerGroup] = []
@@ -163,15 +181,17 @@ class ChunkedModel:
     def report(self) -> ChunkReport:
         head = self.model.get_output_embeddings()
         weight = getattr(head, "weight", None)
-        reasons = self.context.attention.reasons
+        reasons, config = self.context.attention.reasons, self.context.config
         return ChunkReport(
             num_layers=sum(len(group.layers) for group in self.groups),
             layers_per_group=max(len(group.layers) for group in self.groups),
             num_groups=len(self.groups),
-            chunk_size=int(self.config.chunk_size),
-            retained_chunks=int(self.config.retained_chunks),
-            rebuilds_kv=self.config.rebuilds_kv,
-            attention=" and ".join(reasons) or self.config.attention,
+            chunk_size=int(config.chunk_size),
+            retained_chunks=0 if config.retained_chunks == "auto" else config.retained_chunks,
+            retained_at_most=self.context.retained_at_most,
+            retained_reason=self.context.retained_reason or "auto: chosen in the first step",
+            rebuilds_kv=config.rebuilds_kv,
+            attention=" and ".join(reasons) or config.attention,
             attention_reason="; ".join(reasons.values()) or "chosen in the first step",
             head_tile_tokens=None if weight is None else tile_tokens(weight.shape[0], weight.element_size()),
             sample=None if self.context.sample is None else self.context.sample.report,
@@ -200,6 +220,9 @@ class ChunkedModel:
 def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A causal LM's forward; with labels, without ever making the logits of the whole sequence."""
     handle = model.__dict__.get(_HANDLE)
+    tokens = kwargs.get("inputs_embeds", kwargs.get("input_ids", args[0] if args else None))
+    if handle is not None and model.training and torch.is_grad_enabled() and isinstance(tokens, Tensor):
+        resolve_retained_chunks(model, num_tokens=tokens.shape[1], num_rows=tokens.shape[0])
     with nullcontext() if handle is None or kwargs.get("labels") is None else lazy_logits(handle.model):
         return model.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
 

@@ -51,3 +51,14 @@ class Stream:
         return (
             position < len(kept) and self.first_visible(self.chunks[kept[position]]) < self.chunks[index].end
         )
+
+    def runs(self) -> tuple[range, ...]:
+        """Dependent runs: consecutive chunks, by index, of which each but the last is read by the next."""
+        every = range(len(self.chunks))
+        ends = [index + 1 for index in every if not self.is_read_later(index, every)]
+        return tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False))
+
+    def retained(self, num_chunks: int, *, at_most: int | None = None) -> frozenset[int]:
+        """The last `num_chunks` chunks of each dependent run, by index; of all these the last `at_most`."""
+        last = [index for run in self.runs() for index in run[max(0, len(run) - num_chunks) :]]
+        return frozenset(last if at_most is None else last[max(0, len(last) - at_most) :])

@@ -176,7 +176,7 @@ def test_as_good_as(overall: float, largest: float, expected: bool) -> None:
 class TestFallback:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_not_enough_memory(self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-        monkeypatch.setattr("chunkdist.check_state._free_bytes", lambda device: 1000)
+        monkeypatch.setattr("chunkdist.check_state.free_bytes", lambda device: 1000)
         result = check_gradients(model_of(dtype), batch(num_tokens=60), CONFIG)
         assert result.passed, result.report()
         assert result.exact is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +104,52 @@ class TestUsage:
         out = capsys.readouterr().out
         assert "check" in out
         assert "env" in out
+
+
+class TestPreview:
+    def test_shows_streams_with_supervised_tokens_in_colour(
+        self,
+        config: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "400")
+        rows = [
+            {"input_ids": [*b"Q: 1+1 ", *b"A: 2"], "labels": [-100] * 7 + [*b"A: 2"]},
+            {"input_ids": [*"caf\N{LATIN SMALL LETTER E WITH ACUTE}".encode()]},
+        ]
+        data = tmp_path / "mixed.jsonl"
+        rows[1]["labels"] = rows[1]["input_ids"]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = ["--dataset_name", str(data), "--chunk_packing", "--per_device_train_batch_size", "2"]
+        assert main(["preview", str(config), *options]) == 0
+        out = capsys.readouterr().out
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+        assert "step 1, rank 0, micro-batch 1: 2 sequences, 16 tokens, 8 supervised, 1 chunks of 16" in plain
+        assert "sequence 1: 11 tokens, 4 supervised, chunk 1" in plain
+        assert "[chunk 1]Q: 1+1 A: 2" in plain
+        assert "caf\N{LATIN SMALL LETTER E WITH ACUTE}" in plain
+        assert "\x1b[2mQ\x1b[0m" in out, "not supervised: dim"
+        assert "\x1b[1;36mA\x1b[0m" in out, "supervised: bright, in the colour of its sequence"
+        assert not (tmp_path / "out").exists()
+
+    def test_without_packing_samples_are_shown(
+        self, config: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["preview", str(config), "--streams", "1", "--tokens", "5"]) == 0
+        out = capsys.readouterr().out
+        assert "sample 0: 1 sequences" in out
+        assert "more tokens]" in out
+        assert "sample 1" not in out
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [(["--streams", "0"], "--streams 0"), (["--chunk_method", "none"], "no chunks to show")],
+    )
+    def test_nothing_to_show(
+        self, config: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+    ) -> None:
+        assert main(["preview", str(config), *options]) == 2
+        assert words in capsys.readouterr().err

@@ -86,6 +86,11 @@ def fit_samples(
     return pieces
 
 
+def sample_lengths(dataset: Dataset) -> list[int]:
+    """Tokens of each sample."""
+    return [int(length) for length in _measure(dataset)[0]]
+
+
 def _measure(dataset: Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Tokens, and supervised tokens, of each sample."""
     lengths: list[npt.NDArray[np.int64]] = []

@@ -22,6 +22,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, T
 
 from chunkdist.config import ATTENTION_NAMES, ChunkConfig
 from chunkdist.data.samples import LongSamples
+from chunkdist.integrations.packing import check_packing
 from chunkdist.samplers import (
     ChunkSampler,
     FixedBudgetSampler,
@@ -73,7 +74,10 @@ class ChunkArguments:
     )
     chunk_size: int = _of_config("chunk_size", default=4096)
     layers_per_group: str = _of_config("layers_per_group", default="1")
-    retained_chunks: int = _of_config("retained_chunks")
+    retained_chunks: str = _of_config("retained_chunks", default="0")
+    chunk_packing: bool = _option(
+        False, "Join whole sequences to streams without padding, and spread them over ranks by cost."
+    )
     chunk_kv_grad_dtype: str = _of_config("kv_grad_dtype", default="float32", choices=tuple(_KV_GRAD_DTYPES))
     chunk_offload: str = _of_config("offload", choices=("none", "host", "auto"))
     chunk_attention: str = _of_config("attention", choices=ATTENTION_NAMES)
@@ -104,7 +108,7 @@ class ChunkArguments:
         return ChunkConfig(
             chunk_size=self.chunk_size,
             layers_per_group=_count_or_word(self.layers_per_group),
-            retained_chunks=self.retained_chunks,
+            retained_chunks=_count_or_word(self.retained_chunks),
             kv_grad_dtype=_KV_GRAD_DTYPES[self.chunk_kv_grad_dtype],
             offload=offload,
             attention=attention,
@@ -286,6 +290,8 @@ def check_options(options: TrainingOptions) -> ChunkConfig | None:
             "which keeps "
             "them apart (and long_samples: split to cut long ones)"
         )
+    if options.chunk.chunk_packing:
+        check_packing(options)
     dataset_kwargs = training.dataset_kwargs
     if isinstance(dataset_kwargs, dict) and dataset_kwargs.get("skip_prepare_dataset"):
         raise ValueError(

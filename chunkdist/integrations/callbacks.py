@@ -26,9 +26,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from chunkdist.config import ChunkConfig
 from chunkdist.flops import peak_flops
 from chunkdist.integrations.metrics_file import MetricsFile, draw
-from chunkdist.integrations.start_table import start_table, with_expected_attention
+from chunkdist.integrations.start_table import start_table, step_sizes, with_expected_attention
 from chunkdist.integrations.token_counter import TokenCounter
-from chunkdist.modeling import ChunkReport, chunk_report
+from chunkdist.modeling import ChunkReport, chunk_report, resolve_retained_chunks
 from chunkdist.sampling import SampleReport
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class ChunkCallback(TrainerCallback):
     Args:
         config: Of the chunked model; `None` for a plain one, which gets the figures without the table.
         model: The trainer's.
+        stream_tokens: Of the longest token stream, where a micro-batch is one.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class ChunkCallback(TrainerCallback):
         model: nn.Module,
         output_dir: str | Path,
         console: Console | None = None,
+        stream_tokens: int | None = None,
     ) -> None:
         self._config = config
         self._model = model
+        self._stream_tokens = stream_tokens
         self._metrics = MetricsFile(Path(output_dir) / "metrics.jsonl")
         self._counter: TokenCounter | None = None
         self._num_tokens_seen = 0
@@ -87,7 +90,12 @@ class ChunkCallback(TrainerCallback):
     def add_to(cls, trainer: Trainer, config: ChunkConfig | None) -> ChunkCallback:
         """Adds the callback where its figures reach the others."""
         assert trainer.model is not None
-        callback = cls(config, model=trainer.model, output_dir=trainer.args.output_dir or ".")
+        callback = cls(
+            config,
+            model=trainer.model,
+            output_dir=trainer.args.output_dir or ".",
+            stream_tokens=getattr(trainer, "stream_tokens", None),
+        )
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
@@ -98,6 +106,10 @@ class ChunkCallback(TrainerCallback):
         self._counter = TokenCounter(self._model)
         self._num_tokens_seen, self._expected = 0, None
         self._forget_time()
+        if self._config is not None:
+            sizes = step_sizes(args, self._stream_tokens)
+            if sizes["num_tokens"] is not None:
+                resolve_retained_chunks(self._model, **sizes)
         if not state.is_world_process_zero:
             return
         self._try(lambda: self._open_metrics(state.global_step))
@@ -105,7 +117,7 @@ class ChunkCallback(TrainerCallback):
             report = chunk_report(self._model)
             self._expected = with_expected_attention(self._model, self._config, report, args)
             console = Console(width=None if sys.stdout.isatty() else 110)
-            console.print(start_table(self._model, self._config, self._expected, args))
+            console.print(start_table(self._model, self._config, self._expected, args, self._stream_tokens))
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if not self._mark:

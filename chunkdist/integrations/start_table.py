@@ -19,18 +19,25 @@ from chunkdist.modeling import ChunkReport
 GIB = 2**30
 
 
-def start_table(model: nn.Module, config: ChunkConfig, report: ChunkReport, args: TrainingArguments) -> Table:
+def start_table(
+    model: nn.Module,
+    config: ChunkConfig,
+    report: ChunkReport,
+    args: TrainingArguments,
+    stream_tokens: int | None = None,
+) -> Table:
     """The choices for a run of `args` on `model`, one a row.
 
     Args:
         report: Of `model`; its attention may not be known before the first step.
+        stream_tokens: Of the longest token stream, where a micro-batch is one.
     """
     table = Table(title="chunkdist", title_justify="left", header_style="", show_lines=False)
     for column in ("what", "chosen", "why"):
         table.add_column(column, overflow="fold")
     for row in (
-        *_schedule_rows(config, report, num_tokens(args)),
-        *_memory_rows(model, config, report, args),
+        *_schedule_rows(config, report, stream_tokens or num_tokens(args)),
+        *_memory_rows(model, config, report, args, stream_tokens),
     ):
         table.add_row(*row)
     return table
@@ -39,6 +46,21 @@ def start_table(model: nn.Module, config: ChunkConfig, report: ChunkReport, args
 def num_tokens(args: TrainingArguments) -> int | None:
     """Tokens of the longest row that a trainer will make, where its arguments say it (TRL's `max_length`)."""
     return getattr(args, "max_length", None)
+
+
+def step_sizes(args: TrainingArguments, stream_tokens: int | None = None) -> dict[str, Any]:
+    """What `estimate_memory` asks about a trainer's micro-batches; `num_tokens` may be `None`: not known."""
+    tokens, rows = num_tokens(args), args.per_device_train_batch_size
+    if stream_tokens is not None:
+        tokens, rows = stream_tokens, 1
+    elif getattr(args, "packing", False) or getattr(args, "padding_free", False):
+        tokens, rows = (tokens * rows if tokens else tokens), 1
+    return {
+        "num_tokens": tokens,
+        "num_rows": rows,
+        "activation_bytes": 2 if args.bf16 or args.fp16 else None,
+        "optimizer": "" if args.deepspeed else str(getattr(args.optim, "value", args.optim)),
+    }
 
 
 def _schedule_rows(
@@ -67,7 +89,9 @@ def _schedule_rows(
             else "rebuilding would rerun a group's layers"
         )
     retained = (
-        "less memory"
+        report.retained_reason
+        if config.retained_chunks == "auto"
+        else "less memory"
         if report.retained_chunks == 0
         else "not recomputed: faster, their graphs stay in memory"
     )
@@ -81,22 +105,17 @@ def _schedule_rows(
 
 
 def _memory_rows(
-    model: nn.Module, config: ChunkConfig, report: ChunkReport, args: TrainingArguments
+    model: nn.Module,
+    config: ChunkConfig,
+    report: ChunkReport,
+    args: TrainingArguments,
+    stream_tokens: int | None,
 ) -> list[tuple[str, str, str]]:
-    tokens = num_tokens(args)
-    rows = args.per_device_train_batch_size
-    if getattr(args, "packing", False) or getattr(args, "padding_free", False):
-        tokens, rows = (tokens * rows if tokens else tokens), 1
-    optimizer = "" if args.deepspeed else str(getattr(args.optim, "value", args.optim))
-    estimate = estimate_memory(
-        model,
-        config,
-        report,
-        num_tokens=tokens or report.chunk_size,
-        num_rows=rows,
-        activation_bytes=2 if args.bf16 or args.fp16 else None,
-        optimizer=optimizer,
-    )
+    tokens = stream_tokens or num_tokens(args)
+    sizes = step_sizes(args, stream_tokens)
+    optimizer = sizes["optimizer"]
+    sizes["num_tokens"] = sizes["num_tokens"] or report.chunk_size
+    estimate = estimate_memory(model, config, report, **sizes)
     fixed = [f"weights {_gib(estimate.weights_bytes)}", f"gradients {_gib(estimate.gradients_bytes)}"]
     if estimate.optimizer_bytes is None:
         fixed.append("the optimizer's states not counted")

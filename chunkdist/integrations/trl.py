@@ -6,6 +6,7 @@ import copy
 import netrc
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ from chunkdist import ChunkConfig, chunk_model
 from chunkdist.data.loading import is_conversational, load_splits, pick_split, sample_kind
 from chunkdist.data.samples import LongSamples, fit_samples
 from chunkdist.integrations.arguments import TrainingOptions, check_options
+from chunkdist.integrations.packing import StreamTrainer
 from chunkdist.integrations.saving import whole_or_absent
 from chunkdist.sharding.launch import check_ranks
 
@@ -79,6 +81,10 @@ class CheckedSFTTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
 
 
+class ChunkSFTTrainer(StreamTrainer, CheckedSFTTrainer):
+    """`CheckedSFTTrainer` on token streams, for a model chunked by `chunk_config`."""
+
+
 def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkConfig | None]:
     """The trainer of a run, its model not yet chunked, and the config to chunk it with.
 
@@ -119,7 +125,10 @@ def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkCon
             **given,
         }
     try:
-        trainer = CheckedSFTTrainer(
+        make: Callable[..., CheckedSFTTrainer] = CheckedSFTTrainer
+        if chunk_config is not None and options.chunk.chunk_packing:
+            make = partial(ChunkSFTTrainer, chunk_config=chunk_config)
+        trainer = make(
             long_samples=cast(LongSamples, options.data.long_samples),
             model=model,
             args=training,

@@ -31,7 +31,7 @@ def test_the_command_line_wins_over_yaml_which_wins_over_defaults(tmp_path: Path
     assert given.chunk.chunk_size == 7
     assert given.chunk.layers_per_group == "2"
     assert given.training.learning_rate == 1e-3
-    assert given.chunk.retained_chunks == 0
+    assert given.chunk.retained_chunks == "0"
     assert not given.training.gradient_checkpointing  # TRL's own default is True
 
 

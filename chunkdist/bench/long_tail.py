@@ -1,0 +1,241 @@
+"""Long-tailed data: the time of an epoch on token streams against padded batches and TRL's packing, and how
+even the streams are over many ranks.
+
+*Timed*: forward and backward of all sequences of a scaled-down sample (`chunkdist.data.long_tail`), without
+the optimizer, in turn, in one process: the same weights, tokens, tiled loss and flash kernel. The ways differ
+in what a micro-batch is:
+
+- token streams: global batches joined to streams no longer than the longest sequence;
+- padded: so many rows in the order of a shuffled epoch, padded to the longest of them, every layer recomputed
+  (Hugging Face's gradient checkpointing); 8 rows are the default of `TrainingArguments`. Padding is on the
+  right and causal attention never sees it: no mask is made, which is faster than what users have;
+- TRL's packing (`bfd`): rows no longer than the longest sequence, one at a time, every layer recomputed. TRL
+  truncates what is longer than `max_length`, which here is nothing.
+
+*Simulated*: global batches of 256 sequences of the whole sample over 8 and 64 ranks, with the cost of
+Llama-3-8B.
+
+    python -m chunkdist.bench.long_tail [--smoke] [--json FILE] [--repetitions N] [--threads N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from chunkdist import chunk_model, unchunk_model
+from chunkdist.bench.environment import hardware, versions
+from chunkdist.bench.long_tail_simulation import simulate
+from chunkdist.bench.long_tail_ways import BASELINE, BATCH_SEQUENCES, SEGMENT_FLASH, SIZES, Sizes, Way, ways
+from chunkdist.bench.step import set_checkpointing
+from chunkdist.data.cost import SequenceCost
+from chunkdist.data.long_tail import long_tailed_lengths
+from chunkdist.data.streams import NO_LABEL, stream_of
+from chunkdist.loss import lazy_logits
+from chunkdist.modeling import chunk_report
+
+
+def measure(sizes: Sizes, *, num_rounds: int, report: Callable[[str], None]) -> dict[str, Any]:
+    """Every way once a round, in an order that rotates; returns what the JSON holds of it.
+
+    The gradients of a way's first epoch are compared with the baseline's: a fast wrong step is no step.
+    """
+    lengths = [max(2, n) for n in long_tailed_lengths(sizes.num_sequences, divisor=sizes.divisor)]
+    model = _model(sizes, max(lengths))
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for length in lengths:
+        ids = torch.randint(0, sizes.vocab_size, (length,), generator=generator)
+        samples.append({"input_ids": ids, "labels": torch.cat([ids[:1] * 0 + NO_LABEL, ids[1:]])})
+    num_items = sum(length - 1 for length in lengths)
+    contenders = ways(sizes, samples, SequenceCost.of(model))
+    for way in contenders:  # the kernels and the allocator have been used before anything is timed
+        _epoch(model, Way(name="", micro_batches=way.micro_batches[:1], config=way.config), num_items)
+    expected: dict[str, Tensor] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    epochs: dict[str, list[_Epoch]] = {way.name: [] for way in contenders}
+    for number in range(num_rounds):
+        shift = number % len(contenders)
+        for way in contenders[shift:] + contenders[:shift]:
+            report(f"round {number + 1} of {num_rounds}: {way.name}")
+            epoch = _epoch(model, way, num_items)
+            epochs[way.name].append(epoch)
+            if number == 0:
+                grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+                expected = expected or grads
+                rows[way.name] = {
+                    **_counts(way, sizes.chunk_size, epoch),
+                    "largest_gradient_difference": max(
+                        float((grads[name] - expected[name]).norm() / expected[name].norm())
+                        for name in expected
+                    ),
+                }
+    for name, row in rows.items():
+        for clock in ("wall_s", "cpu_s"):
+            own, base = ([getattr(epoch, clock) for epoch in epochs[way]] for way in (name, BASELINE))
+            ratios = [slow / max(fast, 1e-9) for slow, fast in zip(base, own, strict=True)]
+            short = clock.removesuffix("_s")
+            row |= {clock: own, f"median_{clock}": statistics.median(own)}
+            row |= {f"{short}_speedup": statistics.median(ratios), f"{short}_speedup_lowest": min(ratios)}
+    return {
+        "model": {**asdict(sizes), "num_parameters": model.num_parameters(), "dtype": "float32"},
+        "data": {
+            "num_sequences": len(lengths),
+            "num_tokens": sum(lengths),
+            "longest": max(lengths),
+            "median": statistics.median(lengths),
+            "batch_sequences": BATCH_SEQUENCES,
+        },
+        "baseline": BASELINE,
+        "summary": rows,
+    }
+
+
+def _model(sizes: Sizes, longest: int) -> Any:
+    config = LlamaConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_heads,
+        max_position_embeddings=longest,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=SEGMENT_FLASH).train()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Epoch:
+    """Times (CPU: of all threads of the process), and the retained chunks as `Stream.retained` takes them."""
+
+    wall_s: float
+    cpu_s: float
+    retained: int = 0
+    at_most: int | None = None
+
+
+def _epoch(model: Any, way: Way, num_items: int) -> _Epoch:
+    model.zero_grad(set_to_none=True)
+    if way.config is None:
+        set_checkpointing(model, True)
+    else:
+        chunk_model(model, way.config)
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    for inputs in way.micro_batches:
+        with lazy_logits(model) if way.config is None else nullcontext():  # a chunked model does it itself
+            model(**inputs, num_items_in_batch=num_items).loss.backward()
+    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+    if way.config is None:
+        set_checkpointing(model, False)
+        return _Epoch(wall_s=wall_s, cpu_s=cpu_s)
+    report = chunk_report(model)
+    unchunk_model(model)
+    retained, at_most = report.retained_chunks, report.retained_at_most
+    return _Epoch(wall_s=wall_s, cpu_s=cpu_s, retained=retained, at_most=at_most)
+
+
+def _counts(way: Way, chunk_size: int, epoch: _Epoch) -> dict[str, Any]:
+    computed = sum(inputs["input_ids"].numel() for inputs in way.micro_batches)
+    recomputed = computed
+    if way.config is not None:
+        recomputed = 0
+        for inputs in way.micro_batches:
+            starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
+            ends = [*starts[1:], inputs["input_ids"].shape[1]]
+            stream = stream_of([end - start for start, end in zip(starts, ends, strict=True)], chunk_size)
+            kept = stream.retained(epoch.retained, at_most=epoch.at_most)
+            recomputed += sum(c.num_tokens for index, c in enumerate(stream.chunks) if index not in kept)
+    return {
+        "num_micro_batches": len(way.micro_batches),
+        "tokens_computed": computed,
+        "tokens_padded": way.num_padded,
+        "tokens_recomputed": recomputed,
+        "retained_chunks": epoch.retained,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The summary, for people to read."""
+    data, model = result["data"], result["model"]
+    lines = [
+        f"Llama of {model['num_parameters'] / 1e6:.1f}M parameters, {data['num_sequences']:,} sequences of "
+        f"{data['num_tokens']:,} tokens (median {data['median']:,.0f}, longest {data['longest']:,}), "
+        f"{result['num_repetitions']} round(s)",
+        "",
+        f"{'':34}{'wall time':>11}{'speedup':>9}{'CPU time':>11}{'speedup':>9}{'padded':>10}"
+        f"{'recomputed':>12}{'gradients':>11}",
+    ]
+    for way, row in result["summary"].items():
+        lines.append(
+            f"{way:34}{row['median_wall_s']:9.2f} s{row['wall_speedup']:8.2f}x"
+            f"{row['median_cpu_s']:9.2f} s{row['cpu_speedup']:8.2f}x{row['tokens_padded']:10,}"
+            f"{row['tokens_recomputed']:12,}{row['largest_gradient_difference']:11.1e}"
+        )
+    lines += ["", f"speedup: over {result['baseline']}; padded and recomputed: tokens", ""]
+    lines.append("Simulated, global batches of 256 sequences up to 262,144 tokens, cost of Llama-3-8B:")
+    lines.append(
+        f"{'ranks':>6}{'chunk':>7}{'imbalance':>11}{'over bound':>12}{'empty slots':>13}{'at best':>9}"
+    )
+    for row in result["simulation"]["rows"]:
+        even = "-" if row["largest_imbalance"] is None else f"{row['largest_imbalance']:.3f}"
+        lines.append(
+            f"{row['num_ranks']:6}{row['chunk_size']:7,}{even:>11}{row['largest_over_bound']:12.3f}"
+            f"{row['empty_share']:13.2%}{row['empty_share_at_best']:9.2%}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="chunkdist bench long_tail", description="An epoch of long-tailed data, by how it is batched."
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: the times mean nothing")
+    parser.add_argument("--repetitions", type=int, help="rounds; default: 2, with --smoke 1")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
+    options = parser.parse_args(given)
+    num_rounds = (1 if options.smoke else 2) if options.repetitions is None else options.repetitions
+    if num_rounds < 1:
+        parser.error(f"--repetitions {num_rounds} is no count: write an integer >= 1")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    print("simulation", file=sys.stderr)
+    simulation = simulate(num_batches=2 if options.smoke else 390)
+    result = {
+        "benchmark": "long_tail",
+        "command": shlex.join(["python", "-m", "chunkdist.bench.long_tail", *given]),
+        "versions": versions(),
+        "hardware": hardware("cpu"),
+        "num_repetitions": num_rounds,
+        **measure(
+            SIZES["smoke" if options.smoke else "3m"],
+            num_rounds=num_rounds,
+            report=lambda line: print(line, file=sys.stderr),
+        ),
+        "simulation": simulation,
+    }
+    print(table(result))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

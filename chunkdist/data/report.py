@@ -1,0 +1,111 @@
+"""What a plan of streams costs each rank, and what of it is waste; a histogram of lengths."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from chunkdist.data.assignment import BatchPlan
+from chunkdist.data.cost import SequenceCost
+from chunkdist.data.streams import stream_of
+
+Table = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingReport:
+    """Of one global batch, or of several one after another.
+
+    Args:
+        tokens: By rank and micro-batch.
+        costs: By rank and micro-batch, in the unit of the cost model (FLOPs).
+        imbalance: The largest cost of a rank over the mean, 1 at best.
+        recomputed_share: Share of the tokens whose chunk is run again in the backward.
+        empty_share: Share of the slots of all chunks, if each had `chunk_size`, that hold no token. Nothing
+            is computed in them: a stream's last chunk is just shorter.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    costs: Table
+    imbalance: float
+    recomputed_share: float
+    empty_share: float
+
+    @classmethod
+    def of(
+        cls,
+        plans: Sequence[BatchPlan],
+        lengths: Sequence[int],
+        *,
+        cost: SequenceCost,
+        chunk_size: int,
+        retained_chunks: int = 0,
+        retained_at_most: int | None = None,
+    ) -> PackingReport:
+        """
+        Args:
+            plans: Of the same number of ranks.
+            lengths: Of the sequences that the plans' indices mean.
+            retained_chunks: As in `ChunkConfig`.
+            retained_at_most: In all of a stream.
+        """
+        by_rank = [
+            [stream for plan in plans for stream in plan.streams[rank]]
+            for rank in range(len(plans[0].streams))
+        ]
+        tokens = tuple(
+            tuple(sum(lengths[index] for index in stream) for stream in streams) for streams in by_rank
+        )
+        costs = tuple(
+            tuple(float(sum(cost(lengths[index]) for index in stream)) for stream in streams)
+            for streams in by_rank
+        )
+        rank_costs = [sum(row) for row in costs]
+        total = sum(map(sum, tokens))
+        recomputed = slots = 0
+        for stream in (stream for streams in by_rank for stream in streams if stream):
+            cut = stream_of([lengths[index] for index in stream], chunk_size)
+            kept = cut.retained(retained_chunks, at_most=retained_at_most)
+            recomputed += sum(chunk.num_tokens for index, chunk in enumerate(cut.chunks) if index not in kept)
+            slots += len(cut.chunks) * chunk_size
+        return cls(
+            tokens=tokens,
+            costs=costs,
+            imbalance=max(rank_costs) * len(rank_costs) / sum(rank_costs),
+            recomputed_share=recomputed / total,
+            empty_share=1 - total / slots,
+        )
+
+
+def draw_lengths(lengths: Sequence[int], path: Path) -> None:
+    """A PNG with the histogram of lengths, in sequences and in tokens: where the sequences are, and where the
+    work is. May raise `OSError`, and then has left the file as it was."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    values = np.asarray(lengths)
+    edges = np.unique(np.geomspace(values.min(), values.max() + 1, 40).round())
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, weights, label in (
+        (figure.add_subplot(2, 1, 1), np.ones(len(values)), "sequences"),
+        (figure.add_subplot(2, 1, 2), values, "tokens"),
+    ):
+        axes.hist(values, bins=edges.tolist(), weights=weights)
+        axes.set_xscale("log", base=2)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    figure.axes[-1].set_xlabel("length of the sequence (tokens)")
+    figure.axes[0].set_title(
+        f"{len(values):,} sequences, {values.sum():,} tokens; median {np.median(values):,.0f}, "
+        f"longest {values.max():,}"
+    )
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        figure.savefig(unfinished, format="png", dpi=120)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,99 @@
+"""The streams of an epoch, as a batch sampler: which sequences one rank gets, step after step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch.utils.data import BatchSampler
+
+from chunkdist.data.assignment import BatchPlan, plan_batch
+from chunkdist.data.cost import SequenceCost
+
+
+class StreamBatchSampler(BatchSampler):
+    """Global batches of a shuffled epoch, cut into streams; yields those of one rank.
+
+    Each optimizer step is `num_slots` items, each a list of streams, each stream a tuple of indices. All
+    ranks yield the same number of items, with the same number of streams in each. Every sequence of the epoch
+    is in one stream of one rank; the last global batch may be smaller. What is yielded follows from the epoch
+    alone, so that skipping the first items continues an epoch where it was left.
+
+    Args:
+        lengths: Tokens of every sequence.
+        batch_sequences: Of a global batch.
+        num_slots: Items of an optimizer step (gradient accumulation).
+        shuffle: Another order in each epoch; else that of the data.
+    """
+
+    batch_size = 1  # accelerate: an item is whole, none is cut to even out the last one
+    drop_last = False
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        batch_sequences: int,
+        num_ranks: int,
+        rank: int,
+        cost: SequenceCost,
+        budget_tokens: int,
+        chunk_size: int,
+        num_slots: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.lengths = list(lengths)
+        self.cost = cost
+        self.chunk_size = chunk_size
+        self.num_batches = -(-len(self.lengths) // batch_sequences)
+        self._batch_sequences = batch_sequences
+        self._num_ranks = num_ranks
+        self._rank = rank
+        self._budget_tokens = budget_tokens
+        self._num_slots = num_slots
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = 0
+        self._order = lru_cache(maxsize=2)(self._new_order)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_batches * self._num_slots
+
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:  # type: ignore[override]  # indices in streams
+        epoch = self._epoch
+        for number in range(self.num_batches):
+            plan = self.plan(epoch, number)
+            streams = plan.streams[self._rank]
+            cuts = [slot * len(streams) // self._num_slots for slot in range(self._num_slots + 1)]
+            for slot in range(self._num_slots):
+                yield list(streams[cuts[slot] : cuts[slot + 1]])
+
+    def plan(self, epoch: int, number: int) -> BatchPlan:
+        """The streams of global batch `number` of an epoch, on all ranks."""
+        start = number * self._batch_sequences
+        own = self._order(epoch)[start : start + self._batch_sequences]
+        plan = plan_batch(
+            [self.lengths[index] for index in own],
+            num_ranks=self._num_ranks,
+            cost=self.cost,
+            budget_tokens=self._budget_tokens,
+            chunk_size=self.chunk_size,
+            min_micro_batches=self._num_slots,
+        )
+        return BatchPlan(
+            streams=tuple(
+                tuple(tuple(own[position] for position in stream) for stream in streams)
+                for streams in plan.streams
+            )
+        )
+
+    def _new_order(self, epoch: int) -> list[int]:
+        if not self._shuffle:
+            return list(range(len(self.lengths)))
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        return torch.randperm(len(self.lengths), generator=generator).tolist()

@@ -1,0 +1,112 @@
+"""`chunkdist preview`: the first streams of a run, as a person sees what is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from chunkdist.data.sampler import StreamBatchSampler
+from chunkdist.data.streams import NO_LABEL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTTrainer
+
+SEGMENT_COLORS = ("cyan", "magenta", "yellow", "blue")
+SUPERVISED, NOT_SUPERVISED, BORDER = "bold {color}", "dim", "reverse"
+Samples = Sequence[Mapping[str, Any]]
+
+
+def first_streams(trainer: SFTTrainer, num_streams: int) -> list[tuple[str, Samples]]:
+    """The first streams of the first epoch, each with a title, as its sequences.
+
+    Without `chunk_packing` the first samples, or what TRL has packed, in the order of the data.
+    """
+    samples: Any = trainer.train_dataset
+    make_sampler = getattr(trainer, "stream_sampler", None)
+    if make_sampler is None:
+        rows = [samples[index] for index in range(min(num_streams, len(samples)))]
+        return [(f"sample {index}", list(_sequences(row))) for index, row in enumerate(rows)]
+    sampler: StreamBatchSampler = make_sampler()
+    plans = (sampler.plan(0, number) for number in range(sampler.num_batches))
+    found = (
+        (f"step {step}, rank {rank}, micro-batch {micro_batch}", [samples[index] for index in stream])
+        for step, plan in enumerate(plans, start=1)
+        for rank, streams in enumerate(plan.streams)
+        for micro_batch, stream in enumerate(streams, start=1)
+        if stream
+    )
+    return list(islice(found, num_streams))
+
+
+def render(
+    title: str,
+    samples: Samples,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chunk_size: int,
+    max_segment_tokens: int,
+) -> Iterator[Text]:
+    """Lines for `rich`: a stream's sequences in alternating colours, supervised tokens bright, the others
+    dim, and a mark where a chunk begins.
+
+    Args:
+        max_segment_tokens: Of a sequence, at most so many are written; how many are left out is said.
+    """
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    supervised = [_is_supervised(sample) for sample in samples]
+    total, num_chunks = sum(lengths), -(-sum(lengths) // chunk_size)
+    count = sum(map(sum, supervised))
+    yield Text(
+        f"{title}: {len(samples)} sequences, {total:,} tokens, {count:,} supervised, {num_chunks} chunks of "
+        f"{chunk_size:,}, the last with {total - (num_chunks - 1) * chunk_size:,}",
+        style="bold",
+    )
+    start = 0
+    for number, (sample, flags) in enumerate(zip(samples, supervised, strict=True)):
+        color = SEGMENT_COLORS[number % len(SEGMENT_COLORS)]
+        first, last = start // chunk_size + 1, (start + len(flags) - 1) // chunk_size + 1
+        where = f"chunk {first}" if first == last else f"chunks {first} to {last}"
+        yield Text(
+            f"  sequence {number + 1}: {len(flags):,} tokens, {sum(flags):,} supervised, {where}", color
+        )
+        line = Text("    ")
+        for offset, (text, is_supervised) in enumerate(
+            zip(_texts(sample["input_ids"][:max_segment_tokens], tokenizer), flags, strict=False)
+        ):
+            if (start + offset) % chunk_size == 0:
+                line.append(f"[chunk {(start + offset) // chunk_size + 1}]", BORDER)
+            line.append(text, SUPERVISED.format(color=color) if is_supervised else NOT_SUPERVISED)
+        left_out = len(flags) - max_segment_tokens
+        if left_out > 0:
+            line.append(f" [{left_out:,} more tokens]", "italic")
+        yield line
+        start += len(flags)
+
+
+def _sequences(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The sequences of a row, which TRL may have packed."""
+    start = 0
+    for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+        yield {name: row[name][start : start + length] for name in ("input_ids", "labels") if name in row}
+        start += length
+
+
+def _is_supervised(sample: Mapping[str, Any]) -> list[bool]:
+    """Which tokens are predicted: the first one has none before it."""
+    labels = sample.get("labels", sample["input_ids"])
+    return [position > 0 and label != NO_LABEL for position, label in enumerate(labels)]
+
+
+def _texts(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The text of each token; one that is a part of a character shows with the one that ends it."""
+    held: list[int] = []
+    for token in ids:
+        held.append(token)
+        text = str(tokenizer.decode(held))
+        is_part = text.endswith("\N{REPLACEMENT CHARACTER}") and len(held) < 4
+        yield "" if is_part else text
+        held = held if is_part else []

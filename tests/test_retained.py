@@ -1,0 +1,204 @@
+"""Chunks that nothing reads keep no K/V; the last ones of each dependent run keep their graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from chunkdist import ChunkConfig, chunk_model
+from chunkdist.data.assignment import plan_batch
+from chunkdist.data.cost import SequenceCost
+from chunkdist.data.long_tail import long_tailed_lengths
+from chunkdist.data.streams import join_sequences, stream_of
+from chunkdist.layer_group import GroupRun
+from chunkdist.memory import LiveBytes
+from chunkdist.memory.retained import USABLE_SHARE, choose_retained_chunks
+from chunkdist.modeling import chunk_report, resolve_retained_chunks
+from tests.models import batch, gradients, largest_difference, packed_batch, tiny_llama
+
+
+class TestRuns:
+    @pytest.mark.parametrize(
+        ("lengths", "runs"),
+        [
+            ([40], [(0, 5)]),  # one sequence: each chunk reads all before it
+            ([8, 8, 24], [(0, 1), (1, 2), (2, 5)]),  # sequences that end where chunks do
+            ([3, 5, 12, 4, 2], [(0, 1), (1, 3), (3, 4)]),
+            ([7, 2, 7], [(0, 2)]),
+            ([5], [(0, 1)]),
+        ],
+    )
+    def test_runs(self, lengths: list[int], runs: list[tuple[int, int]]) -> None:
+        assert [(run.start, run.stop) for run in stream_of(lengths, 8).runs()] == runs
+
+    def test_the_last_of_each_run_are_retained(self) -> None:
+        stream = stream_of([8, 24, 16], 8)
+        assert stream.retained(0) == set()
+        assert stream.retained(1) == {0, 3, 5}
+        assert stream.retained(2) == {0, 2, 3, 4, 5}
+        assert stream.retained(2, at_most=3) == {3, 4, 5}
+        assert stream.retained(9) == set(range(6))
+
+
+def reruns_of(model: Any, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The chunks that the backward of the last layer runs again."""
+    seen: list[int] = []
+    rerun: Callable[..., Any] = GroupRun._rerun
+
+    def noted(self: GroupRun, index: int, hidden: Tensor) -> Any:
+        if self.group.is_last:
+            seen.append(index)
+        return rerun(self, index, hidden)
+
+    monkeypatch.setattr(GroupRun, "_rerun", noted)
+    gradients(model, inputs)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("lengths", "retained", "rerun"),
+    [
+        ([8, 24, 8], 1, [2, 1]),
+        ([8, 24, 8], 0, [4, 3, 2, 1, 0]),
+        ([5, 3], 1, []),  # one chunk: nothing is recomputed
+        ([8, 8, 8], 1, []),
+    ],
+)
+def test_what_is_run_again(
+    lengths: list[int], retained: int, rerun: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = chunk_model(tiny_llama(num_layers=2), ChunkConfig(chunk_size=8, retained_chunks=retained))
+    assert reruns_of(model, packed_batch(lengths), monkeypatch) == rerun
+
+
+@pytest.mark.parametrize("height", [1, 2, "all"])
+@pytest.mark.parametrize("retained", [0, 1, 2])
+@pytest.mark.parametrize("rebuild_kv", ["auto", False])
+def test_streams_of_several_runs_are_exact(height: Any, retained: int, rebuild_kv: Any) -> None:
+    inputs = packed_batch([7, 14, 5, 2, 9])
+    config = ChunkConfig(
+        chunk_size=7,
+        layers_per_group=height,
+        retained_chunks=retained,
+        rebuild_kv=rebuild_kv,
+        attention="math",
+    )
+    found = gradients(chunk_model(tiny_llama(), config), inputs)
+    assert largest_difference(found, gradients(tiny_llama(), inputs)) < 1e-10
+
+
+def peak_bytes(model: Any, streams: list[dict[str, Tensor]]) -> int:
+    """The largest sum of live tensors over the weights and their gradients."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    kept = [*model.parameters(), *(p.grad for p in model.parameters()), *model.buffers()]
+    with LiveBytes(exclude=kept) as live:
+        for stream in streams:
+            model(**stream, use_cache=False).loss.backward()
+    return live.peak_bytes
+
+
+def wide_llama(config: ChunkConfig) -> Any:
+    """Keys and values are most of what grows with the sequence."""
+    settings = {"num_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32}
+    return chunk_model(tiny_llama(dtype=torch.float32, **settings), config)
+
+
+@pytest.mark.parametrize("rebuild_kv", [True, False])
+def test_only_a_run_has_keys_and_values(rebuild_kv: bool) -> None:
+    """Eight sequences of a chunk each take those of one chunk; one sequence of eight chunks, of all eight."""
+    config = ChunkConfig(chunk_size=32, layers_per_group="all", rebuild_kv=rebuild_kv)
+    model = wide_llama(config)
+    short, long = (peak_bytes(model, [packed_batch(lengths)]) for lengths in ([32] * 8, [256]))
+    one_token = 2 * 8 * 32 * 4 * 2  # K and V, heads, head dim, fp32, layers
+    kept_of_seven_chunks = 7 * 32 * one_token * 2  # and their gradients
+    assert long - short > 0.9 * kept_of_seven_chunks
+
+
+def test_the_peak_is_set_by_the_longest_sequence_and_the_chunk() -> None:
+    """A long-tailed set, scaled down: global batches of 8 and of 64 sequences need no more memory than the
+    longest sequence alone."""
+    lengths = [*long_tailed_lengths(63, divisor=24, seed=2), 320]
+    longest = max(lengths)
+    assert longest == 320
+    samples = [batch(num_tokens=length, seed=length) for length in lengths]
+    for sample in samples:
+        sample.update({name: tensor[0] for name, tensor in sample.items()})
+    model = wide_llama(ChunkConfig(chunk_size=32))
+    alone = peak_bytes(model, [join_sequences([samples[-1]])])
+    peaks = []
+    for num_sequences in (8, 64):
+        of_batch = lengths[-num_sequences:]
+        plan = plan_batch(
+            of_batch, num_ranks=1, cost=SequenceCost.of(model), budget_tokens=longest, chunk_size=32
+        )
+        streams = [
+            join_sequences([samples[len(lengths) - num_sequences + index] for index in stream])
+            for stream in plan.streams[0]
+        ]
+        assert max(stream["input_ids"].shape[1] for stream in streams) <= longest
+        peaks.append(peak_bytes(model, streams))
+    assert sum(lengths) > 2 * longest
+    assert max(peaks) <= 1.02 * alone
+    half = peak_bytes(wide_llama(ChunkConfig(chunk_size=16)), [join_sequences([samples[-1]])])
+    assert half < alone
+    shorter = peak_bytes(model, [batch(num_tokens=160)])
+    assert shorter < 0.7 * alone
+
+
+class TestAuto:
+    def chosen(self, available_bytes: int, model: Any = None) -> tuple[int, str]:
+        model = model or chunk_model(tiny_llama(), ChunkConfig(chunk_size=16, retained_chunks="auto"))
+        config = ChunkConfig(chunk_size=16, retained_chunks="auto")
+        return choose_retained_chunks(
+            model, config, chunk_report(model), num_tokens=160, available_bytes=available_bytes
+        )
+
+    def test_follows_from_the_memory(self) -> None:
+        assert self.chosen(0)[0] == 0
+        assert self.chosen(2**40)[0] == 10
+        counts = [self.chosen(kib * 1024)[0] for kib in range(0, 4000, 100)]
+        assert counts == sorted(counts)
+        assert len(set(counts)) > 5
+        num_chunks, reason = self.chosen(2**40)
+        assert f"auto: {num_chunks} of the 10 chunks of 160 tokens" in reason
+
+    def test_a_step_fits_into_what_was_allowed(self) -> None:
+        """Where some chunks are allowed, not all, what the real step holds is covered by the margin."""
+        for kib in (700, 900, 1300):
+            model = chunk_model(
+                tiny_llama(dtype=torch.float32), ChunkConfig(chunk_size=16, retained_chunks="auto")
+            )
+            num_chunks, _ = self.chosen(kib * 1024, model)
+            assert 0 < num_chunks < 10
+            model._chunkdist_model.context.resolve_retained(num_chunks, "")
+            gradient_bytes = sum(p.numel() * 4 for p in model.parameters())
+            peak = peak_bytes(model, [batch(num_tokens=160)]) + gradient_bytes
+            assert peak * USABLE_SHARE["cuda"] <= kib * 1024
+
+    def test_is_resolved_once_in_the_first_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = chunk_model(tiny_llama(), ChunkConfig(chunk_size=16, retained_chunks="auto"))
+        assert chunk_report(model).retained_chunks == 0
+        inputs = batch(num_tokens=48)
+        found = gradients(model, inputs)
+        assert largest_difference(found, gradients(tiny_llama(), inputs)) < 1e-10
+        report = chunk_report(model)
+        assert report.retained_chunks == report.retained_at_most == 3
+        resolve_retained_chunks(model, num_tokens=16)
+        assert chunk_report(model) == report
+        assert reruns_of(model, inputs, monkeypatch) == []
+
+    def test_no_more_than_memory_has_room_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In a stream of several runs the last chunks of all count together."""
+        model: Any = chunk_model(tiny_llama(), ChunkConfig(chunk_size=8, retained_chunks="auto"))
+        model._chunkdist_model.context.resolve_retained(2, "")
+        assert reruns_of(model, packed_batch([8, 8, 16]), monkeypatch) == [1, 0]
+
+    def test_without_room_keys_and_values_are_rebuilt(self) -> None:
+        model: Any = chunk_model(tiny_llama(), ChunkConfig(chunk_size=8, retained_chunks="auto"))
+        model._chunkdist_model.context.resolve_retained(0, "")
+        assert chunk_report(model).rebuilds_kv
