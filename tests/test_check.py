@@ -17,6 +17,7 @@ from chunkdist import ChunkConfig, chunk_model, unchunk_model
 from chunkdist.check import Distance, as_good_as, check_gradients
 from chunkdist.check_sample import check_chunk_size, short_sample
 from chunkdist.modeling import chunk_report
+from chunkdist.schedule import Chunk
 from tests.models import VOCAB_SIZE, batch, packed_batch, tiny_llama, with_lora
 
 CONFIG = ChunkConfig(chunk_size=16)
@@ -147,12 +148,13 @@ class TestFindsFaults:
         """A fault of the engine itself: the keys get no gradient."""
         from chunkdist.kv_store import KVStore
 
-        original = KVStore.add_grads
+        original = KVStore.grads_of
 
-        def forget_keys(store: KVStore, row: int, origin: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
-            original(store, row, origin, dk * 0, dv)
+        def forget_keys(store: KVStore, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor] | None:
+            dk, dv = original(store, chunk) or pytest.fail("nothing was left")
+            return dk * 0, dv
 
-        monkeypatch.setattr(KVStore, "add_grads", forget_keys)
+        monkeypatch.setattr(KVStore, "grads_of", forget_keys)
         assert not check_gradients(model_of(), batch(num_tokens=60), CONFIG).passed
 
 

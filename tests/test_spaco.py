@@ -127,10 +127,8 @@ def chains_with_probability(sampler: RunSampler, p: list[float]) -> Iterator[tup
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize(("height", "control_variate"), [(1, True), (1, False), (2, "auto"), ("all", "auto")])
-@pytest.mark.parametrize("importance", [False, True])
-def test_runs_are_unbiased_over_all_subsets(
-    importance: bool, height: Any, control_variate: Any, inputs: str
-) -> None:
+def test_runs_are_unbiased_over_all_subsets(height: Any, control_variate: Any, inputs: str) -> None:
+    importance = inputs == "packed"
     sampler = RunSampler(budget=2, run_length=2, importance=importance, min_probability=0.2)
     p = sampler.probabilities(scores(inputs)).tolist()
     bias, error = mean_and_error(
@@ -140,7 +138,7 @@ def test_runs_are_unbiased_over_all_subsets(
     assert error > 0.1
 
 
-@pytest.mark.parametrize("reader", range(1, NUM_CHUNKS))
+@pytest.mark.parametrize("reader", [1, NUM_CHUNKS - 1])
 def test_a_changed_relay_is_seen(reader: int) -> None:
     sampler = RunSampler(budget=2)
     p = sampler.probabilities(scores("one segment")).tolist()

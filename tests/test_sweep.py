@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
 from chunkdist.attention.function import Cell
 from chunkdist.context import ChunkContext
 from chunkdist.kv_store import KVStore
+from chunkdist.schedule import Chunk
 from tests.model_zoo import OVERRIDES, class_names, tiny_model
 from tests.sweep import CHUNK_SIZE, read_table, run_class
 
@@ -97,16 +99,19 @@ def test_sees_segments_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_sees_a_lost_gradient_of_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_grads = KVStore.add_grads
+    grads_from = KVStore.grads_from
 
+    @contextmanager
     def without_prefix(
-        self: KVStore, row: int, start: int, dk_SKD: torch.Tensor, dv_SKD: torch.Tensor
-    ) -> None:
-        for grad in (dk_SKD, dv_SKD):
-            grad[:-CHUNK_SIZE] = 0
-        add_grads(self, row, start, dk_SKD, dv_SKD)
+        self: KVStore, reader: Chunk, row: int, start: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        with grads_from(self, reader, row, start) as grads:
+            dk, dv = (grad.clone() for grad in grads)
+            yield dk, dv
+            for grad, found in zip(grads, (dk, dv), strict=True):
+                grad[-CHUNK_SIZE:] = found[-CHUNK_SIZE:]
 
-    monkeypatch.setattr(KVStore, "add_grads", without_prefix)
+    monkeypatch.setattr(KVStore, "grads_from", without_prefix)
     assert run_class("LlamaForCausalLM").outcome == "wrong"
 
 

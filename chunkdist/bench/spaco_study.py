@@ -59,9 +59,9 @@ BUDGET_DIVISORS = (16, 8, 4)
 class Sizes:
     """How long, how often."""
 
-    num_tokens: int = 1024
-    num_chunks: int = 64
-    num_steps: int = 80
+    num_tokens: int = 512
+    num_chunks: int = 32
+    num_steps: int = 60
     warmup_steps: int = 5
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
     num_seeds: int = 5
