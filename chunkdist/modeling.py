@@ -220,9 +220,10 @@ class ChunkedModel:
 def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A causal LM's forward; with labels, without ever making the logits of the whole sequence."""
     handle = model.__dict__.get(_HANDLE)
-    tokens = kwargs.get("inputs_embeds", kwargs.get("input_ids", args[0] if args else None))
-    if handle is not None and model.training and torch.is_grad_enabled() and isinstance(tokens, Tensor):
-        resolve_retained_chunks(model, num_tokens=tokens.shape[1], num_rows=tokens.shape[0])
+    if handle is not None and model.training and torch.is_grad_enabled():
+        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
+        for tokens in [x for x in given if isinstance(x, Tensor)][:1]:
+            resolve_retained_chunks(model, num_tokens=tokens.shape[1], num_rows=tokens.shape[0])
     with nullcontext() if handle is None or kwargs.get("labels") is None else lazy_logits(handle.model):
         return model.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
 

@@ -115,6 +115,7 @@ class TestPreview:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm-256color")
         monkeypatch.setenv("COLUMNS", "400")
         rows = [
             {"input_ids": [*b"Q: 1+1 ", *b"A: 2"], "labels": [-100] * 7 + [*b"A: 2"]},

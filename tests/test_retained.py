@@ -18,7 +18,7 @@ from chunkdist.layer_group import GroupRun
 from chunkdist.memory import LiveBytes
 from chunkdist.memory.retained import USABLE_SHARE, choose_retained_chunks
 from chunkdist.modeling import chunk_report, resolve_retained_chunks
-from tests.models import batch, gradients, largest_difference, packed_batch, tiny_llama
+from tests.models import batch, gradients, largest_difference, packed_batch, tiny_llama, with_lora
 
 
 class TestRuns:
@@ -191,6 +191,13 @@ class TestAuto:
         resolve_retained_chunks(model, num_tokens=16)
         assert chunk_report(model) == report
         assert reruns_of(model, inputs, monkeypatch) == []
+
+    def test_under_peft(self) -> None:
+        """It passes `inputs_embeds=None`."""
+        model: Any = with_lora(tiny_llama())
+        chunk_model(model, ChunkConfig(chunk_size=16, retained_chunks="auto"))
+        gradients(model, batch(num_tokens=48))
+        assert chunk_report(model).retained_chunks == 3
 
     def test_no_more_than_memory_has_room_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """In a stream of several runs the last chunks of all count together."""
