@@ -14,9 +14,9 @@ fake CPU tensors may take another attention than real ones.
 
 What always holds: a storage that existed before the mode was entered is baseline and not part of
 `current_bytes`, also when it was not passed in `exclude` and shows up later as a view or an in-place result.
-A kernel's own scratch space and an allocator's rounding are not counted. A resize is noticed with the next op
-that returns a tensor on the storage (`Tensor.resize_` is one; `UntypedStorage.resize_` is not). Backward
-passes and custom `autograd.Function`s are, on whatever thread they run.
+A kernel's own scratch space and an allocator's rounding are not counted. A resize is noticed when it happens,
+be it `Tensor.resize_` or `UntypedStorage.resize_`, by which FSDP2 releases what it has gathered. Backward
+passes and custom `autograd.Function`s are seen, on whatever thread they run.
 """
 
 from __future__ import annotations
@@ -85,6 +85,14 @@ class LiveBytes(TorchDispatchMode):
                 storage = plain.untyped_storage()
                 if storage._cdata not in self._records:
                     self._add(storage, plain, counted=False, op="")
+
+    def __enter__(self) -> LiveBytes:
+        _resizing.append(self)
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *args: Any) -> None:
+        _resizing.remove(self)
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
 
     def reset_peak(self) -> None:
         """Start a new peak from what is alive now."""

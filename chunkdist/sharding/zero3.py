@@ -6,7 +6,6 @@ grad: with frozen embeddings (LoRA) the first layer's does not, and is made to.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,11 +35,8 @@ class Zero3Layers:
             _refuse_group(layers_per_group)
         self._layers = tuple(layers)
         self._handles: list[RemovableHandle] = []
-        if "deepspeed" in sys.modules:
-            from deepspeed.utils import set_z3_leaf_module
-
-            for layer in layers:
-                set_z3_leaf_module(layer, True)
+        for layer in layers:
+            layer.__dict__[_LEAF] = True  # not by DeepSpeed's function: it may be imported later
         self._handles.append(layers[0].register_forward_pre_hook(_require_grad, prepend=True))
 
     def remove(self) -> None:
@@ -63,7 +59,7 @@ def check_group(layers: Sequence[nn.Module]) -> None:
     if not all(hasattr(parameter, "ds_z3_leaf_module") for parameter in layers[0].parameters()):
         raise ValueError(
             f"{type(layers[0]).__name__} is no leaf module of DeepSpeed ZeRO-3, its weights would be "
-            "gathered once a chunk: call chunk_model after `import deepspeed` and before deepspeed.initialize"
+            "gathered once a chunk: call chunk_model before deepspeed.initialize"
         )
 
 
