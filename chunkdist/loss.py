@@ -34,7 +34,7 @@ _ELEMENTWISE = frozenset(
     {_T.div, _T.true_divide, _T.__truediv__, torch.div, _T.mul, _T.__mul__, _T.__rmul__, torch.mul}
     | {_T.tanh, torch.tanh, _T.float, _T.to, _T.contiguous}
 )
-_PROPERTIES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "requires_grad", "grad_fn", "is_cuda")
 _METADATA = frozenset(
     {_T.size, _T.dim, _T.numel, _T.__len__, _T.is_floating_point}
     | {getattr(_T, name).__get__ for name in _PROPERTIES}

@@ -22,6 +22,7 @@ from chunkdist.data.samples import LongSamples, fit_samples
 from chunkdist.integrations.arguments import TrainingOptions, check_options
 from chunkdist.integrations.checkpoints import checkpoint_to_resume, resume_line, whole_checkpoint
 from chunkdist.sharding.launch import check_ranks, num_launched_ranks
+from chunkdist.sharding.zero3 import whole_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -279,12 +280,13 @@ def _model_from_scratch(options: TrainingOptions) -> Any:
         raise ValueError(f"model_name_or_path={name!r} gives no config: {_first_line(error)}") from error
     set_seed(options.training.seed)
     dtype = options.model.dtype
-    return AutoModelForCausalLM.from_config(
-        config,
-        dtype=None if dtype in (None, "auto") else getattr(torch, str(dtype)),
-        attn_implementation=options.model.attn_implementation,
-        trust_remote_code=options.training.trust_remote_code,
-    )
+    with whole_weights(options.training.hf_deepspeed_config):
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=None if dtype in (None, "auto") else getattr(torch, str(dtype)),
+            attn_implementation=options.model.attn_implementation,
+            trust_remote_code=options.training.trust_remote_code,
+        )
 
 
 def _tokenize_or_name_culprit(dataset: Dataset, tokenize: Callable[[Dataset], Dataset], name: str) -> Dataset:

@@ -80,6 +80,7 @@ class LiveBytes(TorchDispatchMode):
         self._log: list[tuple[int, int, tuple[Any, ...] | None]] | None = [] if record else None
         self._peak_at = 0
         self._num_seen = 0
+        self._real_resizes: list[Any] = []
         for tensor in exclude:
             for plain in _plain_tensors(tensor):
                 storage = plain.untyped_storage()
@@ -87,11 +88,22 @@ class LiveBytes(TorchDispatchMode):
                     self._add(storage, plain, counted=False, op="")
 
     def __enter__(self) -> LiveBytes:
-        _resizing.append(self)
-        return super().__enter__()  # type: ignore[no-any-return]
+        real: Any = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, num_bytes: int) -> Any:
+            result = real(storage, num_bytes)
+            record = self._records.get(storage._cdata)
+            if record is not None:
+                self._resize(record, storage.nbytes())
+            return result
+
+        self._real_resizes.append(real)
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *args: Any) -> None:
-        _resizing.remove(self)
+        torch.UntypedStorage.resize_ = self._real_resizes.pop()  # type: ignore[method-assign]
         super().__exit__(*args)  # type: ignore[no-untyped-call]
 
     def reset_peak(self) -> None:
@@ -199,6 +211,8 @@ def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     inner: Any = tensor
     if is_traceable_wrapper_subclass(inner):
         for name in inner.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(inner, name))
+            part = getattr(inner, name)
+            if isinstance(part, Tensor):  # a DTensor names its mesh, too
+                yield from _plain_tensors(part)
     elif tensor.layout == torch.strided:
         yield tensor

@@ -6,13 +6,18 @@ grad: with frozen embeddings (LoRA) the first layer's does not, and is made to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 _LEAF = "_z3_leaf"
 """What `deepspeed.utils.set_z3_leaf_module` sets (0.19)."""
@@ -21,6 +26,24 @@ _LEAF = "_z3_leaf"
 def is_sharded(module: nn.Module) -> bool:
     """Whether ZeRO-3 has taken the module's parameters."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+@contextmanager
+def whole_weights(hf_deepspeed_config: Any) -> Iterator[None]:
+    """Inside, transformers draws a model's weights whole, as under every other engine: ZeRO-3 would draw other ones,
+    layer by layer. DeepSpeed cuts them when it takes the model.
+
+    Args:
+        hf_deepspeed_config: Of the training arguments; `None` without DeepSpeed.
+    """
+    if hf_deepspeed_config is None or not is_deepspeed_zero3_enabled():
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(hf_deepspeed_config)
 
 
 class Zero3Layers:

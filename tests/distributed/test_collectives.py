@@ -19,7 +19,6 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2, head and embeddings apart": {"engine": "fsdp2 head"},
     "zero3": {"engine": "zero3"},
     "zero3, retained chunks": {"engine": "zero3", "retained_chunks": 3},
-    "zero3, LoRA": {"engine": "zero3", "lora": True},
 }
 
 

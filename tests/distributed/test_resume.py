@@ -107,7 +107,7 @@ def test_another_number_of_ranks_works_or_is_refused(
     two_ranks: Ranks, one_rank: Ranks, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With twice the accumulation, one rank sees in a step what two have seen."""
-    exact = {"chunk_method": "seco"}
+    exact = {"chunk_method": "seco", "spaco_budget": 8}
     whole = run(two_ranks, "fsdp2", folder, **exact)
     again = {"gradient_accumulation_steps": 2, "resume_from_checkpoint": folder / "out" / "checkpoint-2"}
     resumed = run(one_rank, "fsdp2", folder, **exact, **again)
@@ -117,7 +117,7 @@ def test_another_number_of_ranks_works_or_is_refused(
     shutil.rmtree(folder / "out")
     run(two_ranks, "zero3", folder, **exact)
     capfd.readouterr()
-    assert one_rank.run(train, *arguments_of("zero3", folder, ROWS, **OPTIONS, **again)) == [2]
+    assert one_rank.run(train, *arguments_of("zero3", folder, ROWS, **{**OPTIONS, **exact, **again})) == [2]
     said = capfd.readouterr().err
     assert "was saved by 2 ranks of DeepSpeed ZeRO, and this job has 1" in said
     assert "ds_to_universal" in said
