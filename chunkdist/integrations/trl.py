@@ -21,7 +21,7 @@ from chunkdist.data.loading import is_conversational, load_splits, pick_split, s
 from chunkdist.data.samples import LongSamples, fit_samples
 from chunkdist.integrations.arguments import TrainingOptions, check_options
 from chunkdist.integrations.checkpoints import checkpoint_to_resume, resume_line, whole_checkpoint
-from chunkdist.sharding.launch import check_ranks, num_launched_ranks
+from chunkdist.sharding.launch import check_engine, check_ranks, num_launched_ranks
 from chunkdist.sharding.zero3 import whole_weights
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkCon
             f"model_name_or_path={model_options.model_name_or_path!r}: {_first_line(error)}"
         ) from error
     check_ranks(trainer.accelerator.num_processes)
+    check_engine(training)
     if checkpoint is not None:
         trainer.resumes_from = str(checkpoint)
         print_once(resume_line(checkpoint, num_ranks))

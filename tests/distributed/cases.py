@@ -36,6 +36,7 @@ class Case:
         ignored_rank: All labels of this rank are ignored.
         mean_per_rank: Each rank's loss is its own mean; else all are divided by the tokens of all ranks.
         chunked: False: the plain model under the same engine.
+        spaco: Every other chunk, so that one process can draw the same sample.
     """
 
     engine: EngineName
@@ -47,8 +48,19 @@ class Case:
     ignored_rank: int | None = None
     max_grad_norm: float | None = None
     tied: bool = False
+    attention: Literal["math", "cpu_flash"] = "math"
+    spaco: bool = False
     mean_per_rank: bool = False
     chunked: bool = True
+
+
+class EveryOther:
+    """A sampler that draws nothing."""
+
+    def draw(self, scores: Tensor) -> Tensor:
+        weights = torch.full_like(scores, 2.0)
+        weights[1::2] = 0
+        return weights
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,8 @@ def errors_of(case: Case) -> Errors:
     dtype = torch.float32 if case.engine.startswith("zero") else torch.float64
     model = build(case, dtype)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    expected = reference_step(copy.deepcopy(model), case)
+    one_process = copy.deepcopy(model)
+    expected = reference_step(chunk_model(one_process, chunk_config(case)) if case.spaco else one_process, case)
     if case.chunked:
         chunk_model(model, chunk_config(case))
     found = ENGINES[case.engine](model, case)
@@ -102,7 +115,8 @@ def chunk_config(case: Case) -> ChunkConfig:
         chunk_size=CHUNK_SIZE,
         layers_per_group=case.layers_per_group,
         retained_chunks=case.retained_chunks,
-        attention="math",
+        attention=case.attention,
+        sampler=EveryOther() if case.spaco else None,
     )
 
 

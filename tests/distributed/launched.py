@@ -111,6 +111,32 @@ def train_and_die(death: Death, step: int, dying: tuple[int, ...], engine: str, 
         setattr(CheckedSFTTrainer, name, real)
 
 
+def master_dtypes(engine: str, arguments: list[str]) -> set[str]:
+    """As `train`; the dtypes of what the optimizer updates, and of its states."""
+    from chunkdist.integrations.trl import CheckedSFTTrainer
+
+    found: set[str] = set()
+    real = CheckedSFTTrainer._save
+
+    def look(self: Any, *given: Any, **values: Any) -> Any:
+        optimizer = self.optimizer
+        while not isinstance(optimizer, torch.optim.AdamW):
+            optimizer = optimizer.optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        assert parameters
+        assert states
+        found.update(str(x.dtype) for x in (*parameters, *states) if x.is_floating_point())
+        return real(self, *given, **values)
+
+    CheckedSFTTrainer._save = look  # type: ignore[method-assign]
+    try:
+        assert train(engine, arguments) == 0
+    finally:
+        CheckedSFTTrainer._save = real  # type: ignore[method-assign]
+    return found
+
+
 def figures(folder: Path, *names: str) -> dict[int, tuple[float, ...]]:
     """Logged values by step."""
     rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]

@@ -48,6 +48,17 @@ def units_inside_a_layer() -> str:
     return _refusal(model, case)
 
 
+def units_across_groups() -> str:
+    case = Case(engine="fsdp2", layers_per_group=2)
+    model = chunk_model(build(case, torch.float64), chunk_config(case))
+    layers = list(model.model.layers)  # type: ignore[union-attr]
+    fully_shard(layers[:1])
+    fully_shard(layers[1:3])
+    fully_shard(layers[3:])
+    fully_shard(model)
+    return _refusal(model, case)
+
+
 def _refusal(model: torch.nn.Module, case: Case) -> str:
     with pytest.raises(ValueError, match=r".") as refused:
         model(**micro_batches(case, distributed.get_rank())[0])
@@ -61,12 +72,18 @@ def test_zero3_refuses_groups_of_several_layers(two_ranks: Ranks) -> None:
 
 def test_zero3_refuses_layers_that_are_no_leaves(two_ranks: Ranks) -> None:
     for message in two_ranks.run(zero3_before_chunks):
-        assert "before deepspeed.initialize" in message
+        assert "chunk_model before deepspeed.initialize" in message
 
 
 def test_fsdp2_refuses_units_inside_a_layer(two_ranks: Ranks) -> None:
     for message in two_ranks.run(units_inside_a_layer):
         assert "fully_shard was applied to 'mlp'" in message
+
+
+def test_fsdp2_refuses_units_across_groups(two_ranks: Ranks) -> None:
+    for message in two_ranks.run(units_across_groups):
+        assert "layers_per_group=2" in message
+        assert "fully_shard" in message
 
 
 def fail_on(rank: int) -> None:

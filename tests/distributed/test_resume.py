@@ -29,6 +29,7 @@ OPTIONS: dict[str, Any] = {
     "seed": 5,
 }
 LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.2}
+ENGINES, TRAININGS = ("ddp", "fsdp2", "zero2", "zero3"), ("full", "LoRA")
 FIGURES = ("loss", "learning_rate", "grad_norm", "num_tokens_seen", "spaco_tokens_kept")
 
 
@@ -60,11 +61,12 @@ def loaded(folder: Path, *, lora: bool) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_resumed_run_goes_on_as_the_whole_one(
-    two_ranks: Ranks, folder: Path, engine: str, lora: bool
+    two_ranks: Ranks, folder: Path, engine: str, training: str
 ) -> None:
+    lora = training == "LoRA"
     options = LORA if lora else {}
     whole = run(two_ranks, engine, folder, **options)
     assert list(whole) == [1, 2, 3, 4]
