@@ -162,7 +162,10 @@ class ChunkedModel:
 
     def report(self) -> ChunkReport:
         head = self.model.get_output_embeddings()
-        weight, rows = getattr(head, "weight", None), getattr(head, "out_features", None)  # ZeRO-3 empties weights
+        weight, rows = (
+            getattr(head, "weight", None),
+            getattr(head, "out_features", None),
+        )  # ZeRO-3 empties weights
         reasons = self.context.attention.reasons
         return ChunkReport(
             num_layers=sum(len(group.layers) for group in self.groups),
@@ -173,7 +176,9 @@ class ChunkedModel:
             rebuilds_kv=self.config.rebuilds_kv,
             attention=" and ".join(reasons) or self.config.attention,
             attention_reason="; ".join(reasons.values()) or "chosen in the first step",
-            head_tile_tokens=tile_tokens(rows, weight.element_size()) if rows and weight is not None else None,
+            head_tile_tokens=tile_tokens(rows, weight.element_size())
+            if rows and weight is not None
+            else None,
             sample=None if self.context.sample is None else self.context.sample.report,
         )
 

@@ -27,15 +27,16 @@ TRAININGS, METHODS = ("full", "LoRA", "QLoRA"), ("SeCO", "SpaCO")
 ATTENTIONS = ("math", "cpu_flash", "varlen", "flash_attn")
 HEAD = """# What is known to work
 
-Written by `docs/make_support.py` from the tests' own tables of cases; `tests/distributed/test_support.py` compares.
+Written by `docs/make_support.py` from the tests' own tables of cases
+(`tests/distributed/test_support.py` compares).
 
 - **gradients**: in CI, all parameter gradients of 2 or 4 ranks are those of one process.
-- **runs**: in CI, whole runs of the launcher, resumed ones among them, have the losses and weights of one process or of the run
-  that was not interrupted.
+- **runs**: in CI, whole runs of the launcher, resumed ones among them, have the losses and weights of one process, or
+  of the run that was not interrupted.
 - **by hand**: run on other machines, see [support-by-hand.json](support-by-hand.json).
 - **unknown**: nobody has tried. QLoRA's and the CUDA kernels' cells wait for machines with a GPU.
 
-ZeRO-3 takes groups of one layer, the others of any number; what an engine refuses is in [sharding.md](sharding.md).
+ZeRO-3 takes groups of one layer, the others of any number; what engines refuse: [sharding.md](sharding.md).
 """
 
 
@@ -70,12 +71,18 @@ def hand_cells() -> Iterator[Cell]:
 
 def table() -> str:
     known = {"gradients": set(gradient_cells()), "runs": set(run_cells()), "by hand": set(hand_cells())}
-    lines = [HEAD, f"| engine | training | method | {' | '.join(ATTENTIONS)} |", "|---" * (3 + len(ATTENTIONS)) + "|"]
+    lines = [
+        HEAD,
+        f"| engine | training | method | {' | '.join(ATTENTIONS)} |",
+        "|---" * (3 + len(ATTENTIONS)) + "|",
+    ]
     for engine, title in ENGINES.items():
         for training in TRAININGS:
             for method in METHODS:
                 cells = [Cell(engine, training, method, attention) for attention in ATTENTIONS]
-                said = [", ".join(kind for kind, of in known.items() if cell in of) or "unknown" for cell in cells]
+                said = [
+                    ", ".join(kind for kind, of in known.items() if cell in of) or "unknown" for cell in cells
+                ]
                 lines.append(f"| {title} | {training} | {method} | {' | '.join(said)} |")
     return "\n".join(lines) + "\n"
 

@@ -123,11 +123,13 @@ def test_logits_that_somebody_asks_for() -> None:
 
 
 def test_engines_that_look_at_the_logits_do_not_compute_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed asks each output for its node, and passes it through an autograd function that detaches it."""
+    """DeepSpeed asks each output for its node, and passes it through a function that detaches it."""
     model = chunk_model(tiny_llama(), ChunkConfig(chunk_size=16))
     logits = model(**batch()).logits
     with monkeypatch.context() as patched:
-        patched.setattr(LazyLogits, "compute", lambda self: pytest.fail("the logits of the whole sequence exist"))
+        patched.setattr(
+            LazyLogits, "compute", lambda self: pytest.fail("the logits of the whole sequence exist")
+        )
         assert logits.grad_fn is None
         assert not logits.requires_grad
         detached = logits.detach() * 2

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or have no name: all ranks write into a folder beside them, which is renamed at last.
+"""Checkpoints that are whole or have no name: ranks write into a folder beside them, then it is renamed.
 
 So a run that is killed while it saves leaves nothing that could be taken for a checkpoint, by this program or
 by another.
@@ -71,16 +71,17 @@ def checkpoint_to_resume(option: str | bool | None, output_dir: str | None, num_
         found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(path)]
         if not found:
             raise ValueError(
-                f"resume_from_checkpoint=true, but {folder} holds no complete checkpoint: leave the option out to "
-                "begin afresh"
+                f"resume_from_checkpoint=true, but {folder} holds no complete checkpoint: leave the "
+                "option out to begin afresh"
             )
         checkpoint = max(found, key=_step)
     else:
         checkpoint = Path(str(option))
         if not _is_complete(checkpoint):
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint} is no complete checkpoint: it has no {TRAINER_STATE_NAME}, or "
-                "was still being written; write true for the last complete one of output_dir"
+                f"resume_from_checkpoint={checkpoint} is no complete checkpoint: it has no "
+                f"{TRAINER_STATE_NAME}, or was still being written; write "
+                "true for the last complete one of output_dir"
             )
     _refuse_other_ranks(checkpoint, num_ranks)
     return checkpoint
@@ -92,8 +93,9 @@ def resume_line(checkpoint: Path, num_ranks: int) -> str:
     if saved == num_ranks:
         return f"resuming from {checkpoint}"
     return (
-        f"resuming from {checkpoint} of {saved} ranks on {num_ranks}: random draws begin afresh, and a step has the "
-        "same samples only if ranks x per_device_train_batch_size x gradient_accumulation_steps is what it was"
+        f"resuming from {checkpoint} of {saved} ranks on {num_ranks}: random draws begin afresh, and a step "
+        "has the same samples only if ranks x per_device_train_batch_size x gradient_accumulation_steps is "
+        "what it was"
     )
 
 
@@ -113,9 +115,10 @@ def _refuse_other_ranks(checkpoint: Path, num_ranks: int) -> None:
         return
     (folder,) = {path.name for path in checkpoint.glob("global_step*")}
     raise ValueError(
-        f"{checkpoint} was saved by {saved} ranks of DeepSpeed ZeRO, and this job has {num_ranks}: start {saved} "
-        f"ranks, or convert it: python -m deepspeed.checkpoint.ds_to_universal --input_folder {checkpoint}/{folder} "
-        f'--output_folder {checkpoint}/{folder}_universal, and write "checkpoint": {{"load_universal": true}} in '
+        f"{checkpoint} was saved by {saved} ranks of DeepSpeed ZeRO, and this job has {num_ranks}: start "
+        f"{saved} ranks, or convert it: python -m deepspeed.checkpoint.ds_to_universal --input_folder "
+        f"{checkpoint}/{folder} --output_folder {checkpoint}/{folder}_universal, and write "
+        '"checkpoint": {"load_universal": true} in '
         "DeepSpeed's config"
     )
 

@@ -78,7 +78,7 @@ class CheckedSFTTrainer(SFTTrainer):
         return prepare(fitting, processing_class, args, packing, None, dataset_name)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Transformers' own, but the checkpoint has its name only when it is whole, and older ones go after."""
+        """Transformers' own, but the checkpoint has its name when it is whole, and older ones go after."""
         args = self.args
         target = Path(super()._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, push = args.save_total_limit, args.push_to_hub
@@ -281,7 +281,7 @@ def _model_from_scratch(options: TrainingOptions) -> Any:
         raise ValueError(f"model_name_or_path={name!r} gives no config: {_first_line(error)}") from error
     set_seed(options.training.seed)
     dtype = options.model.dtype
-    with whole_weights(options.training.hf_deepspeed_config):
+    with whole_weights(getattr(options.training, "hf_deepspeed_config", None)):
         return AutoModelForCausalLM.from_config(
             config,
             dtype=None if dtype in (None, "auto") else getattr(torch, str(dtype)),

@@ -19,7 +19,7 @@ from torch import distributed
 
 _FIRST, _HEARD = "chunkdist/first_failure", "chunkdist/heard"
 _LINGER_S = 5.0
-"""How long the rank that holds the store waits for the others to read it; and to see that a process is gone."""
+"""How long the rank that holds the store waits for the others, and how long a dead process is looked for."""
 _LOST = (
     "Connection closed by peer",
     "Connection reset",

@@ -74,8 +74,8 @@ def _refuse_units_across_groups(layers: Sequence[nn.Module]) -> None:
         if any(all(module is not own for own in layers) for module in unit):
             raise ValueError(
                 f"fully_shard was applied to {len(unit)} decoder layers as one unit, and layers_per_group="
-                f"{len(layers)} puts them into several groups: apply it to the list of a group's layers, or to "
-                "each layer"
+                f"{len(layers)} puts them into several groups: apply it to the list of a group's layers, or "
+                "to each layer"
             )
 
 

@@ -75,13 +75,13 @@ def check_engine(args: TrainingArguments) -> None:
         and not deepspeed.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save")
     ):
         raise ValueError(
-            "stage3_gather_16bit_weights_on_model_save is not true, with zero_optimization.stage=3: the trained "
-            "model could not be saved, each rank has a part of it; write true"
+            "stage3_gather_16bit_weights_on_model_save is not true, with zero_optimization.stage=3: the "
+            "trained model could not be saved, each rank has a part of it; write true"
         )
     accelerator = args.accelerator_config
     if num_launched_ranks() > 1 and not accelerator.even_batches and not args.dataloader_drop_last:
         raise ValueError(
             f"accelerator_config.even_batches=False with {num_launched_ranks()} ranks and "
-            "dataloader_drop_last=False: a rank without data in the last step would leave the others waiting; "
+            "dataloader_drop_last=False: a rank without data at the end would leave the others waiting: "
             "write one of them as true"
         )

@@ -87,7 +87,9 @@ def errors_of(case: Case) -> Errors:
     model = build(case, dtype)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     one_process = copy.deepcopy(model)
-    expected = reference_step(chunk_model(one_process, chunk_config(case)) if case.spaco else one_process, case)
+    expected = reference_step(
+        chunk_model(one_process, chunk_config(case)) if case.spaco else one_process, case
+    )
     if case.chunked:
         chunk_model(model, chunk_config(case))
     found = ENGINES[case.engine](model, case)

@@ -1,4 +1,4 @@
-"""The launcher inside ranks that stay: what `accelerate launch` and `deepspeed` would start, without their cost.
+"""The launcher inside ranks that stay: what `accelerate launch` and `deepspeed` start, without their cost.
 
 The environment is the one that Accelerate itself makes of a preset.
 """
@@ -88,7 +88,7 @@ def environment_of(engine: str) -> Iterator[None]:
 
 
 def train_and_die(death: Death, step: int, dying: tuple[int, ...], engine: str, arguments: list[str]) -> int:
-    """As `train`, but some ranks are killed by SIGKILL: in step `step`, or with its checkpoint half written."""
+    """As `train`, but some ranks are killed: in step `step`, or with its checkpoint half written."""
     from chunkdist.integrations.checkpoints import UNFINISHED
     from chunkdist.integrations.trl import CheckedSFTTrainer
 
@@ -123,7 +123,9 @@ def master_dtypes(engine: str, arguments: list[str]) -> set[str]:
         while not isinstance(optimizer, torch.optim.AdamW):
             optimizer = optimizer.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        states = [
+            x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)
+        ]
         assert parameters
         assert states
         found.update(str(x.dtype) for x in (*parameters, *states) if x.is_floating_point())

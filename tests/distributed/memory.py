@@ -24,13 +24,15 @@ class Held:
 
 
 def model_for_memory() -> nn.Module:
-    return tiny_llama(num_layers=4, hidden_size=64, intermediate_size=128, dtype=torch.float32)
+    return tiny_llama(dtype=torch.float32)
 
 
 def held_by(engine: str, lengths: tuple[int, ...]) -> Held:
     """Runs on every rank; `none` is the chunked model without any engine."""
     with LiveBytes() as live:
-        model: nn.Module = chunk_model(model_for_memory(), ChunkConfig(chunk_size=CHUNK_SIZE, attention="math"))
+        model: nn.Module = chunk_model(
+            model_for_memory(), ChunkConfig(chunk_size=CHUNK_SIZE, attention="math")
+        )
         if engine == "zero3":
             step = _zero3_step(model)
         else:
@@ -40,8 +42,8 @@ def held_by(engine: str, lengths: tuple[int, ...]) -> Held:
         del model
         peaks = []
         between_steps = 0
-        step(lengths[0])  # makes the optimizer's states; DeepSpeed records its trace in two steps
-        step(lengths[0])
+        for _ in range(2):  # the first makes the optimizer's states; DeepSpeed records its trace in two
+            step(CHUNK_SIZE)
         for length in lengths:
             between_steps = live.current_bytes
             live.reset_peak()

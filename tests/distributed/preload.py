@@ -1,9 +1,11 @@
-"""Imported once, in the server that ranks are forked from: without it, each rank would spend ten seconds on this."""
+"""Imported once, in the server that ranks are forked from: each rank would spend ten seconds on it."""
 
 import importlib
 import os
 
-os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true")
+os.environ.update(
+    DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true"
+)
 
 for name in (
     "deepspeed",

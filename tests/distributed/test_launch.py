@@ -119,5 +119,7 @@ def test_a_rank_that_fails_stops_the_others_and_is_named(tmp_path: Path) -> None
     said = ended(processes)
     assert all(process.returncode for process in processes)
     for output in said:
-        assert "chunkdist: rank 1 failed: RuntimeError: the disk of this rank is gone" in output, output[-5000:]
+        assert "chunkdist: rank 1 failed: RuntimeError: the disk of this rank is gone" in output, output[
+            -5000:
+        ]
     assert "Connection closed" not in said[0].replace("\n", " ").split("chunkdist: rank 1 failed")[0]

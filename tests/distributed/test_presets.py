@@ -1,4 +1,4 @@
-"""Every preset trains as one process does that has all the data, and both bf16 engines give the same losses."""
+"""Every preset trains as one process with all the data does, and both bf16 engines give the same losses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.launched import arguments_of, figures, load_launcher, master_dtypes, train
-from tests.distributed.launched import save_initial_model
+from tests.distributed.launched import (
+    arguments_of,
+    figures,
+    load_launcher,
+    master_dtypes,
+    save_initial_model,
+    train,
+)
 from tests.distributed.ranks import Ranks
 from tests.tiny_run import TEXTS, command_line, make_model_folder
 
@@ -24,8 +30,8 @@ Outcome = tuple[dict[int, tuple[float, ...]], dict[str, torch.Tensor]]
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """One process, without chunks and from scratch, whose batch holds what two ranks get: with other numbers of
-    supervised tokens, so that only a loss divided by those of all ranks is the same."""
+    """One process, without chunks and from scratch, whose batch holds what two ranks get: with other numbers
+    of supervised tokens, so that only a loss divided by those of all ranks is the same."""
     folder = tmp_path_factory.mktemp("presets")
     model = make_model_folder(folder / "model")
     options: dict[str, Any] = {"max_steps": 3, "long_samples": "split", "report_to": "none", "data_seed": 3}
@@ -52,7 +58,9 @@ def test_a_preset_trains_as_one_process_does(
         torch.testing.assert_close(weights[name].float(), value.float(), rtol=0, atol=5e-4)
 
 
-def test_fsdp2_and_zero3_have_the_same_losses_in_bf16_with_fp32_masters(two_ranks: Ranks, tmp_path: Path) -> None:
+def test_fsdp2_and_zero3_have_the_same_losses_in_bf16_with_fp32_masters(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
     save_initial_model(make_model_folder(tmp_path / "model"), dtype=torch.bfloat16)
     losses = {}
     for engine in ("fsdp2", "zero3"):

@@ -1,4 +1,4 @@
-"""A run that is resumed goes on as if it had never stopped, under every engine; what it saves loads anywhere."""
+"""A run that is resumed goes on as if it had never stopped, under every engine; what it saves loads."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_another_number_of_ranks_works_or_is_refused(
 
 
 def test_a_rank_without_data_in_the_last_step_stops_nobody(two_ranks: Ranks, folder: Path) -> None:
-    """Five samples, two ranks, accumulation of two: the last step has one micro-batch, and one real sample."""
+    """Five samples, two ranks, accumulation of two: the last step has one sample for both."""
     options = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "no", "long_samples": "truncate"}
     for engine in ("fsdp2", "zero3"):
         arguments = arguments_of(

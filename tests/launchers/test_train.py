@@ -315,7 +315,16 @@ def test_accelerate_starts_one_process(tiny_model: Path, tmp_path: Path) -> None
     """Launchers of several: tests/distributed/test_launch.py."""
     accelerate = Path(sys.executable).with_name("accelerate")
     preset = str(ROOT / "configs" / "accelerate" / "single.yaml")
-    done = start([str(accelerate), "launch", "--config_file", preset, str(LAUNCHER), *command_line(tiny_model, FITTING)])
+    done = start(
+        [
+            str(accelerate),
+            "launch",
+            "--config_file",
+            preset,
+            str(LAUNCHER),
+            *command_line(tiny_model, FITTING),
+        ]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "model saved to" in done.stdout
     assert weights(tmp_path / "out")
