@@ -34,7 +34,7 @@ _ELEMENTWISE = frozenset(
     {_T.div, _T.true_divide, _T.__truediv__, torch.div, _T.mul, _T.__mul__, _T.__rmul__, torch.mul}
     | {_T.tanh, torch.tanh, _T.float, _T.to, _T.contiguous}
 )
-_PROPERTIES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "requires_grad", "grad_fn", "is_cuda")
 _METADATA = frozenset(
     {_T.size, _T.dim, _T.numel, _T.__len__, _T.is_floating_point}
     | {getattr(_T, name).__get__ for name in _PROPERTIES}
@@ -50,26 +50,34 @@ class LazyLogits(torch.Tensor):
         head: H to V.
         operations: Elementwise, in their order.
         dtype: Of the result.
+        detached: Whether the logits are no part of the graph: DeepSpeed's hooks detach what a model returns.
     """
 
     hidden: Tensor
     head: nn.Linear
     operations: tuple[Operation, ...]
+    detached: bool
 
     @staticmethod
     def __new__(
-        cls, hidden: Tensor, head: nn.Linear, operations: tuple[Operation, ...], dtype: torch.dtype
+        cls,
+        hidden: Tensor,
+        head: nn.Linear,
+        operations: tuple[Operation, ...],
+        dtype: torch.dtype,
+        detached: bool = False,
     ) -> LazyLogits:
         shape = (*hidden.shape[:-1], head.out_features)  # the weight may be sharded
         self: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
-        self.hidden, self.head, self.operations = hidden, head, operations
+        self.hidden, self.head, self.operations, self.detached = hidden, head, operations, detached
         return self
 
     def compute(self) -> Tensor:
-        """The logits as a tensor, connected to the graph."""
-        return self.call_head(
-            lambda hidden: _logits(hidden, self.head.weight, self.head.bias, operations=self.operations)
-        )
+        """The logits as a tensor, connected to the graph unless they are detached."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
+            return self.call_head(
+                lambda hidden: _logits(hidden, self.head.weight, self.head.bias, operations=self.operations)
+            )
 
     def call_head(self, function: Operation) -> Tensor:
         """Calls the head on the hidden states, hooks and all, with `function` as its forward."""
@@ -104,7 +112,9 @@ class LazyLogits(torch.Tensor):
         ):
             operation: Operation = lambda logits: func(logits, *others, **kwargs)  # noqa: E731
             dtype = operation(torch.empty(0, dtype=lazy.dtype)).dtype
-            return LazyLogits(lazy.hidden, lazy.head, (*lazy.operations, operation), dtype)
+            return LazyLogits(lazy.hidden, lazy.head, (*lazy.operations, operation), dtype, lazy.detached)
+        if isinstance(lazy, LazyLogits) and func in (_T.detach, torch.detach):
+            return LazyLogits(lazy.hidden.detach(), lazy.head, lazy.operations, lazy.dtype, detached=True)
         return func(*_computed(args), **_computed(kwargs))
 
     @classmethod
@@ -188,7 +198,7 @@ def tiled_causal_lm_loss(
         num_items_in_batch: The loss is the sum over tokens divided by this; else the mean, 0 if all are
             ignored.
     """
-    if not isinstance(logits, LazyLogits) or logits.shape[-1] != vocab_size:
+    if not isinstance(logits, LazyLogits) or logits.detached or logits.shape[-1] != vocab_size:
         num_items: Any = num_items_in_batch
         return ForCausalLMLoss(
             _computed(logits), labels, vocab_size, num_items, ignore_index, shift_labels, **kwargs

@@ -180,7 +180,10 @@ class ChunkedModel:
 
     def report(self) -> ChunkReport:
         head = self.model.get_output_embeddings()
-        weight = getattr(head, "weight", None)
+        weight, rows = (
+            getattr(head, "weight", None),
+            getattr(head, "out_features", None),
+        )  # ZeRO-3 empties weights
         reasons, config = self.context.attention.reasons, self.context.config
         return ChunkReport(
             num_layers=sum(len(group.layers) for group in self.groups),
@@ -193,7 +196,9 @@ class ChunkedModel:
             rebuilds_kv=config.rebuilds_kv,
             attention=" and ".join(reasons) or config.attention,
             attention_reason="; ".join(reasons.values()) or "chosen in the first step",
-            head_tile_tokens=None if weight is None else tile_tokens(weight.shape[0], weight.element_size()),
+            head_tile_tokens=tile_tokens(rows, weight.element_size())
+            if rows and weight is not None
+            else None,
             sample=None if self.context.sample is None else self.context.sample.report,
         )
 

@@ -3,7 +3,7 @@
     accelerate launch launchers/train.py --config configs/quickstart.yaml [--option value ...]
 
 Runs under `python`, `accelerate launch`, `deepspeed` and `torchrun` alike. Exit status 2: the input is at
-fault, and one line says how; 1: the gradient check failed.
+fault, and one line says how; 1: the gradient check or another rank failed.
 """
 
 from __future__ import annotations
@@ -27,38 +27,47 @@ from chunkdist.integrations.trl import (
     first_batch,
     print_once,
 )
+from chunkdist.sharding.failures import FailureWatch, RankFailure, named_failures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """One training run; returns the exit status."""
+    watch = None
     try:
-        return run(arguments)
+        try:
+            options = parse_options(arguments)
+            watch = FailureWatch.start()
+            with named_failures(watch), removed_if_empty(options.training.output_dir):
+                trainer = set_up(options)
+        except (ValueError, NotImplementedError) as error:
+            return fail(error)
+        if trainer is None:
+            return 1
+        with named_failures(watch):
+            trainer.train(resume_from_checkpoint=trainer.resumes_from)
+            print_once(f"model saved to {save_model(trainer)}")
+        return 0
     except UnsupportedModelError as error:  # some models are known only in their first step
         return fail(error)
     except Exception as error:
-        if not is_disk_full(error):
-            raise
-        return fail(error)
+        if isinstance(error, RankFailure) or is_disk_full(error):
+            return fail(error, status=1 if isinstance(error, RankFailure) else 2)
+        raise
     finally:
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()  # a gloo process that just leaves sometimes aborts
+        if watch is not None:
+            watch.leave()
 
 
-def run(arguments: Sequence[str] | None) -> int:
-    try:
-        options = parse_options(arguments)
-        with removed_if_empty(options.training.output_dir):
-            trainer, chunk_config = build_trainer(options)
-            if not gradients_agree(trainer, chunk_config, options):
-                return 1
-            chunk_trainer(trainer, chunk_config)
-    except (ValueError, NotImplementedError) as error:
-        return fail(error)
+def set_up(options: TrainingOptions) -> CheckedSFTTrainer | None:
+    """The trainer, its model chunked; `None` when the gradient check failed."""
+    trainer, chunk_config = build_trainer(options)
+    if not gradients_agree(trainer, chunk_config, options):
+        return None
+    chunk_trainer(trainer, chunk_config)
     ChunkCallback.add_to(trainer, chunk_config)
-    resume = options.training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    print_once(f"model saved to {save_model(trainer)}")
-    return 0
+    return trainer
 
 
 def gradients_agree(trainer: CheckedSFTTrainer, config: ChunkConfig | None, options: TrainingOptions) -> bool:
@@ -74,11 +83,11 @@ def gradients_agree(trainer: CheckedSFTTrainer, config: ChunkConfig | None, opti
     return bool(result.passed)
 
 
-def fail(error: BaseException) -> int:
+def fail(error: BaseException, status: int = 2) -> int:
     """One line on each machine; launchers repeat the exit status, not the line."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         print(f"chunkdist: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

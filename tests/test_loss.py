@@ -122,6 +122,22 @@ def test_logits_that_somebody_asks_for() -> None:
     assert not isinstance(model(input_ids=inputs["input_ids"]).logits, LazyLogits), "no labels, no laziness"
 
 
+def test_engines_that_look_at_the_logits_do_not_compute_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed asks each output for its node, and passes it through a function that detaches it."""
+    model = chunk_model(tiny_llama(), ChunkConfig(chunk_size=16))
+    logits = model(**batch()).logits
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            LazyLogits, "compute", lambda self: pytest.fail("the logits of the whole sequence exist")
+        )
+        assert logits.grad_fn is None
+        assert not logits.requires_grad
+        detached = logits.detach() * 2
+        assert isinstance(detached, LazyLogits)
+    assert not detached.sum().requires_grad
+    torch.testing.assert_close(detached.sum(), 2 * logits.sum())
+
+
 def test_a_loss_of_the_models_own_gets_its_logits() -> None:
     def own_loss(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
         return logits[:, :-1].square().mean() + labels.float().mean()

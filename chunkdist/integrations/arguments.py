@@ -174,6 +174,13 @@ class TrainArguments(SFTConfig):
         if self.deepspeed and needs_gloo():
             tell_ranks(self.distributed_state)
 
+    def _validate_args(self) -> None:
+        """For transformers, bf16 without a GPU needs `use_cpu`, which DeepSpeed must not be given."""
+        given = self.use_cpu
+        self.use_cpu = given or bool(self.deepspeed and needs_gloo())
+        super()._validate_args()  # type: ignore[no-untyped-call]
+        self.use_cpu = given
+
 
 @dataclass
 class ModelArguments(ModelConfig):

@@ -13,16 +13,18 @@ from urllib.parse import urlsplit
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.data.loading import is_conversational, load_splits, pick_split, sample_kind
 from chunkdist.data.samples import LongSamples, fit_samples
 from chunkdist.integrations.arguments import TrainingOptions, check_options
+from chunkdist.integrations.checkpoints import checkpoint_to_resume, resume_line, whole_checkpoint
 from chunkdist.integrations.packing import StreamTrainer
-from chunkdist.integrations.saving import whole_or_absent
-from chunkdist.sharding.launch import check_ranks
+from chunkdist.sharding.launch import check_engine, check_ranks, num_launched_ranks
+from chunkdist.sharding.zero3 import whole_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +35,10 @@ class CheckedSFTTrainer(SFTTrainer):
 
     def __init__(self, *, long_samples: LongSamples, **kwargs: Any) -> None:
         self._long_samples = long_samples
+        self._checkpoints: Path | None = None
+        """Where checkpoints are made while one is being saved."""
+        self.resumes_from: str | None = None
+        """What to give to `train` as `resume_from_checkpoint`."""
         super().__init__(**kwargs)
 
     def _prepare_dataset(
@@ -74,11 +80,27 @@ class CheckedSFTTrainer(SFTTrainer):
         return prepare(fitting, processing_class, args, packing, None, dataset_name)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with whole_or_absent(
-            folder, what=f"checkpoint of step {self.state.global_step}", is_writer=self.args.should_save
-        ):
-            super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+        """Transformers' own, but the checkpoint has its name when it is whole, and older ones go after."""
+        args = self.args
+        target = Path(super()._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, push = args.save_total_limit, args.push_to_hub
+        with whole_checkpoint(target, args, self.accelerator.wait_for_everyone) as folder:
+            self._checkpoints, args.save_total_limit, args.push_to_hub = folder, None, False
+            try:
+                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+            finally:
+                self._checkpoints, args.save_total_limit, args.push_to_hub = None, limit, push
+            if self.state.best_model_checkpoint == str(folder / target.name):
+                self.state.best_model_checkpoint = str(target)
+                if args.should_save:
+                    self.state.save_to_json(str(folder / target.name / TRAINER_STATE_NAME))
+        if push:
+            self._push_from_checkpoint(str(target))
+        if args.should_save:
+            rotate_checkpoints(str(target.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._checkpoints or super()._get_output_dir(trial))
 
 
 class ChunkSFTTrainer(StreamTrainer, CheckedSFTTrainer):
@@ -96,6 +118,8 @@ def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkCon
     """
     chunk_config = check_options(options)
     training, model_options = options.training, options.model
+    num_ranks = num_launched_ranks()
+    checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir, num_ranks)
     train_dataset, eval_dataset = _datasets(options)
     tokenizer = _tokenizer(options)
     for dataset in (train_dataset, eval_dataset):
@@ -145,6 +169,10 @@ def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkCon
             f"model_name_or_path={model_options.model_name_or_path!r}: {_first_line(error)}"
         ) from error
     check_ranks(trainer.accelerator.num_processes)
+    check_engine(training)
+    if checkpoint is not None:
+        trainer.resumes_from = str(checkpoint)
+        print_once(resume_line(checkpoint, num_ranks))
     return trainer, chunk_config
 
 
@@ -262,12 +290,13 @@ def _model_from_scratch(options: TrainingOptions) -> Any:
         raise ValueError(f"model_name_or_path={name!r} gives no config: {_first_line(error)}") from error
     set_seed(options.training.seed)
     dtype = options.model.dtype
-    return AutoModelForCausalLM.from_config(
-        config,
-        dtype=None if dtype in (None, "auto") else getattr(torch, str(dtype)),
-        attn_implementation=options.model.attn_implementation,
-        trust_remote_code=options.training.trust_remote_code,
-    )
+    with whole_weights(getattr(options.training, "hf_deepspeed_config", None)):
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=None if dtype in (None, "auto") else getattr(torch, str(dtype)),
+            attn_implementation=options.model.attn_implementation,
+            trust_remote_code=options.training.trust_remote_code,
+        )
 
 
 def _tokenize_or_name_culprit(dataset: Dataset, tokenize: Callable[[Dataset], Dataset], name: str) -> Dataset:

@@ -14,9 +14,9 @@ fake CPU tensors may take another attention than real ones.
 
 What always holds: a storage that existed before the mode was entered is baseline and not part of
 `current_bytes`, also when it was not passed in `exclude` and shows up later as a view or an in-place result.
-A kernel's own scratch space and an allocator's rounding are not counted. A resize is noticed with the next op
-that returns a tensor on the storage (`Tensor.resize_` is one; `UntypedStorage.resize_` is not). Backward
-passes and custom `autograd.Function`s are, on whatever thread they run.
+A kernel's own scratch space and an allocator's rounding are not counted. A resize is noticed when it happens,
+be it `Tensor.resize_` or `UntypedStorage.resize_`, by which FSDP2 releases what it has gathered. Backward
+passes and custom `autograd.Function`s are seen, on whatever thread they run.
 """
 
 from __future__ import annotations
@@ -80,11 +80,31 @@ class LiveBytes(TorchDispatchMode):
         self._log: list[tuple[int, int, tuple[Any, ...] | None]] | None = [] if record else None
         self._peak_at = 0
         self._num_seen = 0
+        self._real_resizes: list[Any] = []
         for tensor in exclude:
             for plain in _plain_tensors(tensor):
                 storage = plain.untyped_storage()
                 if storage._cdata not in self._records:
                     self._add(storage, plain, counted=False, op="")
+
+    def __enter__(self) -> LiveBytes:
+        real: Any = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, num_bytes: int) -> Any:
+            result = real(storage, num_bytes)
+            record = self._records.get(storage._cdata)
+            if record is not None:
+                self._resize(record, storage.nbytes())
+            return result
+
+        self._real_resizes.append(real)
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        torch.UntypedStorage.resize_ = self._real_resizes.pop()  # type: ignore[method-assign]
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
 
     def reset_peak(self) -> None:
         """Start a new peak from what is alive now."""
@@ -191,6 +211,8 @@ def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     inner: Any = tensor
     if is_traceable_wrapper_subclass(inner):
         for name in inner.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(inner, name))
+            part = getattr(inner, name)
+            if isinstance(part, Tensor):  # a DTensor names its mesh, too
+                yield from _plain_tensors(part)
     elif tensor.layout == torch.strided:
         yield tensor

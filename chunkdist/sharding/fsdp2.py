@@ -35,9 +35,13 @@ class GroupUnits:
 
     Args:
         layers: Of the group, in their order.
+
+    Raises:
+        ValueError: a unit has layers of several groups.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
+        _refuse_units_across_groups(layers)
         own = _unit_state(layers[-1])
         self._units: list[FSDPModule] = []
         for layer in layers[:-1]:
@@ -60,6 +64,19 @@ class GroupUnits:
         """For the group's backward; each unit's own backward hooks reduce and release it afterwards."""
         for unit in self._units:
             unit.unshard()
+
+
+def _refuse_units_across_groups(layers: Sequence[nn.Module]) -> None:
+    for layer in layers:
+        if not isinstance(layer, FSDPModule):
+            continue
+        unit = [module for module in layer._get_fsdp_state()._modules if type(module) is type(layer)]
+        if any(all(module is not own for own in layers) for module in unit):
+            raise ValueError(
+                f"fully_shard was applied to {len(unit)} decoder layers as one unit, and layers_per_group="
+                f"{len(layers)} puts them into several groups: apply it to the list of a group's layers, or "
+                "to each layer"
+            )
 
 
 def _unit_state(module: nn.Module) -> object:

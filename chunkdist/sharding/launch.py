@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def num_launched_ranks() -> int:
@@ -56,4 +59,29 @@ def check_ranks(num_processes: int) -> None:
         raise RuntimeError(
             f"the launcher started {num_launched_ranks()} processes, the trainer knows of {num_processes}: "
             "no process group was made; without a GPU write use_cpu: true, with one see that torch finds it"
+        )
+
+
+def check_engine(args: TrainingArguments) -> None:
+    """Raises where a setting would lose the result, or leave ranks waiting for each other.
+
+    Raises:
+        ValueError: names both settings.
+    """
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    if (
+        deepspeed is not None
+        and deepspeed.is_zero3()
+        and not deepspeed.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save")
+    ):
+        raise ValueError(
+            "stage3_gather_16bit_weights_on_model_save is not true, with zero_optimization.stage=3: the "
+            "trained model could not be saved, each rank has a part of it; write true"
+        )
+    accelerator = args.accelerator_config
+    if num_launched_ranks() > 1 and not accelerator.even_batches and not args.dataloader_drop_last:
+        raise ValueError(
+            f"accelerator_config.even_batches=False with {num_launched_ranks()} ranks and "
+            "dataloader_drop_last=False: a rank without data at the end would leave the others waiting: "
+            "write one of them as true"
         )

@@ -6,14 +6,18 @@ grad: with frozen embeddings (LoRA) the first layer's does not, and is made to.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 _LEAF = "_z3_leaf"
 """What `deepspeed.utils.set_z3_leaf_module` sets (0.19)."""
@@ -22,6 +26,24 @@ _LEAF = "_z3_leaf"
 def is_sharded(module: nn.Module) -> bool:
     """Whether ZeRO-3 has taken the module's parameters."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+@contextmanager
+def whole_weights(hf_deepspeed_config: Any) -> Iterator[None]:
+    """Inside, transformers draws a model's weights whole, as under other engines: ZeRO-3 would draw other ones, layer
+    by layer. DeepSpeed cuts them when it takes the model.
+
+    Args:
+        hf_deepspeed_config: Of the training arguments; `None` without DeepSpeed.
+    """
+    if hf_deepspeed_config is None or not is_deepspeed_zero3_enabled():
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(hf_deepspeed_config)
 
 
 class Zero3Layers:
@@ -36,11 +58,8 @@ class Zero3Layers:
             _refuse_group(layers_per_group)
         self._layers = tuple(layers)
         self._handles: list[RemovableHandle] = []
-        if "deepspeed" in sys.modules:
-            from deepspeed.utils import set_z3_leaf_module
-
-            for layer in layers:
-                set_z3_leaf_module(layer, True)
+        for layer in layers:
+            layer.__dict__[_LEAF] = True  # not by DeepSpeed's function: it may be imported later
         self._handles.append(layers[0].register_forward_pre_hook(_require_grad, prepend=True))
 
     def remove(self) -> None:
@@ -63,7 +82,7 @@ def check_group(layers: Sequence[nn.Module]) -> None:
     if not all(hasattr(parameter, "ds_z3_leaf_module") for parameter in layers[0].parameters()):
         raise ValueError(
             f"{type(layers[0]).__name__} is no leaf module of DeepSpeed ZeRO-3, its weights would be "
-            "gathered once a chunk: call chunk_model after `import deepspeed` and before deepspeed.initialize"
+            "gathered once a chunk: call chunk_model before deepspeed.initialize"
         )
 
 

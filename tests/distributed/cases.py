@@ -18,6 +18,13 @@ from tests.models import batch, tiny_llama, with_lora
 EngineName = Literal["ddp", "fsdp2", "fsdp2 groups", "fsdp2 head", "zero1", "zero2", "zero3"]
 CHUNK_SIZE = 4
 LEARNING_RATE = 0.5
+RELEASED = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+"""No weight stays whole between the layer that uses it and the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +36,7 @@ class Case:
         ignored_rank: All labels of this rank are ignored.
         mean_per_rank: Each rank's loss is its own mean; else all are divided by the tokens of all ranks.
         chunked: False: the plain model under the same engine.
+        spaco: Every other chunk, so that one process can draw the same sample.
     """
 
     engine: EngineName
@@ -40,8 +48,19 @@ class Case:
     ignored_rank: int | None = None
     max_grad_norm: float | None = None
     tied: bool = False
+    attention: Literal["math", "cpu_flash"] = "math"
+    spaco: bool = False
     mean_per_rank: bool = False
     chunked: bool = True
+
+
+class EveryOther:
+    """A sampler that draws nothing."""
+
+    def draw(self, scores: Tensor) -> Tensor:
+        weights = torch.full_like(scores, 2.0)
+        weights[1::2] = 0
+        return weights
 
 
 @dataclass(frozen=True)
@@ -67,7 +86,10 @@ def errors_of(case: Case) -> Errors:
     dtype = torch.float32 if case.engine.startswith("zero") else torch.float64
     model = build(case, dtype)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    expected = reference_step(copy.deepcopy(model), case)
+    one_process = copy.deepcopy(model)
+    expected = reference_step(
+        chunk_model(one_process, chunk_config(case)) if case.spaco else one_process, case
+    )
     if case.chunked:
         chunk_model(model, chunk_config(case))
     found = ENGINES[case.engine](model, case)
@@ -95,7 +117,8 @@ def chunk_config(case: Case) -> ChunkConfig:
         chunk_size=CHUNK_SIZE,
         layers_per_group=case.layers_per_group,
         retained_chunks=case.retained_chunks,
-        attention="math",
+        attention=case.attention,
+        sampler=EveryOther() if case.spaco else None,
     )
 
 
@@ -195,7 +218,7 @@ def deepspeed_engine(model: nn.Module, case: Case, **settings: Any) -> Any:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": case.num_micro_batches,
         "gradient_clipping": case.max_grad_norm or 0.0,
-        "zero_optimization": {"stage": int(case.engine[-1]), "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": int(case.engine[-1]), **(RELEASED if case.engine == "zero3" else {})},
         "zero_allow_untested_optimizer": True,
         **settings,
     }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from chunkdist import chunk_model
 from tests.distributed.cases import Case, build, chunk_config, deepspeed_engine, micro_batches, shard_fsdp2
@@ -33,8 +34,9 @@ def counts_of(case: Case) -> list[dict[str, int]]:
     elif case.engine == "zero3":
         from deepspeed.utils import set_z3_leaf_module
 
-        for layer in model.model.layers:  # type: ignore[union-attr]
-            set_z3_leaf_module(layer, True)
+        for layer in model.modules():
+            if isinstance(layer, LlamaDecoderLayer):
+                set_z3_leaf_module(layer, True)
     (inputs,) = micro_batches(case, distributed.get_rank())
     if case.engine == "zero3":
         from deepspeed.comm.torch import TorchBackend

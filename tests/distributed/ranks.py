@@ -1,7 +1,7 @@
 """Gloo ranks for tests: processes that stay, take one function after another, and are killed when one hangs.
 
-Starting a rank costs seconds, a case less: a pool is started once a module. A case that fails or does not end
-takes its pool with it; the next case starts a new one.
+Ranks are forked from one server, which has imported everything and started nothing. A case that fails or does
+not end takes its pool with it; the next case starts a new one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT_S = 120
-_SPAWN = multiprocessing.get_context("spawn")
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(["tests.distributed.preload"])
 
 
 class RankError(AssertionError):
@@ -87,8 +88,8 @@ class Ranks:
     def _start(self) -> None:
         port = free_port()
         for rank in range(self.num_ranks):
-            ours, theirs = _SPAWN.Pipe()
-            process = _SPAWN.Process(target=_serve, args=(theirs, rank, self.num_ranks, port), daemon=True)
+            ours, theirs = _FORKED.Pipe()
+            process = _FORKED.Process(target=_serve, args=(theirs, rank, self.num_ranks, port), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

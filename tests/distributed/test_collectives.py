@@ -17,6 +17,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2, retained chunks": {"engine": "fsdp2", "retained_chunks": 3},
     "fsdp2, a unit a group": {"engine": "fsdp2 groups", "layers_per_group": 2},
     "fsdp2, head and embeddings apart": {"engine": "fsdp2 head"},
+    "zero3": {"engine": "zero3"},
+    "zero3, retained chunks": {"engine": "zero3", "retained_chunks": 3},
 }
 
 

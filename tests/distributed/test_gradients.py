@@ -25,13 +25,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "lora": True, "retained_chunks": 3, "num_micro_batches": 3, "max_grad_norm": 0.05,
     },
 }  # fmt: skip
+SPACO: dict[str, dict[str, Any]] = {
+    "SpaCO": {"spaco": True, "attention": "cpu_flash"},
+    "SpaCO, LoRA": {"spaco": True, "attention": "cpu_flash", "lora": True},
+}
+OF_SPACO: tuple[EngineName, ...] = ("ddp", "fsdp2", "zero2", "zero3")
 OF_GROUPS = ("1 chunk against 40", "LoRA, retained chunks, accumulation, clipping", "accumulation")
 """The variants that are run with groups of 2 and of all layers, too."""
 
 
 def cases(engines: Iterable[EngineName]) -> Iterator[Any]:
     for engine in engines:
-        for name, values in VARIANTS.items():
+        for name, values in (VARIANTS | (SPACO if engine in OF_SPACO else {})).items():
             heights: tuple[Any, ...] = (1, 2, "all") if name in OF_GROUPS and engine != "zero3" else (1,)
             for height in heights:
                 case = Case(engine=engine, layers_per_group=height, **values)
@@ -46,6 +51,6 @@ def check(ranks: Ranks, case: Case) -> None:
         assert errors.updates < (1e-10 if in_fp64 else 1e-4)
 
 
-@pytest.mark.parametrize("case", cases((*FP64, *FP32)))
+@pytest.mark.parametrize("case", list(cases((*FP64, *FP32))))
 def test_two_ranks(two_ranks: Ranks, case: Case) -> None:
     check(two_ranks, case)

@@ -1,8 +1,10 @@
-"""The presets as they are, on two gloo ranks: they train, agree, and leave a model that loads."""
+"""The launchers themselves, on a machine with no GPU: processes of their own, 2 gloo ranks.
+
+What they run is tested in test_presets.py, within ranks that stay.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.distributed.launched import figures
 from tests.distributed.ranks import free_port
 from tests.tiny_run import ROOT, TEXTS, command_line, make_model_folder
 
@@ -26,65 +29,97 @@ LAUNCHER = str(ROOT / "launchers" / "train.py")
 TIMEOUT_S = 400
 
 
-def launch(engine: str, options: list[str]) -> subprocess.CompletedProcess[str]:
-    port = str(free_port())
-    if engine.startswith("zero"):
-        command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, LAUNCHER, *options]
-        command += ["--deepspeed", str(DEEPSPEED / f"{engine}.json")]
-    elif engine == "one process":
-        command = [sys.executable, LAUNCHER, *options]
-    elif engine == "torchrun":
-        command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port, LAUNCHER, *options]
-    else:
-        preset = str(ACCELERATE / f"{engine}.yaml")
-        command = [str(BIN / "accelerate"), "launch", "--config_file", preset, "--main_process_port", port]
-        command += [LAUNCHER, *options]
+def start(command: list[str]) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
+    search = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(
         command,
         cwd=ROOT,
-        env={
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": path,
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        },
-        capture_output=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": path, "PATH": search},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT_S,
-        check=False,
     )
 
 
-def run(engine: str, folder: Path, **values: object) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses by step, and the weights of the saved model."""
-    folder.mkdir()
+def options_for(folder: Path, **values: object) -> list[str]:
     model = make_model_folder(folder / "model")
-    options = command_line(model, TEXTS * 4, max_steps=3, long_samples="split", report_to="none", **values)
+    given = {"max_steps": 2, "long_samples": "split", "report_to": "none", **values}
+    options = command_line(model, TEXTS * 4, **given)
     at = options.index("--use_cpu")
-    del options[at : at + 2]  # the preset must do without
-    done = launch(engine, options)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
-    weights = dict(AutoModelForCausalLM.from_pretrained(folder / "out").state_dict())
+    return [*options[:at], *options[at + 2 :]]  # the preset must do without
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What each wrote; all are stopped when one does not end."""
+    try:
+        return [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def assert_trained(folder: Path) -> None:
+    assert list(figures(folder, "loss")) == [1, 2]
+    AutoModelForCausalLM.from_pretrained(folder / "out")
     assert not list((folder / "out").glob(".unfinished*"))
-    return [row["loss"] for row in rows if "loss" in row], weights
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """One process, without chunks, whose batch holds what two ranks get: with other numbers of supervised
-    tokens, so that only a loss divided by those of all ranks is the same."""
-    folder = tmp_path_factory.mktemp("launch") / "one"
-    return run("one process", folder, chunk_method="none", per_device_train_batch_size=2)
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
+def test_a_launcher_trains(launcher: str, tmp_path: Path) -> None:
+    port, options = str(free_port()), options_for(tmp_path)
+    if launcher == "deepspeed":
+        command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, LAUNCHER, *options]
+        command += ["--deepspeed", str(DEEPSPEED / "zero3.json")]
+    else:
+        preset = str(ACCELERATE / "fsdp2.yaml")
+        command = [str(BIN / "accelerate"), "launch", "--config_file", preset, "--main_process_port", port]
+        command += [LAUNCHER, *options]
+    process = start(command)
+    (said,) = ended([process])
+    assert process.returncode == 0, said[-5000:]
+    assert_trained(tmp_path)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "torchrun", "fsdp2", "fsdp2-offload", "zero1"])
-def test_a_preset_trains_as_one_process_does(
-    engine: str, tmp_path: Path, expected: tuple[list[float], dict[str, torch.Tensor]]
-) -> None:
-    losses, weights = run(engine, tmp_path / "run")
-    assert len(losses) == 3
-    assert losses == pytest.approx(expected[0], rel=1e-4)
-    for name, value in expected[1].items():
-        torch.testing.assert_close(weights[name].float(), value.float(), rtol=0, atol=5e-4)
+def nodes(options: list[str], script: str = LAUNCHER) -> list[subprocess.Popen[str]]:
+    """Two agents of torchrun, as on two machines, each with one rank."""
+    torchrun = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"]
+    torchrun += ["--master-port", str(free_port())]
+    return [start([*torchrun, "--node-rank", str(node), script, *options]) for node in range(2)]
+
+
+def test_two_nodes_train(tmp_path: Path) -> None:
+    processes = nodes(options_for(tmp_path))
+    said = ended(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert_trained(tmp_path)
+
+
+FAILING = f"""
+import os, runpy
+from chunkdist.integrations.trl import CheckedSFTTrainer
+
+real = CheckedSFTTrainer.training_step
+
+def training_step(self, *args, **kwargs):
+    if os.environ["RANK"] == "1" and self.state.global_step == 1:
+        raise RuntimeError("the disk of this rank is gone")
+    return real(self, *args, **kwargs)
+
+CheckedSFTTrainer.training_step = training_step
+runpy.run_path({LAUNCHER!r}, run_name="__main__")
+"""
+
+
+def test_a_rank_that_fails_stops_the_others_and_is_named(tmp_path: Path) -> None:
+    """Far below the timeout of the process group, which is half an hour."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    processes = nodes(options_for(tmp_path), str(script))
+    said = ended(processes)
+    assert all(process.returncode for process in processes)
+    for output in said:
+        assert "chunkdist: rank 1 failed: RuntimeError: the disk of this rank is gone" in output, output[
+            -5000:
+        ]
+    assert "Connection closed" not in said[0].replace("\n", " ").split("chunkdist: rank 1 failed")[0]

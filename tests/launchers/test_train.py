@@ -311,37 +311,20 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_written_model(tmp_path: Path
     assert not left & {"config.json", "model.safetensors", ".unfinished-model"}
 
 
-# DeepSpeed on a CPU compiles an operator of shared memory, whose processes wait for each other by spinning.
-# Without it, and without a compiler, it uses gloo.
-WITHOUT_COMPILED_OPERATORS = f"""
-import runpy, deepspeed.ops
-deepspeed.ops.__compatible_ops__ = {{}}
-runpy.run_path({str(LAUNCHER)!r}, run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("launch", ["accelerate", "torchrun", "deepspeed"])
-def test_launchers_that_start_processes(launch: str, tiny_model: Path, tmp_path: Path) -> None:
-    binaries = Path(sys.executable).parent
-    accelerate_config = str(ROOT / "configs" / "accelerate" / "single.yaml")
-    command = {
-        "accelerate": [str(binaries / "accelerate"), "launch", "--config_file", accelerate_config],
-        "torchrun": [str(binaries / "torchrun"), "--standalone", "--nproc_per_node", "2"],
-        "deepspeed": [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", "29631"],
-    }[launch]
-    arguments = command_line(tiny_model, FITTING)
-    script = LAUNCHER
-    if launch == "deepspeed":
-        script = tmp_path / "train.py"
-        script.write_text(WITHOUT_COMPILED_OPERATORS)
-        zero = {
-            "zero_optimization": {"stage": 2},
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_clipping": "auto",
-        }
-        (tmp_path / "zero.json").write_text(json.dumps(zero))
-        arguments += ["--deepspeed", str(tmp_path / "zero.json")]
-    done = start([*command, str(script), *arguments])
+def test_accelerate_starts_one_process(tiny_model: Path, tmp_path: Path) -> None:
+    """Launchers of several: tests/distributed/test_launch.py."""
+    accelerate = Path(sys.executable).with_name("accelerate")
+    preset = str(ROOT / "configs" / "accelerate" / "single.yaml")
+    done = start(
+        [
+            str(accelerate),
+            "launch",
+            "--config_file",
+            preset,
+            str(LAUNCHER),
+            *command_line(tiny_model, FITTING),
+        ]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "model saved to" in done.stdout
     assert weights(tmp_path / "out")

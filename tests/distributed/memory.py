@@ -1,0 +1,84 @@
+"""What a rank holds: the bytes of its live storages, in real steps of a tiny model in fp32 with AdamW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from chunkdist import ChunkConfig, chunk_model
+from chunkdist.memory import LiveBytes
+from tests.distributed.cases import RELEASED, Case, shard_fsdp2
+from tests.models import batch, tiny_llama
+
+CHUNK_SIZE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes: between steps, and at the peak of a step for each sequence."""
+
+    between_steps: int
+    peaks: tuple[int, ...]
+
+
+def model_for_memory() -> nn.Module:
+    return tiny_llama(dtype=torch.float32)
+
+
+def held_by(engine: str, lengths: tuple[int, ...]) -> Held:
+    """Runs on every rank; `none` is the chunked model without any engine."""
+    with LiveBytes() as live:
+        model: nn.Module = chunk_model(
+            model_for_memory(), ChunkConfig(chunk_size=CHUNK_SIZE, attention="math")
+        )
+        if engine == "zero3":
+            step = _zero3_step(model)
+        else:
+            if engine == "fsdp2":
+                shard_fsdp2(model, Case(engine="fsdp2"))
+            step = _plain_step(model)
+        del model
+        peaks = []
+        between_steps = 0
+        for _ in range(2):  # the first makes the optimizer's states; DeepSpeed records its trace in two
+            step(CHUNK_SIZE)
+        for length in lengths:
+            between_steps = live.current_bytes
+            live.reset_peak()
+            step(length)
+            peaks.append(live.peak_bytes)
+    return Held(between_steps=between_steps, peaks=tuple(peaks))
+
+
+def _plain_step(model: nn.Module):  # type: ignore[no-untyped-def]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
+
+    def step(length: int) -> None:
+        model(**batch(num_tokens=length), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _zero3_step(model: nn.Module):  # type: ignore[no-untyped-def]
+    import deepspeed
+
+    from chunkdist.sharding.launch import skip_shm_build
+
+    skip_shm_build()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "sub_group_size": 10**6, **RELEASED},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def step(length: int) -> None:
+        engine.backward(engine(**batch(num_tokens=length), use_cache=False).loss)
+        engine.step()
+
+    return step

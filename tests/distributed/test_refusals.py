@@ -1,0 +1,108 @@
+"""Settings that an engine cannot honour are refused, with what was set and what to write instead."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+
+from chunkdist import ChunkConfig, chunk_model
+from tests.distributed.cases import Case, build, chunk_config, deepspeed_engine, micro_batches
+from tests.distributed.ranks import RankError, Ranks
+
+ZERO3 = Case(engine="zero3", layers_per_group=2)
+
+
+def zero3_with_groups() -> str:
+    model = chunk_model(build(ZERO3, torch.float32), chunk_config(ZERO3))
+    return _refusal(deepspeed_engine(model, ZERO3), ZERO3)
+
+
+def zero3_before_chunks() -> str:
+    case = Case(engine="zero3")
+    model = build(case, torch.float32)
+    engine = deepspeed_engine(model, case)
+    chunk_model(model, chunk_config(case))
+    return _refusal(engine, case)
+
+
+def groups_on_a_sharded_model() -> str:
+    model = build(ZERO3, torch.float32)
+    deepspeed_engine(model, ZERO3)
+    with pytest.raises(ValueError, match="layers_per_group=2") as refused:
+        chunk_model(model, chunk_config(ZERO3))
+    return str(refused.value)
+
+
+def units_inside_a_layer() -> str:
+    case = Case(engine="fsdp2")
+    model = chunk_model(build(case, torch.float64), ChunkConfig(chunk_size=4))
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        fully_shard(layer.mlp)  # type: ignore[union-attr]
+        fully_shard(layer)
+    fully_shard(model)
+    return _refusal(model, case)
+
+
+def units_across_groups() -> str:
+    case = Case(engine="fsdp2", layers_per_group=2)
+    model = chunk_model(build(case, torch.float64), chunk_config(case))
+    layers = list(model.model.layers)  # type: ignore[union-attr]
+    fully_shard(layers[:1])
+    fully_shard(layers[1:3])
+    fully_shard(layers[3:])
+    fully_shard(model)
+    return _refusal(model, case)
+
+
+def _refusal(model: torch.nn.Module, case: Case) -> str:
+    with pytest.raises(ValueError, match=r".") as refused:
+        model(**micro_batches(case, distributed.get_rank())[0])
+    return str(refused.value)
+
+
+def test_zero3_refuses_groups_of_several_layers(two_ranks: Ranks) -> None:
+    for message in two_ranks.run(zero3_with_groups) + two_ranks.run(groups_on_a_sharded_model):
+        assert "layers_per_group=2 with DeepSpeed zero_optimization.stage=3" in message
+
+
+def test_zero3_refuses_layers_that_are_no_leaves(two_ranks: Ranks) -> None:
+    for message in two_ranks.run(zero3_before_chunks):
+        assert "chunk_model before deepspeed.initialize" in message
+
+
+def test_fsdp2_refuses_units_inside_a_layer(two_ranks: Ranks) -> None:
+    for message in two_ranks.run(units_inside_a_layer):
+        assert "fully_shard was applied to 'mlp'" in message
+
+
+def test_fsdp2_refuses_units_across_groups(two_ranks: Ranks) -> None:
+    for message in two_ranks.run(units_across_groups):
+        assert "layers_per_group=2" in message
+        assert "fully_shard" in message
+
+
+def fail_on(rank: int) -> None:
+    if distributed.get_rank() == rank:
+        raise RuntimeError("the disk of this rank is gone")
+    distributed.barrier()
+
+
+def die_on(rank: int) -> None:
+    if distributed.get_rank() == rank:
+        os._exit(3)
+    time.sleep(60)
+
+
+def test_the_harness_names_a_failing_rank() -> None:
+    ranks = Ranks(2)
+    with pytest.raises(
+        RankError, match=r"rank 1 failed:\n(.*\n)*RuntimeError: the disk of this rank is gone"
+    ):
+        ranks.run(fail_on, 1)
+    with pytest.raises(RankError, match="rank 0 failed:\ndied with exit code 3"):
+        ranks.run(die_on, 0)

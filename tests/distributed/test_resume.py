@@ -1,0 +1,137 @@
+"""A run that is resumed goes on as if it had never stopped, under every engine; what it saves loads."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from tests.distributed.launched import arguments_of, figures, save_initial_model, train, train_and_die
+from tests.distributed.ranks import RankError, Ranks
+from tests.tiny_run import TEXTS, make_model_folder
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+
+ROWS = TEXTS * 3
+OPTIONS: dict[str, Any] = {
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "chunk_method": "spaco",
+    "spaco_budget": 2,
+    "lr_scheduler_type": "linear",
+    "seed": 5,
+}
+LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.2}
+ENGINES, TRAININGS = ("ddp", "fsdp2", "zero2", "zero3"), ("full", "LoRA")
+FIGURES = ("loss", "learning_rate", "grad_norm", "num_tokens_seen", "spaco_tokens_kept")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_model_folder(tmp_path_factory.mktemp("resume") / "model")
+    save_initial_model(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(model: Path, tmp_path: Path) -> Path:
+    shutil.copytree(model, tmp_path / "model")
+    return tmp_path
+
+
+def run(ranks: Ranks, engine: str, folder: Path, **options: Any) -> dict[int, tuple[float, ...]]:
+    statuses = ranks.run(train, *arguments_of(engine, folder, ROWS, **{**OPTIONS, **options}))
+    assert statuses == [0] * ranks.num_ranks
+    assert not list((folder / "out").glob(".unfinished*"))
+    return figures(folder, *FIGURES)
+
+
+def loaded(folder: Path, *, lora: bool) -> dict[str, torch.Tensor]:
+    """In this one process."""
+    kind = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
+    state = dict(kind.from_pretrained(folder / "out").state_dict())
+    assert all(value.numel() for value in state.values())
+    return state
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resumed_run_goes_on_as_the_whole_one(
+    two_ranks: Ranks, folder: Path, engine: str, training: str
+) -> None:
+    lora = training == "LoRA"
+    options = LORA if lora else {}
+    whole = run(two_ranks, engine, folder, **options)
+    assert list(whole) == [1, 2, 3, 4]
+    weights = loaded(folder, lora=lora)
+    shutil.rmtree(folder / "out" / "checkpoint-4")
+    shutil.copytree(folder / "out" / "checkpoint-2", folder / "out" / "checkpoint-9")
+    (folder / "out" / "checkpoint-9" / "trainer_state.json").unlink()  # not complete: to be passed over
+    resumed = run(two_ranks, engine, folder, resume_from_checkpoint=True, **options)
+    assert resumed == whole
+    for name, value in loaded(folder, lora=lora).items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(folder: Path, two_ranks: Ranks) -> None:
+    """One rank in a step (FSDP2), then all ranks with a checkpoint half written (ZeRO-3)."""
+    expected = {}
+    for engine in ("fsdp2", "zero3"):
+        expected[engine] = run(two_ranks, engine, folder)
+        shutil.rmtree(folder / "out")
+    fsdp2 = arguments_of("fsdp2", folder, ROWS, **OPTIONS)
+    with pytest.raises(RankError, match="rank 1 failed:\ndied with exit code -9"):
+        two_ranks.run(train_and_die, "in a step", 4, (1,), *fsdp2)
+    assert run(two_ranks, "fsdp2", folder, resume_from_checkpoint=True) == expected["fsdp2"]
+    shutil.rmtree(folder / "out")
+    zero3 = arguments_of("zero3", folder, ROWS, **OPTIONS)
+    with pytest.raises(RankError, match="died with exit code -9"):
+        two_ranks.run(train_and_die, "in a save", 4, (0, 1), *zero3)
+    assert [path.name for path in (folder / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert run(two_ranks, "zero3", folder, resume_from_checkpoint=True) == expected["zero3"]
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[Ranks]:
+    ranks = Ranks(1)
+    yield ranks
+    ranks.stop()
+
+
+def test_another_number_of_ranks_works_or_is_refused(
+    two_ranks: Ranks, one_rank: Ranks, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With twice the accumulation, one rank sees in a step what two have seen."""
+    exact = {"chunk_method": "seco", "spaco_budget": 8}
+    whole = run(two_ranks, "fsdp2", folder, **exact)
+    again = {"gradient_accumulation_steps": 2, "resume_from_checkpoint": folder / "out" / "checkpoint-2"}
+    resumed = run(one_rank, "fsdp2", folder, **exact, **again)
+    assert [resumed[step][:3] for step in (3, 4)] == [
+        pytest.approx(whole[step][:3], rel=1e-4) for step in (3, 4)
+    ]
+    shutil.rmtree(folder / "out")
+    run(two_ranks, "zero3", folder, **exact)
+    capfd.readouterr()
+    assert one_rank.run(train, *arguments_of("zero3", folder, ROWS, **{**OPTIONS, **exact, **again})) == [2]
+    said = capfd.readouterr().err
+    assert "was saved by 2 ranks of DeepSpeed ZeRO, and this job has 1" in said
+    assert "ds_to_universal" in said
+
+
+def test_a_rank_without_data_in_the_last_step_stops_nobody(two_ranks: Ranks, folder: Path) -> None:
+    """Five samples, two ranks, accumulation of two: the last step has one sample for both."""
+    options = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "no", "long_samples": "truncate"}
+    for engine in ("fsdp2", "zero3"):
+        arguments = arguments_of(
+            engine, folder, ROWS[:5], **{**OPTIONS, **options, "gradient_accumulation_steps": 2}
+        )
+        assert two_ranks.run(train, *arguments) == [0, 0]
+        assert list(figures(folder, "loss")) == [1, 2]
+        shutil.rmtree(folder / "out")
