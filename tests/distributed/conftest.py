@@ -16,6 +16,6 @@ def two_ranks() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def four_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(4)
+    ranks = Ranks(4, timeout_s=300)  # four interpreters start at once on what may be two busy cores
     yield ranks
     ranks.stop()
