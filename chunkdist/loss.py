@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from chunkdist.replay import AutocastState
+
 TILE_BYTES = 2**29
 """Memory of one tile: its logits in the model's dtype and in fp32, and their gradients."""
 
@@ -55,6 +57,8 @@ class LazyLogits(torch.Tensor):
     hidden: Tensor
     head: nn.Linear
     operations: tuple[Operation, ...]
+    autocast: AutocastState
+    """Of the forward; `compute` may be called after it."""
 
     @staticmethod
     def __new__(
@@ -63,13 +67,15 @@ class LazyLogits(torch.Tensor):
         shape = (*hidden.shape[:-1], head.out_features)  # the weight may be sharded
         self: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
         self.hidden, self.head, self.operations = hidden, head, operations
+        self.autocast = AutocastState.capture(hidden.device.type)
         return self
 
     def compute(self) -> Tensor:
         """The logits as a tensor, connected to the graph."""
-        return self.call_head(
-            lambda hidden: _logits(hidden, self.head.weight, self.head.bias, operations=self.operations)
-        )
+        with self.autocast.apply():
+            return self.call_head(
+                lambda hidden: _logits(hidden, self.head.weight, self.head.bias, operations=self.operations)
+            )
 
     def call_head(self, function: Operation) -> Tensor:
         """Calls the head on the hidden states, hooks and all, with `function` as its forward."""
@@ -129,20 +135,32 @@ def _computed(x: Any) -> Any:
     return x
 
 
-@contextmanager
-def lazy_logits(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `model`'s head returns `LazyLogits` and its loss function takes them tile by tile.
+def tiled_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The output layer, if its logits are made in tiles; `None`: all of them are made.
 
-    A head that is no plain linear map, or a loss of the model's own, stays as it is, with all its logits.
+    A head that PEFT trains whole (`modules_to_save`) is the copy that it trains.
     """
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
+    copies, active = getattr(head, "modules_to_save", {}), getattr(head, "active_adapters", [])
+    if len(active) == 1 and active[0] in copies:
+        head = copies[active[0]]
     # not `type(head)`: FSDP2 gives a module another class
     is_linear = (
         isinstance(head, nn.Linear)
         and type(head).forward is nn.Linear.forward
         and "forward" not in head.__dict__
     )
-    if not is_linear or model.loss_function is not ForCausalLMLoss:
+    return head if is_linear and model.loss_function is ForCausalLMLoss else None
+
+
+@contextmanager
+def lazy_logits(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `model`'s head returns `LazyLogits` and its loss function takes them tile by tile.
+
+    A head that is no plain linear map, or a loss of the model's own, stays as it is, with all its logits.
+    """
+    head = tiled_head(model)
+    if head is None:
         yield
         return
 

@@ -6,6 +6,7 @@ is whatever calls transformers' `AttentionInterface`. What cannot be computed ex
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import re
@@ -14,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, SupportsIndex, TypeVar
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -26,7 +27,7 @@ from chunkdist.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.group_layer import GroupLayer
 from chunkdist.layer_group import LayerGroup
-from chunkdist.loss import lazy_logits, tile_tokens
+from chunkdist.loss import lazy_logits, tile_tokens, tiled_head
 from chunkdist.sampling import SampleReport
 from chunkdist.sharding.zero3 import Zero3Layers
 
@@ -134,6 +135,12 @@ class ChunkedModel:
         for start in range(0, num_layers, height):
             self.groups.append(self._group(layers[start : start + height], start))
         self.groups[-1].is_last = True
+        if tiled_head(model) is None:
+            logger.warning(
+                "chunkdist: the logits of the whole sequence will be made: the output layer, %s, is no plain "
+                "linear layer, or the loss is not the usual one",
+                type(model.get_output_embeddings()).__name__,
+            )
         for name, module in decoder.named_children():
             if "norm" in type(module).__name__.lower() or "norm" in name.lower():
                 self._group([module], None)
@@ -160,9 +167,16 @@ class ChunkedModel:
                 for module in layer.layer.modules():
                     module.__dict__.pop(LAYER_ATTRIBUTE, None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChunkedModel:
+        memo[id(self)] = twin = object.__new__(type(self))
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError("a chunked model cannot be pickled: call unchunk_model first, or save_pretrained")
+
     def report(self) -> ChunkReport:
-        head = self.model.get_output_embeddings()
-        weight = getattr(head, "weight", None)
+        head = tiled_head(self.model)
         reasons = self.context.attention.reasons
         return ChunkReport(
             num_layers=sum(len(group.layers) for group in self.groups),
@@ -173,7 +187,9 @@ class ChunkedModel:
             rebuilds_kv=self.config.rebuilds_kv,
             attention=" and ".join(reasons) or self.config.attention,
             attention_reason="; ".join(reasons.values()) or "chosen in the first step",
-            head_tile_tokens=None if weight is None else tile_tokens(weight.shape[0], weight.element_size()),
+            head_tile_tokens=None
+            if head is None
+            else tile_tokens(head.out_features, head.weight.element_size()),
             sample=None if self.context.sample is None else self.context.sample.report,
         )
 
