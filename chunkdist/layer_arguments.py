@@ -29,7 +29,12 @@ class LayerSignature:
         arguments = dict(self._signature.bind(*args, **kwargs).arguments)
         if self._var_keyword is not None:
             arguments |= arguments.pop(self._var_keyword, {})
-        return arguments.pop(self._hidden), arguments
+        hidden = arguments.pop(self._hidden)
+        if isinstance(hidden, tuple):  # `*args`, as PEFT's wrappers of whole modules have it
+            hidden, *others = hidden
+            if others:
+                raise UnsupportedModelError(f"a wrapped layer gets {len(others)} arguments without names")
+        return hidden, arguments
 
 
 def refuse_arguments(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], stream: Stream) -> None:

@@ -99,10 +99,10 @@ class GroupRun:
     def add(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Records one layer's arguments; all layers must get the same hidden states."""
         if self._input is None:
-            self._input = hidden, hidden._version
+            self._input = hidden, _version_of(hidden)
         first, version = self._input
         same_storage = hidden.untyped_storage()._cdata == first.untyped_storage()._cdata
-        if not same_storage or hidden.shape != first.shape or hidden._version != version:
+        if not same_storage or hidden.shape != first.shape or _version_of(hidden) != version:
             raise UnsupportedModelError(
                 "the decoder changes the hidden states between its layers: write layers_per_group=1, not "
                 f"{len(self.group.layers)}"
@@ -316,6 +316,11 @@ def _tokens_of(hidden: Tensor, chunk: Chunk) -> Tensor:
     """A chunk's hidden states, contiguous as a layer gets them without chunks: some call `.view`. One row: no
     copy."""
     return hidden[:, chunk.start : chunk.end].contiguous()
+
+
+def _version_of(x: Tensor) -> int:
+    """How often `x` was changed in place; tensors of `torch.inference_mode` do not count that."""
+    return 0 if x.is_inference() else x._version
 
 
 class _GroupFunction(torch.autograd.Function):

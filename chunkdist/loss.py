@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from chunkdist.replay import AutocastState
+
 TILE_BYTES = 2**29
 """Memory of one tile: its logits in the model's dtype and in fp32, and their gradients."""
 
@@ -57,6 +59,8 @@ class LazyLogits(torch.Tensor):
     head: nn.Linear
     operations: tuple[Operation, ...]
     detached: bool
+    autocast: AutocastState
+    """Of the forward; `compute` may be called after it."""
 
     @staticmethod
     def __new__(
@@ -70,11 +74,21 @@ class LazyLogits(torch.Tensor):
         shape = (*hidden.shape[:-1], head.out_features)  # the weight may be sharded
         self: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
         self.hidden, self.head, self.operations, self.detached = hidden, head, operations, detached
+        self.autocast = AutocastState.capture(hidden.device.type)
         return self
+
+    def with_changes(
+        self, *, operations: tuple[Operation, ...], dtype: torch.dtype, detached: bool
+    ) -> LazyLogits:
+        """The same logits, with other operations or without the graph."""
+        hidden = self.hidden.detach() if detached else self.hidden
+        twin = LazyLogits(hidden, self.head, operations, dtype, detached)
+        twin.autocast = self.autocast
+        return twin
 
     def compute(self) -> Tensor:
         """The logits as a tensor, connected to the graph unless they are detached."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached), self.autocast.apply():
             return self.call_head(
                 lambda hidden: _logits(hidden, self.head.weight, self.head.bias, operations=self.operations)
             )
@@ -112,9 +126,10 @@ class LazyLogits(torch.Tensor):
         ):
             operation: Operation = lambda logits: func(logits, *others, **kwargs)  # noqa: E731
             dtype = operation(torch.empty(0, dtype=lazy.dtype)).dtype
-            return LazyLogits(lazy.hidden, lazy.head, (*lazy.operations, operation), dtype, lazy.detached)
+            operations = (*lazy.operations, operation)
+            return lazy.with_changes(operations=operations, dtype=dtype, detached=lazy.detached)
         if isinstance(lazy, LazyLogits) and func in (_T.detach, torch.detach):
-            return LazyLogits(lazy.hidden.detach(), lazy.head, lazy.operations, lazy.dtype, detached=True)
+            return lazy.with_changes(operations=lazy.operations, dtype=lazy.dtype, detached=True)
         return func(*_computed(args), **_computed(kwargs))
 
     @classmethod
@@ -139,20 +154,32 @@ def _computed(x: Any) -> Any:
     return x
 
 
-@contextmanager
-def lazy_logits(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `model`'s head returns `LazyLogits` and its loss function takes them tile by tile.
+def tiled_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The output layer, if its logits are made in tiles; `None`: all of them are made.
 
-    A head that is no plain linear map, or a loss of the model's own, stays as it is, with all its logits.
+    A head that PEFT trains whole (`modules_to_save`) is the copy that it trains.
     """
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
+    copies, active = getattr(head, "modules_to_save", {}), getattr(head, "active_adapters", [])
+    if len(active) == 1 and active[0] in copies:
+        head = copies[active[0]]
     # not `type(head)`: FSDP2 gives a module another class
     is_linear = (
         isinstance(head, nn.Linear)
         and type(head).forward is nn.Linear.forward
         and "forward" not in head.__dict__
     )
-    if not is_linear or model.loss_function is not ForCausalLMLoss:
+    return head if is_linear and model.loss_function is ForCausalLMLoss else None
+
+
+@contextmanager
+def lazy_logits(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `model`'s head returns `LazyLogits` and its loss function takes them tile by tile.
+
+    A head that is no plain linear map, or a loss of the model's own, stays as it is, with all its logits.
+    """
+    head = tiled_head(model)
+    if head is None:
         yield
         return
 

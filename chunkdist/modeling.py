@@ -6,29 +6,28 @@ is whatever calls transformers' `AttentionInterface`. What cannot be computed ex
 
 from __future__ import annotations
 
-import inspect
+import copy
 import logging
-import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, LayerState, attend
 from chunkdist.attention.mask import chunk_mask
 from chunkdist.config import ChunkConfig
 from chunkdist.context import ChunkContext
-from chunkdist.errors import UnsupportedModelError
 from chunkdist.group_layer import GroupLayer
 from chunkdist.layer_group import LayerGroup
-from chunkdist.loss import lazy_logits, tile_tokens
+from chunkdist.loss import lazy_logits, tile_tokens, tiled_head
 from chunkdist.memory.retained import choose_retained_chunks
+from chunkdist.model_layers import configs_of, find_layers, refuse_known
 from chunkdist.sampling import SampleReport
 from chunkdist.sharding.zero3 import Zero3Layers
 
@@ -37,13 +36,6 @@ logger = logging.getLogger(__name__)
 _HANDLE = "_chunkdist_model"
 _CONTEXT = "_chunkdist_context"
 _ORIGINAL_FORWARD = "_chunkdist_original_forward"
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-_MIXERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCellBase, nn.ZeroPad2d)
-"""Modules that look at neighbouring tokens; the last one is how token shifts are written."""
-_MIXER_NAMES = re.compile(
-    r"Mamba|SSM(?!LP)|RecurrentBlock|Rwkv|RWKV|DeltaNet|LinearAttention|ShortConv|Hyena|Indexer"
-)
-"""The same for classes that need no such module."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -136,8 +128,8 @@ class ChunkedModel:
     """Everything that `chunk_model` puts into a model."""
 
     def __init__(self, model: PreTrainedModel, config: ChunkConfig) -> None:
-        entries, decoder, layers = _find_layers(model)
-        _refuse_known(model, entries[-1], layers)
+        entries, decoder, layers = find_layers(model)
+        refuse_known(model, entries[-1], layers)
         num_layers = len(layers)
         height = num_layers if config.layers_per_group == "all" else config.layers_per_group
         assert isinstance(height, int)
@@ -145,13 +137,19 @@ class ChunkedModel:
             raise ValueError(f"layers_per_group={height}, but the model has {num_layers} layers: write 'all'")
         self.model = model
         self.entries = entries
-        self.context = ChunkContext(config, _configs([*entries, decoder, *layers]))
+        self.context = ChunkContext(config, configs_of([*entries, decoder, *layers]))
         self._zero3 = Zero3Layers(layers, height)
         self.groups: list[LayerGroup] = []
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
         for start in range(0, num_layers, height):
             self.groups.append(self._group(layers[start : start + height], start))
         self.groups[-1].is_last = True
+        if tiled_head(model) is None:
+            logger.warning(
+                "chunkdist: the logits of the whole sequence will be made: the output layer, %s, is no plain "
+                "linear layer, or the loss is not the usual one",
+                type(model.get_output_embeddings()).__name__,
+            )
         for name, module in decoder.named_children():
             if "norm" in type(module).__name__.lower() or "norm" in name.lower():
                 self._group([module], None)
@@ -178,12 +176,16 @@ class ChunkedModel:
                 for module in layer.layer.modules():
                     module.__dict__.pop(LAYER_ATTRIBUTE, None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChunkedModel:
+        memo[id(self)] = twin = object.__new__(type(self))
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError("a chunked model cannot be pickled: call unchunk_model first, or save_pretrained")
+
     def report(self) -> ChunkReport:
-        head = self.model.get_output_embeddings()
-        weight, rows = (
-            getattr(head, "weight", None),
-            getattr(head, "out_features", None),
-        )  # ZeRO-3 empties weights
+        head = tiled_head(self.model)
         reasons, config = self.context.attention.reasons, self.context.config
         return ChunkReport(
             num_layers=sum(len(group.layers) for group in self.groups),
@@ -196,9 +198,9 @@ class ChunkedModel:
             rebuilds_kv=config.rebuilds_kv,
             attention=" and ".join(reasons) or config.attention,
             attention_reason="; ".join(reasons.values()) or "chosen in the first step",
-            head_tile_tokens=tile_tokens(rows, weight.element_size())
-            if rows and weight is not None
-            else None,
+            head_tile_tokens=None
+            if head is None
+            else tile_tokens(head.out_features, head.weight.element_size()),
             sample=None if self.context.sample is None else self.context.sample.report,
         )
 
@@ -263,91 +265,3 @@ def _handle(model: PreTrainedModel) -> ChunkedModel:
     if not isinstance(handle, ChunkedModel):
         raise ValueError("the model is not chunked: call chunk_model(model, config) first")
     return handle
-
-
-def _find_layers(model: PreTrainedModel) -> tuple[list[nn.Module], nn.Module, list[nn.Module]]:
-    """The modules around the layers that take token ids, the decoder, and its layers.
-
-    Of the first, the outermost one that is called makes the masks and is where a chunked forward begins.
-    The layers are the one list as long as `num_hidden_layers`; beside other towers, the least nested one.
-    """
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{name} is an encoder-decoder: its decoder attends to something else than itself"
-        )
-    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = _lists_of(num_layers, model.get_decoder()) or _lists_of(num_layers, model)
-    depth = min((path.count(".") for path, _ in found), default=0)
-    found = [(path, decoder) for path, decoder in found if path.count(".") == depth]
-    if len(found) != 1:
-        raise UnsupportedModelError(
-            f"{name} has {len(found)} lists of {num_layers} layers, not one: cannot tell what to chunk"
-        )
-    ((_, decoder),) = found
-    layers = [
-        layer for child in decoder.children() if _is_list_of(num_layers, child) for layer in child.children()
-    ]
-    if len({id(layer) for layer in layers}) < len(layers):
-        raise UnsupportedModelError(f"{name} uses one layer several times")
-    around = [module for module in model.modules() if module is not model and decoder in module.modules()]
-    entries = [module for module in around if "input_ids" in inspect.signature(module.forward).parameters]
-    if not entries:
-        raise UnsupportedModelError(
-            f"{name} has no module that takes input_ids, other than itself: cannot tell where it begins"
-        )
-    return entries, decoder, layers
-
-
-def _lists_of(num_layers: object, root: nn.Module) -> list[tuple[str, nn.Module]]:
-    parents = root.named_modules()
-    return [(path, p) for path, p in parents for child in p.children() if _is_list_of(num_layers, child)]
-
-
-def _is_list_of(num_layers: object, module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) == num_layers
-
-
-def _refuse_known(model: PreTrainedModel, decoder: nn.Module, layers: list[nn.Module]) -> None:
-    name = type(model).__name__
-    config = model.config.get_text_config()
-    if not (decoder if isinstance(decoder, PreTrainedModel) else model)._can_set_attn_implementation():
-        raise UnsupportedModelError(
-            f"{name} does not call transformers' AttentionInterface: its attention cannot be chunked"
-        )
-    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
-    if kinds:
-        raise UnsupportedModelError(f"{name} has layers of type {', '.join(sorted(map(str, kinds)))}")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise UnsupportedModelError(f"{name} shares keys and values between layers")
-    if getattr(config, "is_decoder", True) is False and hasattr(config, "add_cross_attention"):
-        raise UnsupportedModelError(f"{name} is set up as an encoder (is_decoder=False): it is not causal")
-    for path, module in (item for layer in layers for item in layer.named_modules()):
-        if isinstance(module, _MIXERS) or _MIXER_NAMES.search(type(module).__name__):
-            raise UnsupportedModelError(
-                f"{name} has {type(module).__name__} ({path}) in its layers: state between tokens other than "
-                "keys and values"
-            )
-    for kind in dict.fromkeys(type(module) for layer in layers for module in layer.modules()):
-        if _counts_tokens(kind):
-            raise UnsupportedModelError(
-                f"{name}: {kind.__name__} takes its tokens' positions from their number, and a chunk does "
-                "not begin at 0"
-            )
-
-
-def _counts_tokens(kind: type[nn.Module]) -> bool:
-    """Whether a module makes its own positions, from its cache and the number of tokens that it gets."""
-    try:
-        source = inspect.getsource(kind.forward)
-    except (OSError, TypeError):
-        return False
-    return "arange(" in source and "get_seq_length(" in source
-
-
-def _configs(modules: list[nn.Module]) -> list[PreTrainedConfig]:
-    """The config objects, each once, from which masks and attention modules read their implementation."""
-    found = [getattr(submodule, "config", None) for module in modules for submodule in module.modules()]
-    configs = [config for config in found if isinstance(config, PreTrainedConfig)]
-    configs += [config.get_text_config() for config in configs]
-    return list({id(config): config for config in configs}.values())

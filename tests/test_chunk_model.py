@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from typing import Any
 
@@ -330,3 +331,48 @@ def _grads(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 def _num_live_stores() -> int:
     gc.collect()
     return sum(isinstance(x, KVStore) and x._kv is not None for x in gc.get_objects())
+
+
+@pytest.mark.parametrize("saved", ["norm", "lm_head", "input_layernorm"])
+def test_modules_that_peft_trains_whole(saved: str) -> None:
+    def model() -> Any:
+        return with_lora(tiny_llama(), modules_to_save=[saved])
+
+    truth = gradients(model(), batch())
+    for config in (
+        ChunkConfig(chunk_size=7),
+        ChunkConfig(chunk_size=7, layers_per_group=2, retained_chunks=1),
+    ):
+        chunked = chunk_model(model(), config)
+        assert largest_difference(gradients(chunked, batch()), truth) < 1e-6
+        assert chunk_report(chunked).head_tile_tokens is not None
+
+
+def test_an_adapter_on_the_head_makes_all_logits_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = chunk_model(with_lora(tiny_llama(), target_modules=["lm_head"]), ChunkConfig(chunk_size=7))
+    assert "the logits of the whole sequence will be made" in caplog.text
+    assert chunk_report(model).head_tile_tokens is None
+    truth = gradients(with_lora(tiny_llama(), target_modules=["lm_head"]), batch())
+    assert largest_difference(gradients(model, batch()), truth) < 1e-6
+
+
+@pytest.mark.parametrize("height", [1, 2])
+def test_evaluation_in_inference_mode(height: int) -> None:
+    model = tiny_llama()
+    expected = model(**batch(), use_cache=False).loss
+    chunk_model(model, ChunkConfig(chunk_size=7, layers_per_group=height))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(**batch(), use_cache=False).loss, expected.detach())
+    assert largest_difference(gradients(model, batch()), gradients(tiny_llama(), batch())) < 1e-6
+
+
+def test_pickling_is_refused() -> None:
+    with pytest.raises(TypeError, match="cannot be pickled: call unchunk_model first"):
+        pickle.dumps(chunk_model(tiny_llama(), ChunkConfig(chunk_size=7)))
+
+
+def test_logits_under_autocast_are_what_they_were_there() -> None:
+    model = chunk_model(tiny_llama(dtype=torch.float32), ChunkConfig(chunk_size=7))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**batch(), use_cache=False).logits
+    assert logits.dtype == (logits + 0).dtype == torch.bfloat16

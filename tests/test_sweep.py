@@ -116,7 +116,7 @@ def test_sees_a_lost_gradient_of_the_prefix(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_sees_state_beside_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modeling, "_refuse_known", lambda *args: None)
+    monkeypatch.setattr(modeling, "refuse_known", lambda *args: None)
     assert run_class("FalconH1ForCausalLM").outcome == "wrong"  # attention and an SSM in each layer
 
 

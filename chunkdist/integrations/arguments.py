@@ -226,6 +226,8 @@ class OptionParser(TrlParser):
             )
         except TypeError as error:  # a value of a wrong kind that only a dataclass notices
             raise ValueError(f"an option has a value of a wrong kind: {error}") from error
+        if "--config" in from_command_line:
+            self.error("--config is given twice: write it once (`make train CONFIG=FILE`)")
         for unknown in [*from_yaml[::2], *(part for part in from_command_line if part.startswith("-"))]:
             self.error(f"unknown option {unknown.split('=')[0].lstrip('-')!r}{self._nearest(unknown)}")
         if from_command_line:

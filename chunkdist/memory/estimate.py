@@ -92,7 +92,9 @@ def estimate_memory(
     chunk_tokens = min(report.chunk_size, num_tokens) * num_rows
     retained_tokens = min(report.retained_chunks * report.chunk_size, num_tokens) * num_rows
     graph_tokens = max(report.layers_per_group * chunk_tokens, report.num_layers * retained_tokens)
-    head_tokens = min(report.head_tile_tokens or 0, num_tokens * num_rows)
+    head_tokens = num_tokens * num_rows
+    if report.head_tile_tokens is not None:
+        head_tokens = min(report.head_tile_tokens, head_tokens)
     states = _OPTIMIZER_STATES.get(optimizer)
     return MemoryEstimate(
         weights_bytes=sum(_local_bytes(p) for p in parameters),

@@ -107,6 +107,8 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
         parse_options(["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(ValueError, match="followed by nothing"):
         parse_options(["--config"])
+    with pytest.raises(ValueError, match="--config is given twice"):
+        parse_options(["--config", str(ROOT / "configs/quickstart.yaml"), "--config", "my.yaml"])
     for text, message in (
         ("a: [", "cannot be read"),
         ("just text", "holds no options"),
