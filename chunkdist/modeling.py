@@ -25,7 +25,8 @@ from chunkdist.config import ChunkConfig
 from chunkdist.context import ChunkContext
 from chunkdist.group_layer import GroupLayer
 from chunkdist.layer_group import LayerGroup
-from chunkdist.loss import lazy_logits, tile_tokens, tiled_head
+from chunkdist.lazy_logits import lazy_logits, tiled_head
+from chunkdist.loss import tile_tokens
 from chunkdist.memory.retained import choose_retained_chunks
 from chunkdist.model_layers import configs_of, find_layers, refuse_known
 from chunkdist.sampling import SampleReport

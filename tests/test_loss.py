@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, PreTrainedModel
 
 from chunkdist import ChunkConfig, chunk_model, loss
-from chunkdist.loss import LazyLogits, lazy_logits, linear_cross_entropy
+from chunkdist.lazy_logits import LazyLogits, lazy_logits
+from chunkdist.loss import linear_cross_entropy
 from tests.models import VOCAB_SIZE, batch, gradients, largest_difference, tiny_llama
 
 NUM_TOKENS = 40

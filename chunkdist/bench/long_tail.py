@@ -44,7 +44,7 @@ from chunkdist.bench.step import set_checkpointing
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.long_tail import long_tailed_lengths
 from chunkdist.data.streams import NO_LABEL, stream_of
-from chunkdist.loss import lazy_logits
+from chunkdist.lazy_logits import lazy_logits
 from chunkdist.modeling import chunk_report
 
 

@@ -32,7 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.environment import hardware, versions
 from chunkdist.bench.step import BASELINE, set_checkpointing
-from chunkdist.loss import lazy_logits
+from chunkdist.lazy_logits import lazy_logits
 from chunkdist.memory import LiveBytes
 from chunkdist.memory.fake import fake_model
 

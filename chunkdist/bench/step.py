@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from chunkdist import ChunkConfig, chunk_model, unchunk_model
 from chunkdist.bench.environment import hardware, versions
-from chunkdist.loss import lazy_logits
+from chunkdist.lazy_logits import lazy_logits
 
 BASELINE = "gradient checkpointing"
 

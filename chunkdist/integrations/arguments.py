@@ -1,157 +1,37 @@
-"""The options of a training run: TRL's own, and the few of ours, by one name in YAML and on the command line.
-
-What an option of `ChunkConfig` means is said in its docstring, and its default is set there, once.
-"""
+"""The options of a training run: TRL's own, and the few of ours, by one name in YAML and on the command line."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import importlib.util
-import inspect
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-import torch
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from chunkdist.config import ATTENTION_NAMES, ChunkConfig
+from chunkdist.config import ChunkConfig
 from chunkdist.data.samples import LongSamples
+from chunkdist.integrations.chunk_arguments import ChunkArguments, option
 from chunkdist.integrations.packing import check_packing
-from chunkdist.samplers import (
-    ChunkSampler,
-    FixedBudgetSampler,
-    ImportanceSampler,
-    IndependentSampler,
-    RunSampler,
-)
 from chunkdist.sharding.launch import needs_gloo, skip_shm_build, tell_ranks
-
-_KV_GRAD_DTYPES: dict[str, torch.dtype | None] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "model": None,
-}
-_SAMPLERS = {
-    "independent": IndependentSampler,
-    "importance": ImportanceSampler,
-    "runs": RunSampler,
-    "fixed": FixedBudgetSampler,
-}
-
-
-def _of_config(name: str, *, default: object = None, choices: tuple[str, ...] | None = None) -> Any:
-    """A field whose value goes to `ChunkConfig`; help, and a default that is not given, come from there."""
-    if default is None:
-        default = inspect.signature(ChunkConfig).parameters[name].default
-    match = re.search(
-        rf"^ {{8}}{name}: (.*?)(?=^ {{8}}\w+: |^ {{4}}\w+:|\Z)", ChunkConfig.__doc__ or "", re.S | re.M
-    )
-    assert match, f"ChunkConfig's docstring does not tell about {name}"
-    help_text = " ".join(match[1].split()).replace("`", "").replace("%", "%%")
-    return _option(default, help_text, choices=choices)
-
-
-def _option(default: object, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help_text} | ({"choices": choices} if choices else {}))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkArguments:
-    """How the model is chunked; `chunk_config` says it in the library's own terms."""
-
-    chunk_method: str = _option(
-        "seco",
-        "seco: exact gradients, chunk by chunk. spaco: unbiased ones, of a sample of the chunks. none: plain "
-        "TRL, to "
-        "compare with.",
-        choices=("seco", "spaco", "none"),
-    )
-    chunk_size: int = _of_config("chunk_size", default=4096)
-    layers_per_group: str = _of_config("layers_per_group", default="1")
-    retained_chunks: str = _of_config("retained_chunks", default="0")
-    chunk_packing: bool = _option(
-        False, "Join whole sequences to streams without padding, and spread them over ranks by cost."
-    )
-    chunk_kv_grad_dtype: str = _of_config("kv_grad_dtype", default="float32", choices=tuple(_KV_GRAD_DTYPES))
-    chunk_offload: str = _of_config("offload", choices=("none", "host", "auto"))
-    chunk_attention: str = _of_config("attention", choices=ATTENTION_NAMES)
-    chunk_rebuild_kv: str = _of_config("rebuild_kv", choices=("auto", "true", "false"))
-    spaco_sampler: str = _option(
-        "independent",
-        "independent: every chunk with the same probability. importance: in proportion to the norm of its "
-        "output gradient. runs: neighbouring chunks together. fixed: the paper's, biased.",
-        choices=tuple(_SAMPLERS),
-    )
-    spaco_budget: int = _option(8, "How many chunks of a sequence are backpropagated, on average.")
-    spaco_cap: float | None = _option(None, "Upper bound of the fixed sampler's factor (2 in the paper).")
-    chunk_check: bool = _option(
-        True, "Before training, compare the gradients of a short sample with those of the unchunked model."
-    )
-
-    def chunk_config(self) -> ChunkConfig | None:
-        """The library's config; `None` for `chunk_method=none`.
-
-        Raises:
-            ValueError, NotImplementedError: a value is out of range, or not built yet.
-        """
-        if self.chunk_method == "none":
-            return None
-        rebuild_kv: Any = {"true": True, "false": False}.get(self.chunk_rebuild_kv, self.chunk_rebuild_kv)
-        offload: Any = self.chunk_offload
-        attention: Any = self.chunk_attention
-        return ChunkConfig(
-            chunk_size=self.chunk_size,
-            layers_per_group=_count_or_word(self.layers_per_group),
-            retained_chunks=_count_or_word(self.retained_chunks),
-            kv_grad_dtype=_KV_GRAD_DTYPES[self.chunk_kv_grad_dtype],
-            offload=offload,
-            attention=attention,
-            rebuild_kv=rebuild_kv,
-            sampler=self._sampler(),
-        )
-
-    def _sampler(self) -> ChunkSampler | None:
-        given = {
-            name: value
-            for name in ("spaco_sampler", "spaco_budget", "spaco_cap")
-            if (value := getattr(self, name)) != inspect.signature(ChunkArguments).parameters[name].default
-        }
-        if self.chunk_method != "spaco":
-            if given:
-                raise ValueError(
-                    f"{', '.join(given)} without chunk_method=spaco would be ignored: write chunk_method: "
-                    "spaco"
-                )
-            return None
-        if self.spaco_cap is None:
-            sampler: ChunkSampler = _SAMPLERS[self.spaco_sampler](budget=self.spaco_budget)
-            return sampler
-        if self.spaco_sampler != "fixed":
-            raise ValueError(
-                f"spaco_cap={self.spaco_cap} with spaco_sampler={self.spaco_sampler}: a cap makes an "
-                "unbiased sampler "
-                "biased; leave it out, or write spaco_sampler: fixed"
-            )
-        return FixedBudgetSampler(budget=self.spaco_budget, cap=self.spaco_cap)
 
 
 @dataclass
 class DataArguments(ScriptArguments):
     """TRL's dataset options, and what becomes of samples that do not fit."""
 
-    long_samples: str = _option(
+    long_samples: str = option(
         "error",
         "What becomes of a sample longer than max_length: error (before training), truncate, split (plain "
         "text only), or drop. What was done is said.",
         choices=get_args(LongSamples),
     )
-    corpus_max_bytes: int = _option(
+    corpus_max_bytes: int = option(
         4_000_000, "How much of the interpreter's standard library dataset_name: python-stdlib reads."
     )
 
@@ -161,7 +41,7 @@ class TrainArguments(SFTConfig):
     """TRL's `SFTConfig`, with Hugging Face's gradient checkpointing off: a chunked step is its own."""
 
     # `None`, not `False`: recent versions of transformers take any other value for the deprecated spelling.
-    gradient_checkpointing: bool | None = _option(  # type: ignore[assignment]
+    gradient_checkpointing: bool | None = option(  # type: ignore[assignment]
         None, "Hugging Face's gradient checkpointing, for chunk_method: none. A chunked step excludes it."
     )
 
@@ -186,7 +66,7 @@ class TrainArguments(SFTConfig):
 class ModelArguments(ModelConfig):
     """TRL's model options."""
 
-    from_scratch: bool = _option(
+    from_scratch: bool = option(
         False,
         "Draw the weights from the model's config instead of loading them; model_name_or_path then is a "
         "folder (or a name on the Hub) with config.json and a tokenizer.",
@@ -312,6 +192,9 @@ def check_options(options: TrainingOptions) -> ChunkConfig | None:
         raise ValueError(
             "dataset_streaming=True: samples that stream cannot be checked before training; write false"
         )
+    output = Path(training.output_dir or ".")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir={str(output)!r} is a file: write the name of a folder")
     if not data.dataset_name and not options.mixture.datasets:
         raise ValueError(
             "dataset_name is missing: write a file, a folder, a name on the Hub, or python-stdlib"
@@ -335,10 +218,6 @@ def check_options(options: TrainingOptions) -> ChunkConfig | None:
     if training.max_length is not None and training.max_length < 2:
         raise ValueError(f"max_length={training.max_length} leaves no token to predict: write at least 2")
     return chunk_config
-
-
-def _count_or_word(text: str) -> Any:
-    return int(text) if re.fullmatch(r"[+-]?\d+", text) else text
 
 
 def _split_config(argument: str) -> list[str]:

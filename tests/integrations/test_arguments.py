@@ -144,6 +144,7 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"load_in_4bit": True}, "needs use_peft"),
         ({"load_in_4bit": True, "use_peft": True}, r"pip install 'chunkdist\[qlora\]'"),
         ({"max_length": 1}, "max_length=1 leaves no token"),
+        ({"output_dir": __file__}, "is a file: write the name of a folder"),
     ],
 )
 def test_options_that_do_harm_are_refused(tmp_path: Path, values: dict[str, Any], message: str) -> None:
