@@ -31,10 +31,11 @@ Written by `docs/make_support.py` from the tests' own tables of cases
 (`tests/distributed/test_support.py` compares).
 
 - **gradients**: in CI, all parameter gradients of 2 or 4 ranks are those of one process.
-- **runs**: in CI, whole runs of the launcher, resumed ones among them, have the losses and weights of one process, or
-  of the run that was not interrupted.
+- **runs**: in CI, whole runs of the launcher, resumed ones among them, have the losses and weights of one
+  process, or of the run that was not interrupted.
 - **by hand**: run on other machines, see [support-by-hand.json](support-by-hand.json).
-- **unknown**: nobody has tried. QLoRA's and the CUDA kernels' cells wait for machines with a GPU.
+- **unknown**: nobody has tried. No cell is refused as a whole. QLoRA's and the CUDA kernels' cells wait for
+  machines with a GPU.
 
 ZeRO-3 takes groups of one layer, the others of any number; what engines refuse: [sharding.md](sharding.md).
 """

@@ -98,7 +98,7 @@ class LiveBytes(TorchDispatchMode):
             return result
 
         self._real_resizes.append(real)
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 from torch import distributed
 
 _FIRST, _HEARD = "chunkdist/first_failure", "chunkdist/heard"

@@ -78,7 +78,7 @@ def check_engine(args: TrainingArguments) -> None:
             "stage3_gather_16bit_weights_on_model_save is not true, with zero_optimization.stage=3: the "
             "trained model could not be saved, each rank has a part of it; write true"
         )
-    accelerator = args.accelerator_config
+    accelerator: Any = args.accelerator_config
     if num_launched_ranks() > 1 and not accelerator.even_batches and not args.dataloader_drop_last:
         raise ValueError(
             f"accelerator_config.even_batches=False with {num_launched_ranks()} ranks and "

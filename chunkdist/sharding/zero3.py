@@ -30,8 +30,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 @contextmanager
 def whole_weights(hf_deepspeed_config: Any) -> Iterator[None]:
-    """Inside, transformers draws a model's weights whole, as under other engines: ZeRO-3 would draw other ones, layer
-    by layer. DeepSpeed cuts them when it takes the model.
+    """Inside, transformers draws a model's weights whole, as under other engines: ZeRO-3 would draw other
+    ones, layer by layer. DeepSpeed cuts them when it takes the model.
 
     Args:
         hf_deepspeed_config: Of the training arguments; `None` without DeepSpeed.

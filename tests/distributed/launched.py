@@ -122,13 +122,9 @@ def master_dtypes(engine: str, arguments: list[str]) -> set[str]:
         optimizer = self.optimizer
         while not isinstance(optimizer, torch.optim.AdamW):
             optimizer = optimizer.optimizer
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        states = [
-            x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)
-        ]
-        assert parameters
-        assert states
-        found.update(str(x.dtype) for x in (*parameters, *states) if x.is_floating_point())
+        updated = [x for parameter, state in optimizer.state.items() for x in (parameter, *state.values())]
+        assert updated
+        found.update(str(x.dtype) for x in updated if isinstance(x, torch.Tensor) and x.numel() > 1)
         return real(self, *given, **values)
 
     CheckedSFTTrainer._save = look  # type: ignore[method-assign]

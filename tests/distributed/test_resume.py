@@ -50,7 +50,8 @@ def run(ranks: Ranks, engine: str, folder: Path, **options: Any) -> dict[int, tu
     statuses = ranks.run(train, *arguments_of(engine, folder, ROWS, **{**OPTIONS, **options}))
     assert statuses == [0] * ranks.num_ranks
     assert not list((folder / "out").glob(".unfinished*"))
-    return figures(folder, *FIGURES)
+    of_spaco = {**OPTIONS, **options}["chunk_method"] == "spaco"
+    return figures(folder, *(name for name in FIGURES if of_spaco or not name.startswith("spaco")))
 
 
 def loaded(folder: Path, *, lora: bool) -> dict[str, torch.Tensor]:

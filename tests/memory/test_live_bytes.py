@@ -77,6 +77,17 @@ class TestCounts:
             del a
             assert live.current_bytes == 0
 
+    def test_a_storage_that_is_emptied(self) -> None:
+        """As FSDP2 releases gathered weights: no op follows."""
+        real = torch.UntypedStorage.resize_
+        with LiveBytes() as live:
+            a = kib(2)
+            a.untyped_storage().resize_(0)
+            assert live.current_bytes == 0
+            a.untyped_storage().resize_(2 * KIB)
+            assert live.current_bytes == 2 * KIB
+        assert torch.UntypedStorage.resize_ is real
+
     def test_several_outputs(self) -> None:
         with LiveBytes() as live:
             a = kib(4)
