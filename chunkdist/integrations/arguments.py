@@ -1,4 +1,4 @@
-"""The options of a training run, by one name in YAML and on the command line: TRL's own, and the few of ours."""
+"""The options of a training run, TRL's own and ours, by one name in YAML and on the command line."""
 
 from __future__ import annotations
 
