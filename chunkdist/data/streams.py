@@ -25,7 +25,7 @@ def join_sequences(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
             stream of a rank that has nothing to do while others have: one token, masked, without a label.
 
     Raises:
-        ValueError: a sample is empty, or has not as many labels as tokens.
+        ValueError: a sample is empty, has not as many labels as tokens, or more than one dim.
     """
     if not samples:
         token = torch.zeros((1, 1), dtype=torch.long)
@@ -34,10 +34,10 @@ def join_sequences(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     for number, sample in enumerate(samples):
         own_ids = torch.as_tensor(sample["input_ids"], dtype=torch.long)
         own_labels = torch.as_tensor(sample.get("labels", sample["input_ids"]), dtype=torch.long).clone()
-        if own_ids.numel() == 0 or own_ids.shape != own_labels.shape:
+        if own_ids.ndim != 1 or own_ids.numel() == 0 or own_ids.shape != own_labels.shape:
             raise ValueError(
-                f"sequence {number} of a stream has {own_ids.numel()} tokens and {own_labels.numel()} "
-                "labels: pass as many of each, at least one"
+                f"sequence {number} of a stream has tokens {tuple(own_ids.shape)} and labels "
+                f"{tuple(own_labels.shape)}: pass as many of each, at least one, in one dim"
             )
         own_labels[0] = NO_LABEL
         ids.append(own_ids)

@@ -14,6 +14,7 @@ from chunkdist.data.cost import SequenceCost
 from chunkdist.data.long_tail import LONGEST, long_tailed_lengths
 from chunkdist.data.report import PackingReport
 from chunkdist.data.sampler import StreamBatchSampler
+from chunkdist.data.streams import join_sequences
 from chunkdist.flops import StepFlops
 from tests.models import tiny_llama
 
@@ -203,3 +204,8 @@ class TestSampler:
         (sampler,) = self.samplers(1)
         order = torch.randperm(37, generator=torch.Generator().manual_seed(3)).tolist()
         assert sorted(i for stream in sampler.plan(0, 0).streams[0] for i in stream) == sorted(order[:10])
+
+
+def test_sequences_of_several_dims_are_no_stream() -> None:
+    with pytest.raises(ValueError, match=r"tokens \(1, 4\) and labels \(1, 4\): .* in one dim"):
+        join_sequences([{"input_ids": torch.arange(4)[None]}])
