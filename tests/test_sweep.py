@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import chunkdist.attention.function as attention_function
+import chunkdist.model_layers as model_layers
 import chunkdist.modeling as modeling
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
 from chunkdist.attention.function import Cell
@@ -74,18 +75,18 @@ def test_sees_missed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     visible = Cell.visible
     monkeypatch.setattr(Cell, "visible", lambda self, row, window, block: visible(self, row, window, None))
     monkeypatch.setitem(OVERRIDES, "Llama4ForCausalLM", {"attn_temperature_tuning": False})
-    monkeypatch.setattr(modeling, "_counts_tokens", lambda kind: False)
+    monkeypatch.setattr(model_layers, "_counts_tokens", lambda kind: False)
     assert run_class("Llama4ForCausalLM").outcome == "wrong"
 
 
 def test_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OVERRIDES, "Llama4ForCausalLM", {"attn_temperature_tuning": False})
-    monkeypatch.setattr(modeling, "_counts_tokens", lambda kind: False)
+    monkeypatch.setattr(model_layers, "_counts_tokens", lambda kind: False)
     assert run_class("Llama4ForCausalLM").outcome == "exact"
 
 
 def test_sees_positions_counted_inside_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modeling, "_counts_tokens", lambda kind: False)
+    monkeypatch.setattr(model_layers, "_counts_tokens", lambda kind: False)
     assert run_class("Llama4ForCausalLM").outcome == "wrong"
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import io
 import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,12 @@ def train(engine: str, arguments: list[str]) -> int:
         gc.collect()
     distributed.barrier()
     return status
+
+
+def train_in_vain(engine: str, arguments: list[str]) -> tuple[int, str]:
+    """As `train`; the exit status, and what was said on stderr."""
+    with redirect_stderr(io.StringIO()) as said:
+        return train(engine, arguments), said.getvalue()
 
 
 def load_launcher() -> Any:
