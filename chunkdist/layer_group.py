@@ -230,7 +230,7 @@ class GroupRun:
         """What the weights have left out of the chunk's K/V gradient reaches the parameters of the norm and
         the k/v projections without a rerun of the chunk. Its mean over the samples is 0."""
         store = self._stores[0]
-        if store is None or not self.stream.is_read_later(index, kept):
+        if self._sample is None or store is None or not self.stream.is_read_later(index, kept):
             return
         left_out = store.left_out_of(self.stream.chunks[index])
         if not left_out:

@@ -1,16 +1,51 @@
-"""What a benchmark's figures depend on beside the code: versions and hardware."""
+"""What a benchmark's figures depend on beside the code, versions and hardware, and the file they go to."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shlex
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+LLAMA_3_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+"""Sizes of a `LlamaConfig`."""
+
 _PACKAGES = ("chunkdist", "torch", "transformers", "peft")
+
+
+def provenance(name: str, arguments: Sequence[str], *, device: str = "cpu") -> dict[str, Any]:
+    """What every result begins with: the benchmark, its exact command, and what it ran on.
+
+    Args:
+        name: Of the benchmark; its module has that name, with underscores.
+        arguments: Of its command line.
+    """
+    module = f"chunkdist.bench.{name.replace('-', '_')}"
+    return {
+        "benchmark": name,
+        "command": shlex.join(["python", "-m", module, *arguments]),
+        "versions": versions(),
+        "hardware": hardware(device),
+    }
+
+
+def write_result(result: dict[str, Any], file: Path | None) -> None:
+    """Writes a result as JSON, where a file is asked for."""
+    if file is not None:
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

@@ -21,8 +21,6 @@ Llama-3-8B.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -37,7 +35,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from chunkdist import chunk_model, unchunk_model
-from chunkdist.bench.environment import hardware, versions
+from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.long_tail_simulation import simulate
 from chunkdist.bench.long_tail_ways import BASELINE, BATCH_SEQUENCES, SEGMENT_FLASH, SIZES, Sizes, Way, ways
 from chunkdist.bench.step import set_checkpointing
@@ -219,10 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("simulation", file=sys.stderr)
     simulation = simulate(num_batches=2 if options.smoke else 390)
     result = {
-        "benchmark": "long_tail",
-        "command": shlex.join(["python", "-m", "chunkdist.bench.long_tail", *given]),
-        "versions": versions(),
-        "hardware": hardware("cpu"),
+        **provenance("long_tail", given),
         "num_repetitions": num_rounds,
         **measure(
             SIZES["smoke" if options.smoke else "3m"],
@@ -232,8 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "simulation": simulation,
     }
     print(table(result))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(result, options.json)
     return 0
 
 

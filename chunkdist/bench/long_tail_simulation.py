@@ -7,20 +7,13 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from chunkdist.bench.environment import LLAMA_3_8B
 from chunkdist.data.assignment import assign_sequences, plan_batch
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.long_tail import LONGEST, SEED, long_tailed_lengths
 
 NUM_SEQUENCES, BATCH_SEQUENCES = 100_000, 256
 NUM_RANKS, CHUNK_SIZES = (8, 64), (256, 512, 1024, 2048, 4096)
-LLAMA_3_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
 
 
 def simulate(*, num_batches: int) -> dict[str, Any]:

@@ -14,8 +14,6 @@ checked, and the figures for all layers follow.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -30,21 +28,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig
 
 from chunkdist import ChunkConfig, chunk_model
-from chunkdist.bench.environment import hardware, versions
+from chunkdist.bench.environment import LLAMA_3_8B, provenance, write_result
 from chunkdist.bench.step import BASELINE, set_checkpointing
 from chunkdist.lazy_logits import lazy_logits
 from chunkdist.memory import LiveBytes
 from chunkdist.memory.fake import fake_model
 
 NUM_LAYERS_RUN = (8, 12, 16)
-LLAMA_3_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
 SMALL = {
     "vocab_size": 256,
     "hidden_size": 32,
@@ -194,10 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(lengths) < 2 or lengths != sorted(set(lengths)) or lengths[0] < 1:
         parser.error(f"--num-tokens {lengths}: write two or more lengths, ascending")
     result = {
-        "benchmark": "memory",
-        "command": shlex.join(["python", "-m", "chunkdist.bench.memory", *given]),
-        "versions": versions(),
-        "hardware": hardware("cpu"),
+        **provenance("memory", given),
         "method": "live bytes under FakeTensorMode; no GPU",
         **measure(
             SMALL if options.smoke else LLAMA_3_8B,
@@ -207,8 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
     }
     print(table(result))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(result, options.json)
     return 0
 
 

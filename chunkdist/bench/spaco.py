@@ -9,8 +9,6 @@ one process; a ratio is the median of the ratios of each round.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -25,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chunkdist import ChunkConfig, FixedBudgetSampler, chunk_model, unchunk_model
-from chunkdist.bench.environment import hardware, versions
+from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.step import SIZES, Sizes
 
 NUM_CHUNKS = 128
@@ -139,10 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--repetitions {options.repetitions} is no count: write an integer >= 1")
     dtype = torch.float32 if torch.device(options.device).type == "cpu" else torch.bfloat16
     result = {
-        "benchmark": "spaco",
-        "command": shlex.join(["python", "-m", "chunkdist.bench.spaco", *given]),
-        "versions": versions(),
-        "hardware": hardware(options.device),
+        **provenance("spaco", given, device=options.device),
         "num_repetitions": options.repetitions,
         **measure(
             replace(sizes, num_tokens=num_tokens, chunk_size=num_tokens // num_chunks),
@@ -153,8 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
     }
     print(table(result))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(result, options.json)
     return 0
 
 

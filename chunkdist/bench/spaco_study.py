@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -35,7 +34,7 @@ from chunkdist import (
     chunk_model,
     unchunk_model,
 )
-from chunkdist.bench.environment import hardware, versions
+from chunkdist.bench.environment import provenance, write_result
 from chunkdist.data.corpus import read_standard_library
 from chunkdist.samplers import ChunkSampler
 
@@ -282,10 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_seeds = sizes.num_seeds if options.seeds is None else options.seeds
     model_config = LlamaConfig(**json.loads(MODEL.read_text(encoding="utf-8")))
     found: dict[str, Any] = {
-        "benchmark": "spaco-study",
-        "command": shlex.join(["python", "-m", "chunkdist.bench.spaco_study", *given]),
-        "versions": versions(),
-        "hardware": hardware("cpu"),
+        **provenance("spaco-study", given),
         "sizes": asdict(sizes) | {"learning_rates": list(sizes.learning_rates)},
     }
     if options.json.exists():
@@ -295,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = known
 
     def save() -> None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_result(found, options.json)
 
     run_all(Study(sizes, model_config), options.samplers, num_seeds, found, save)
     print(table(found))

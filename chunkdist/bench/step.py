@@ -10,8 +10,6 @@ machine disturbs all of them. A ratio is the median of the ratios of each round.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -26,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from chunkdist import ChunkConfig, chunk_model, unchunk_model
-from chunkdist.bench.environment import hardware, versions
+from chunkdist.bench.environment import provenance, write_result
 from chunkdist.lazy_logits import lazy_logits
 
 BASELINE = "gradient checkpointing"
@@ -296,10 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     dtype = torch.float32 if torch.device(options.device).type == "cpu" else torch.bfloat16
     result = {
-        "benchmark": "step",
-        "command": shlex.join(["python", "-m", "chunkdist.bench.step", *given]),
-        "versions": versions(),
-        "hardware": hardware(options.device),
+        **provenance("step", given, device=options.device),
         "num_repetitions": num_rounds,
         **measure(
             sizes,
@@ -310,8 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
     }
     print(table(result))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(result, options.json)
     return 0
 
 
