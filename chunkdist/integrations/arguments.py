@@ -18,7 +18,7 @@ from chunkdist.config import ChunkConfig
 from chunkdist.data.samples import LongSamples
 from chunkdist.integrations.chunk_arguments import ChunkArguments, option
 from chunkdist.integrations.packing import check_packing
-from chunkdist.sharding.launch import needs_gloo, skip_shm_build, tell_ranks
+from chunkdist.sharding.launch import needs_gloo, skip_shm_build, start_gloo, tell_ranks
 
 
 @dataclass
@@ -46,10 +46,11 @@ class TrainArguments(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.deepspeed and needs_gloo():
+        if self.deepspeed:
             skip_shm_build()
         elif needs_gloo():
             self.use_cpu = True
+            start_gloo(self.ddp_timeout_delta)
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.deepspeed and needs_gloo():
             tell_ranks(self.distributed_state)

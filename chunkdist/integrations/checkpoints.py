@@ -117,9 +117,9 @@ def _refuse_other_ranks(checkpoint: Path, num_ranks: int) -> None:
     raise ValueError(
         f"{checkpoint} was saved by {saved} ranks of DeepSpeed ZeRO, and this job has {num_ranks}: start "
         f"{saved} ranks, or convert it: python -m deepspeed.checkpoint.ds_to_universal --input_folder "
-        f"{checkpoint}/{folder} --output_folder {checkpoint}/{folder}_universal, and write "
-        '"checkpoint": {"load_universal": true} in '
-        "DeepSpeed's config"
+        f"{checkpoint}/{folder} --output_folder {checkpoint}/{folder}_universal --inject_missing_state, "
+        """and write "checkpoint": {"load_universal": true} in DeepSpeed's config """
+        "(from ZeRO-3 it loses Adam's step count: its bias correction begins again)"
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 from torch import distributed
 
-_FIRST, _HEARD = "chunkdist/first_failure", "chunkdist/heard"
+_FIRST, _HEARD, _WAITED = "chunkdist/first_failure", "chunkdist/heard", "chunkdist/waited"
 _LINGER_S = 5.0
 """How long the rank that holds the store waits for the others, and how long a dead process is looked for."""
 _LOST = (
@@ -27,6 +27,9 @@ _LOST = (
     "Socket closed",
     "remote process exited",
 )
+
+
+_LATE = "Timed out waiting"
 
 
 class RankFailure(RuntimeError):
@@ -64,6 +67,8 @@ class FailureWatch:
             time.sleep(0.2)  # whoever fails with a word has told it before its connections close
             own = self._gone() or own
         try:
+            if _LATE in str(error):
+                own = self._missing() or own
             first = self._store.compare_set(_FIRST, "", own).decode()
             self._store.add(_HEARD, 1)
         except RuntimeError:  # the store died with the rank that held it
@@ -98,6 +103,17 @@ class FailureWatch:
                 return None
             time.sleep(0.1)
         return None
+
+    def _missing(self) -> str | None:
+        """Names the ranks that do not wait for others: all that wait time out at about the same time."""
+        self._store.set(f"{_WAITED}/{self._rank}", "")
+        time.sleep(_LINGER_S)
+        ranks = [rank for rank in range(self._num_ranks) if not self._store.check([f"{_WAITED}/{rank}"])]
+        if not ranks:
+            return None
+        return (
+            f"rank {', '.join(map(str, ranks))} did not come to a collective within the timeout (ddp_timeout)"
+        )
 
 
 @contextmanager

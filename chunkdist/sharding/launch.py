@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,15 @@ def needs_gloo() -> bool:
     the same data.
     """
     return num_launched_ranks() > 1 and not torch.accelerator.is_available()
+
+
+def start_gloo(timeout: timedelta) -> None:
+    """Makes the process group of ranks without an accelerator.
+
+    transformers (5.23) has Accelerate make it, and leaves out `ddp_timeout` where it uses the CPU.
+    """
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=timeout)
 
 
 def skip_shm_build() -> None:

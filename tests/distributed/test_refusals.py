@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
+from chunkdist.sharding.failures import FailureWatch, RankFailure, named_failures
 from tests.distributed.cases import Case, build, chunk_config, deepspeed_engine, micro_batches
 from tests.distributed.ranks import RankError, Ranks
 
@@ -106,3 +108,22 @@ def test_the_harness_names_a_failing_rank() -> None:
         ranks.run(fail_on, 1)
     with pytest.raises(RankError, match="rank 0 failed:\ndied with exit code 3"):
         ranks.run(die_on, 0)
+
+
+def come_late(rank: int) -> str | None:
+    """What the other rank says."""
+    watch = FailureWatch()
+    group = distributed.new_group(timeout=timedelta(seconds=1))
+    if distributed.get_rank() == rank:
+        time.sleep(10)
+        return None
+    with pytest.raises(RankFailure) as failure, named_failures(watch):
+        distributed.all_reduce(torch.ones(1), group=group)
+    return str(failure.value)
+
+
+def test_a_rank_that_hangs_is_named() -> None:
+    ranks = Ranks(2)
+    said = ranks.run(come_late, 1)
+    ranks.stop()
+    assert said == ["rank 1 did not come to a collective within the timeout (ddp_timeout)", None]
