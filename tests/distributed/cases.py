@@ -65,7 +65,10 @@ class EveryOther:
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors: the largest over all gradients, the loss's, the largest over all weights' updates."""
+    """Relative errors: the largest over all gradients, the loss's, the largest over all weights' updates.
+
+    Of an update's, what comes of rounding the weight is taken off first.
+    """
 
     gradients: float
     loss: float
@@ -97,13 +100,15 @@ def errors_of(case: Case) -> Errors:
     assert all(gradient.norm() > 0 for gradient in expected.gradients.values()), (
         "a gradient that is zero shows nothing"
     )
-    updates = {name: expected.weights[name] - before[name] for name in before}
     return Errors(
         gradients=max(
             _error(found.gradients[name], gradient) for name, gradient in expected.gradients.items()
         ),
         loss=_error(found.loss, expected.loss),
-        updates=max(_error(found.weights[name] - before[name], update) for name, update in updates.items()),
+        updates=max(
+            _update_error(found.weights[name], expected.weights[name], weight)
+            for name, weight in before.items()
+        ),
     )
 
 
@@ -268,6 +273,12 @@ def _name(name: str) -> str:
 def _averaged(loss: Tensor) -> Tensor:
     distributed.all_reduce(loss)
     return loss / distributed.get_world_size()
+
+
+def _update_error(found: Tensor, expected: Tensor, before: Tensor) -> float:
+    rounding = torch.finfo(before.dtype).eps * before.double().norm()
+    difference = (found.double() - expected.double()).norm() - rounding
+    return (difference.clamp(min=0) / (expected.double() - before.double()).norm()).item()
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -34,9 +34,12 @@ def counts_of(case: Case) -> list[dict[str, int]]:
     elif case.engine == "zero3":
         from deepspeed.utils import set_z3_leaf_module
 
-        for layer in model.modules():
-            if isinstance(layer, LlamaDecoderLayer):
-                set_z3_leaf_module(layer, True)
+        layers = [layer for layer in model.modules() if isinstance(layer, LlamaDecoderLayer)]
+        for layer in layers:
+            set_z3_leaf_module(layer, True)
+        layers[0].register_forward_pre_hook(  # a leaf layer needs it, and a frozen embedding does not give it
+            lambda layer, inputs: (inputs[0].detach().requires_grad_(), *inputs[1:]) if case.lora else None
+        )
     (inputs,) = micro_batches(case, distributed.get_rank())
     if case.engine == "zero3":
         from deepspeed.comm.torch import TorchBackend

@@ -16,8 +16,10 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2, groups of 2": {"engine": "fsdp2", "layers_per_group": 2},
     "fsdp2, retained chunks": {"engine": "fsdp2", "retained_chunks": 3},
     "fsdp2, a unit a group": {"engine": "fsdp2 groups", "layers_per_group": 2},
+    "fsdp2, LoRA": {"engine": "fsdp2", "lora": True},
     "fsdp2, head and embeddings apart": {"engine": "fsdp2 head"},
     "zero3": {"engine": "zero3"},
+    "zero3, LoRA": {"engine": "zero3", "lora": True},
     "zero3, retained chunks": {"engine": "zero3", "retained_chunks": 3},
 }
 

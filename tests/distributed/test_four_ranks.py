@@ -16,7 +16,8 @@ LENGTHS = (CHUNK_SIZE, 10 * CHUNK_SIZE, 5 * CHUNK_SIZE + 2, 2)
 CASES = {
     "ddp": Case(engine="ddp", layers_per_group="all", lengths=LENGTHS, ignored_rank=2),
     "fsdp2": Case(engine="fsdp2", layers_per_group=2, lengths=LENGTHS, num_micro_batches=2, lora=True),
-    "zero3": Case(engine="zero3", lengths=LENGTHS, ignored_rank=2),
+    "zero2": Case(engine="zero2", layers_per_group="all", lengths=LENGTHS, num_micro_batches=3, lora=True),
+    "zero3": Case(engine="zero3", lengths=LENGTHS, ignored_rank=2, max_grad_norm=0.05),
 }
 
 

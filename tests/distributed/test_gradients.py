@@ -14,7 +14,7 @@ FP64: tuple[EngineName, ...] = ("ddp", "fsdp2", "fsdp2 groups", "fsdp2 head")
 FP32: tuple[EngineName, ...] = ("zero1", "zero2", "zero3")
 VARIANTS: dict[str, dict[str, Any]] = {
     "1 chunk against 40": {"lengths": (CHUNK_SIZE, 40 * CHUNK_SIZE)},
-    "LoRA": {"lora": True},
+    "LoRA": {"lora": True, "attention": "cpu_flash"},
     "retained chunks": {"retained_chunks": 3},
     "a rank of ignored labels": {"ignored_rank": 1},
     "accumulation": {"num_micro_batches": 3},
@@ -26,10 +26,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SPACO: dict[str, dict[str, Any]] = {
-    "SpaCO": {"spaco": True, "attention": "cpu_flash"},
+    "SpaCO": {"spaco": True},
     "SpaCO, LoRA": {"spaco": True, "attention": "cpu_flash", "lora": True},
 }
-OF_SPACO: tuple[EngineName, ...] = ("ddp", "fsdp2", "zero2", "zero3")
+OF_SPACO: tuple[EngineName, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 OF_GROUPS = ("1 chunk against 40", "LoRA, retained chunks, accumulation, clipping", "accumulation")
 """The variants that are run with groups of 2 and of all layers, too."""
 
@@ -48,7 +48,7 @@ def check(ranks: Ranks, case: Case) -> None:
     for errors in ranks.run(errors_of, case):
         assert errors.gradients < (1e-10 if in_fp64 else 1e-5)
         assert errors.loss < 1e-6  # computed in fp32 whatever the model's dtype
-        assert errors.updates < (1e-10 if in_fp64 else 1e-4)
+        assert errors.updates < (1e-10 if in_fp64 else 1e-5)
 
 
 @pytest.mark.parametrize("case", list(cases((*FP64, *FP32))))

@@ -36,7 +36,7 @@ OPTIONS: dict[str, Any] = {
     "seed": 5,
 }
 LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.2}
-ENGINES, TRAININGS = ("ddp", "fsdp2", "zero2", "zero3"), ("full", "LoRA")
+ENGINES, TRAININGS = ("ddp", "fsdp2", "zero1", "zero2", "zero3"), ("full", "LoRA")
 FIGURES = ("loss", "learning_rate", "grad_norm", "num_tokens_seen", "spaco_tokens_kept")
 
 
