@@ -11,6 +11,7 @@ in the file already is not run again, so the study can be stopped and continued.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -35,6 +36,7 @@ from chunkdist import (
     unchunk_model,
 )
 from chunkdist.bench.environment import provenance, write_result
+from chunkdist.bench.spaco_direct import direct_errors
 from chunkdist.data.corpus import read_standard_library
 from chunkdist.samplers import ChunkSampler
 
@@ -50,7 +52,7 @@ SAMPLERS: dict[str, Callable[[int], ChunkSampler]] = {
     "runs of 4": lambda budget: RunSampler(budget, run_length=4, importance=False),
     "runs of 2, importance": lambda budget: RunSampler(budget, run_length=2),
 }
-IN_TRAINING = (PAPERS, "paper's, cap 2", "runs of 2, importance")
+IN_TRAINING = (PAPERS, "paper's, cap 2", "importance", "runs of 2, importance")
 BUDGET_DIVISORS = (16, 8, 4)
 
 
@@ -62,7 +64,7 @@ class Sizes:
     num_chunks: int = 32
     num_steps: int = 60
     warmup_steps: int = 5
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
+    learning_rates: tuple[float, ...] = (1.7e-4, 5e-4, 1.5e-3, 4.5e-3)
     num_seeds: int = 5
     num_held_out: int = 16
     num_draws: int = 16
@@ -152,8 +154,7 @@ class Study:
         """The relative rms error of one gradient of all decoder layers, by sampler and budget, after exact
         training."""
         sizes = self.sizes
-        model = self.trained(EXACT, None, sizes.learning_rates[len(sizes.learning_rates) // 2], 0)
-        row = self._training[-1]
+        model, row = self._model_trained_exactly, self._training[-1]
         exact = self._gradient(model, row, EXACT, None)
         rows = []
         for budget in self.budgets():
@@ -171,6 +172,17 @@ class Study:
                     flush=True,
                 )
         return rows
+
+    def direct_errors(self) -> list[dict[str, float]]:
+        """Of the same gradient, were only the sum over chunks sampled: see `spaco_direct`."""
+        model = self._model_trained_exactly
+        unchunk_model(model)
+        return direct_errors(model, self._training[-1], self.sizes.num_chunks, self.budgets())
+
+    @functools.cached_property
+    def _model_trained_exactly(self) -> PreTrainedModel:
+        rates = self.sizes.learning_rates
+        return self.trained(EXACT, None, rates[len(rates) // 2], 0)
 
     def budgets(self) -> list[int]:
         return [self.sizes.num_chunks // divisor for divisor in BUDGET_DIVISORS]
@@ -210,6 +222,7 @@ def run_all(
 
     if "gradient_errors" not in found:
         found["gradient_errors"] = study.gradient_errors()
+        found["direct_errors"] = study.direct_errors()
         save()
     contenders = [(EXACT, None), *((name, budget) for budget in study.budgets() for name in samplers)]
     best = {
