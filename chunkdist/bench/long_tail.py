@@ -119,12 +119,11 @@ def _model(sizes: Sizes, longest: int) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Epoch:
-    """Times (CPU: of all threads of the process), and the retained chunks as `Stream.retained` takes them."""
+    """Times (CPU: of all threads of the process), and how many chunks of a stream were retained."""
 
     wall_s: float
     cpu_s: float
     retained: int = 0
-    at_most: int | None = None
 
 
 def _epoch(model: Any, way: Way, num_items: int) -> _Epoch:
@@ -141,10 +140,9 @@ def _epoch(model: Any, way: Way, num_items: int) -> _Epoch:
     if way.config is None:
         set_checkpointing(model, False)
         return _Epoch(wall_s=wall_s, cpu_s=cpu_s)
-    report = chunk_report(model)
+    retained = chunk_report(model).retained_chunks
     unchunk_model(model)
-    retained, at_most = report.retained_chunks, report.retained_at_most
-    return _Epoch(wall_s=wall_s, cpu_s=cpu_s, retained=retained, at_most=at_most)
+    return _Epoch(wall_s=wall_s, cpu_s=cpu_s, retained=retained)
 
 
 def _counts(way: Way, chunk_size: int, epoch: _Epoch) -> dict[str, Any]:
@@ -156,7 +154,7 @@ def _counts(way: Way, chunk_size: int, epoch: _Epoch) -> dict[str, Any]:
             starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
             ends = [*starts[1:], inputs["input_ids"].shape[1]]
             stream = stream_of([end - start for start, end in zip(starts, ends, strict=True)], chunk_size)
-            kept = stream.retained(epoch.retained, at_most=epoch.at_most)
+            kept = stream.retained(epoch.retained)
             recomputed += sum(c.num_tokens for index, c in enumerate(stream.chunks) if index not in kept)
     return {
         "num_micro_batches": len(way.micro_batches),

@@ -42,14 +42,12 @@ class PackingReport:
         cost: SequenceCost,
         chunk_size: int,
         retained_chunks: int = 0,
-        retained_at_most: int | None = None,
     ) -> PackingReport:
         """
         Args:
             plans: Of the same number of ranks.
             lengths: Of the sequences that the plans' indices mean.
             retained_chunks: As in `ChunkConfig`.
-            retained_at_most: In all of a stream.
         """
         by_rank = [
             [stream for plan in plans for stream in plan.streams[rank]]
@@ -67,7 +65,7 @@ class PackingReport:
         recomputed = slots = 0
         for stream in (stream for streams in by_rank for stream in streams if stream):
             cut = stream_of([lengths[index] for index in stream], chunk_size)
-            kept = cut.retained(retained_chunks, at_most=retained_at_most)
+            kept = cut.retained(retained_chunks)
             recomputed += sum(chunk.num_tokens for index, chunk in enumerate(cut.chunks) if index not in kept)
             slots += len(cut.chunks) * chunk_size
         return cls(

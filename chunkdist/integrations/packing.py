@@ -217,7 +217,6 @@ class StreamTrainer(SFTTrainer):
             cost=sampler.cost,
             chunk_size=sampler.chunk_size,
             retained_chunks=chunked.retained_chunks,
-            retained_at_most=chunked.retained_at_most,
         )
         figures = {
             "packing_imbalance": report.imbalance,
