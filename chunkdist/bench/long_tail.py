@@ -12,15 +12,16 @@ in what a micro-batch is:
 - TRL's packing (`bfd`): rows no longer than the longest sequence, one at a time, every layer recomputed. TRL
   truncates what is longer than `max_length`, which here is nothing.
 
-*Simulated*: global batches of 256 sequences of the whole sample over 8 and 64 ranks, with the cost of
-Llama-3-8B.
+*Simulated*: global batches of the whole sample over 8 and 64 ranks, with the cost of Llama-3-8B.
 
     python -m chunkdist.bench.long_tail [--smoke] [--json FILE] [--repetitions N] [--threads N]
+    python -m chunkdist.bench.long_tail --simulation-only --json FILE   # replaces this part of FILE
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -183,15 +184,22 @@ def table(result: dict[str, Any]) -> str:
             f"{row['tokens_recomputed']:12,}{row['largest_gradient_difference']:11.1e}"
         )
     lines += ["", f"speedup: over {result['baseline']}; padded and recomputed: tokens", ""]
-    lines.append("Simulated, global batches of 256 sequences up to 262,144 tokens, cost of Llama-3-8B:")
-    lines.append(
-        f"{'ranks':>6}{'chunk':>7}{'imbalance':>11}{'over bound':>12}{'empty slots':>13}{'at best':>9}"
-    )
-    for row in result["simulation"]["rows"]:
+    return "\n".join([*lines, simulation_table(result["simulation"])])
+
+
+def simulation_table(simulation: dict[str, Any]) -> str:
+    """The simulation, for people to read."""
+    lines = [
+        "Simulated, cost of Llama-3-8B:",
+        f"{'ranks':>6}{'batch':>7}{'longest':>9}{'chunk':>7}{'imbalance':>11}{'over bound':>12}"
+        f"{'empty slots':>13}{'at best':>9}",
+    ]
+    for row in simulation["rows"]:
         even = "-" if row["largest_imbalance"] is None else f"{row['largest_imbalance']:.3f}"
         lines.append(
-            f"{row['num_ranks']:6}{row['chunk_size']:7,}{even:>11}{row['largest_over_bound']:12.3f}"
-            f"{row['empty_share']:13.2%}{row['empty_share_at_best']:9.2%}"
+            f"{row['num_ranks']:6}{row['batch_sequences']:7,}{row['longest']:9,}{row['chunk_size']:7,}"
+            f"{even:>11}{row['largest_over_bound']:12.3f}{row['empty_share']:13.2%}"
+            f"{row['empty_share_at_best']:9.2%}"
         )
     return "\n".join(lines)
 
@@ -203,6 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="chunkdist bench long_tail", description="An epoch of long-tailed data, by how it is batched."
     )
     parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: the times mean nothing")
+    parser.add_argument(
+        "--simulation-only",
+        action="store_true",
+        help="measure nothing; replace the simulation in --json FILE",
+    )
     parser.add_argument("--repetitions", type=int, help="rounds; default: 2, with --smoke 1")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
@@ -213,7 +226,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     print("simulation", file=sys.stderr)
-    simulation = simulate(num_batches=2 if options.smoke else 390)
+    simulation = simulate(max_batches=2 if options.smoke else None)
+    if options.simulation_only:
+        print(simulation_table(simulation))
+        if options.json is not None:
+            measured = json.loads(options.json.read_text(encoding="utf-8"))
+            write_result({**measured, "simulation": simulation}, options.json)
+        return 0
     result = {
         **provenance("long_tail", given),
         "num_repetitions": num_rounds,
