@@ -60,20 +60,21 @@ truncates none."""
 
 def _simulated(simulation: Result) -> str:
     sample = simulation["sample"]
-    text = f"""Simulated with the cost of Llama-3-8B, on all of the sample: {sample["num_sequences"]:,} sequences,
-{sample["share_below_4096"]:.1%} below 4,096 tokens, longest {sample["longest"]:,}, mean {sample["mean"]:.0f}
-(seed {sample["seed"]}); in the last rows, on those of at most
-{simulation["rows"][-1]["longest"]:,} tokens. *Imbalance*: the largest of the batches in which no single sequence
-costs more than a rank's share. *Over least*: in all batches, the costliest rank over the larger of the share and
-the costliest sequence, which is the least that an assignment can reach; largest and mean. *Others*: ranks without a
-sequence above the share, their costliest over their mean, on average; they wait for the others anyway. *Empty slots*: of
-all chunks; *at best*: no assignment within 1.05 of the least has fewer. 4,096 sequences are assigned to 512 bins in
+    text = f"""Simulated with the cost of Llama-3-8B, on all of the sample: {sample["num_sequences"]:,}
+sequences, {sample["share_below_4096"]:.1%} below 4,096 tokens, longest {sample["longest"]:,}, mean
+{sample["mean"]:.0f} (seed {sample["seed"]}); in the last rows, on those of at most
+{simulation["rows"][-1]["longest"]:,} tokens. *Imbalance*: the largest of the batches in which no single
+sequence costs more than a rank's share. *Over least*: in all batches, the costliest rank over the larger
+of the share and the costliest sequence, which is the least that an assignment can reach; largest and
+mean. *Others*: ranks without a sequence above the share, their costliest over their mean, on average;
+they wait for the others anyway. *Empty slots*: of all chunks; *at best*: no assignment within 1.05 of
+the least has fewer. 4,096 sequences are assigned to 512 bins in
 {simulation["assign_4096_to_512_s"]:.2f} s."""
     rows = [
         _paragraph(text),
         "",
-        "| ranks | sequences of a batch | chunk size | batches without a costlier sequence | imbalance | over least "
-        "| others | empty slots | at best |",
+        "| ranks | sequences of a batch | chunk size | batches without a costlier sequence | imbalance "
+        "| over least | others | empty slots | at best |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in simulation["rows"]:

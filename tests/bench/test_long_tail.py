@@ -64,8 +64,8 @@ def test_the_pages_tables_are_those_of_the_result() -> None:
 
 
 def test_the_committed_result_holds_what_is_claimed() -> None:
-    """Even to 5 %, and less than 1 % of the slots empty in chunks of up to 1,536 tokens; of 256 sequences on 64
-    ranks, no assignment has so few in larger ones."""
+    """Even to 5 %, and less than 1 % of the slots empty in chunks of up to 1,536 tokens; of 256 sequences on
+    64 ranks, no assignment has so few in larger ones."""
     simulation = json.loads(tables_script().RESULT.read_text())["simulation"]
     assert simulation["assign_4096_to_512_s"] < 1
     for row in simulation["rows"]:
