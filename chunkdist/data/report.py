@@ -21,7 +21,7 @@ class PackingReport:
     Args:
         tokens: By rank and micro-batch.
         costs: By rank and micro-batch, in the unit of the cost model (FLOPs).
-        imbalance: The largest cost of a rank over the mean, 1 at best.
+        imbalance: The largest cost of a rank over the mean, 1 at best; the mean over the batches.
         recomputed_share: Share of the tokens whose chunk is run again in the backward.
         empty_share: Share of the slots of all chunks, if each had `chunk_size`, that hold no token. Nothing
             is computed in them: a stream's last chunk is just shorter.
@@ -60,7 +60,10 @@ class PackingReport:
             tuple(float(sum(cost(lengths[index]) for index in stream)) for stream in streams)
             for streams in by_rank
         )
-        rank_costs = [sum(row) for row in costs]
+        imbalances = []
+        for plan in plans:
+            rank_costs = [sum(cost(lengths[i]) for stream in own for i in stream) for own in plan.streams]
+            imbalances.append(max(rank_costs) * len(rank_costs) / sum(rank_costs))
         total = sum(map(sum, tokens))
         recomputed = slots = 0
         for stream in (stream for streams in by_rank for stream in streams if stream):
@@ -71,7 +74,7 @@ class PackingReport:
         return cls(
             tokens=tokens,
             costs=costs,
-            imbalance=max(rank_costs) * len(rank_costs) / sum(rank_costs),
+            imbalance=sum(imbalances) / len(imbalances),
             recomputed_share=recomputed / total,
             empty_share=1 - total / slots,
         )

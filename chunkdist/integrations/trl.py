@@ -23,6 +23,7 @@ from chunkdist.data.samples import LongSamples, fit_samples
 from chunkdist.integrations.arguments import TrainingOptions, check_options
 from chunkdist.integrations.checkpoints import checkpoint_to_resume, resume_line, whole_checkpoint
 from chunkdist.integrations.packing import StreamTrainer
+from chunkdist.integrations.stream_order import refuse_other_order
 from chunkdist.sharding.launch import check_engine, check_ranks, num_launched_ranks
 from chunkdist.sharding.zero3 import whole_weights
 
@@ -171,6 +172,7 @@ def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkCon
     check_ranks(trainer.accelerator.num_processes)
     check_engine(training)
     if checkpoint is not None:
+        refuse_other_order(checkpoint, getattr(trainer, "order", None))
         trainer.resumes_from = str(checkpoint)
         print_once(resume_line(checkpoint, num_ranks))
     return trainer, chunk_config

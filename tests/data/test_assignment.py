@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from chunkdist.data.assignment import assign_sequences, pack_streams, plan_batch
+from chunkdist.data.assignment import BatchPlan, assign_sequences, pack_streams, plan_batch
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.long_tail import LONGEST, long_tailed_lengths
 from chunkdist.data.report import PackingReport
@@ -162,6 +162,12 @@ class TestReport:
         # 8: two chunks, the first run again. 3 + 2 + 2: the second sequence is in both chunks
         assert report.recomputed_share == pytest.approx((4 + 4) / 15)
         assert report.empty_share == pytest.approx(1 / 16)
+
+    def test_imbalances_of_steps_do_not_cancel(self) -> None:
+        """Rank 0 is the heavier one in the first step, rank 1 in the second."""
+        plans = [BatchPlan(streams=streams) for streams in ((((0,),), ((1,),)), (((1,),), ((0,),)))]
+        report = PackingReport.of(plans, [9, 3], cost=SequenceCost(per_token=1.0), chunk_size=4)
+        assert report.imbalance == pytest.approx(9 / 6)
 
 
 class TestSampler:
