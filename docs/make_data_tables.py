@@ -69,7 +69,8 @@ of the share and the costliest sequence, which is the least that an assignment c
 mean. *Others*: ranks without a sequence above the share, their costliest over their mean, on average;
 they wait for the others anyway. *Empty slots*: of all chunks; *at best*: no assignment within 1.05 of
 the least has fewer. 4,096 sequences are assigned to 512 bins in
-{simulation["assign_4096_to_512_s"]:.2f} s. `python -m chunkdist.bench.long_tail --simulation-only --json FILE`."""
+{simulation["assign_4096_to_512_s"]:.2f} s.
+`python -m chunkdist.bench.long_tail --simulation-only --json FILE`."""
     rows = [
         _paragraph(text),
         "",
