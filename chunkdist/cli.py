@@ -77,6 +77,9 @@ def _add_preview(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("config", metavar="CONFIG", help="the YAML file of a training run")
     parser.add_argument("--streams", type=int, default=2, help="how many streams; default: 2")
+    parser.add_argument(
+        "--num-ranks", type=int, default=1, help="of the job whose streams are shown; default: 1"
+    )
     parser.add_argument("--tokens", type=int, default=200, help="tokens of a sequence shown; default: 200")
     parser.set_defaults(run=_preview)
 
@@ -91,28 +94,31 @@ def _preview(arguments: argparse.Namespace, options_given: list[str]) -> int:
 
     from chunkdist.preview import first_streams, render
 
-    for name in ("streams", "tokens"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} {getattr(arguments, name)} shows nothing: write at least 1")
-    trainer, config = _trainer(arguments.config, options_given)
+    for name in ("streams", "tokens", "num_ranks"):
+        if (value := getattr(arguments, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} shows nothing: write at least 1")
+    trainer, config = _trainer(arguments.config, [*options_given, "--use_cpu", "true"], has_weights=False)
     if config is None:
         raise ValueError("chunk_method=none has no chunks to show: write seco")
     console = Console(highlight=False)
     tokenizer: Any = trainer.processing_class
     sizes = {"chunk_size": int(config.chunk_size), "max_segment_tokens": arguments.tokens}
-    for title, samples in first_streams(trainer, arguments.streams):
+    for title, samples in first_streams(trainer, arguments.streams, num_ranks=arguments.num_ranks):
         for line in render(title, samples, tokenizer, **sizes):
             console.print(line)
     return 0
 
 
-def _trainer(config: str, options_given: list[str]) -> tuple[CheckedSFTTrainer, ChunkConfig | None]:
+def _trainer(
+    config: str, options_given: list[str], *, has_weights: bool = True
+) -> tuple[CheckedSFTTrainer, ChunkConfig | None]:
     from chunkdist.integrations.arguments import parse_options
     from chunkdist.integrations.trl import build_trainer
 
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder, and nothing is to be written
         silent = ["--output_dir", folder, "--report_to", "none"]
-        return build_trainer(parse_options(["--config", config, *options_given, *silent]))
+        options = parse_options(["--config", config, *options_given, *silent])
+        return build_trainer(options, has_weights=has_weights)
 
 
 def _check(arguments: argparse.Namespace, options_given: list[str]) -> int:

@@ -22,10 +22,10 @@ class ChunkConfig:
         chunk_size: Tokens of a chunk. A sequence of T tokens runs as ceil(T / chunk_size) chunks.
         layers_per_group: Consecutive decoder layers that form one autograd node; `"all"` is the schedule of
             SeCO (arXiv 2505.16710), 1 keeps the least K/V, and is what DeepSpeed ZeRO-3 needs.
-        retained_chunks: Chunks at the end of each dependent run (consecutive chunks of which each reads the
-            one before) whose graphs are kept from the forward instead of being rebuilt in the backward (the K
-            of ChunkFlow, arXiv 2503.02356). More is faster and takes more memory. `"auto"`: as many of a
-            stream as memory has room for, determined once, before the first step.
+        retained_chunks: The last chunks of a stream, whose graphs are kept from the forward instead of being
+            rebuilt in the backward (the K of ChunkFlow, arXiv 2503.02356). More is faster and takes more
+            memory: no more than so many graphs exist at a time, whatever the stream holds. `"auto"`: as many
+            as memory has room for, determined once, before the first step.
         sampler: Which chunks are backpropagated, and with which weights. `None`: all of them, exact
             gradients.
         kv_grad_dtype: Dtype in which the gradients of keys and values are summed over the chunks that read

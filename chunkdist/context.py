@@ -47,22 +47,18 @@ class ChunkContext:
         self.sample: ChunkSample | None = None
         """SpaCO's sample of the forward that runs, or ran last; `None`: every chunk is backpropagated."""
         self._model_configs = model_configs
-        self.retained_at_most: int | None = None
-        """Bound on the retained chunks of a whole stream, where memory has set their number."""
         self.retained_reason = "" if config.retained_chunks == "auto" else "as configured"
         """Why so many chunks are retained; empty while `"auto"` is not resolved."""
 
     def resolve_retained(self, num_chunks: int, reason: str) -> None:
         """Puts a number in the place of `retained_chunks="auto"`."""
         self.config = replace(self.config, retained_chunks=num_chunks)
-        self.retained_at_most, self.retained_reason = num_chunks, reason
+        self.retained_reason = reason
 
-    def retained_chunks(self, stream: Stream) -> frozenset[int]:
+    def retained_chunks(self, stream: Stream) -> range:
         """Indices of the chunks that keep their graphs; none while `"auto"` is not resolved."""
         num_chunks = self.config.retained_chunks
-        if num_chunks == "auto" or num_chunks == 0:
-            return frozenset()
-        return stream.retained(num_chunks, at_most=self.retained_at_most)
+        return stream.retained(0 if num_chunks == "auto" else num_chunks)
 
     @contextmanager
     def attention_installed(self) -> Iterator[None]:

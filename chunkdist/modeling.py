@@ -57,8 +57,6 @@ class ChunkReport:
     chunk_size: int
     retained_chunks: int
     """0 while `"auto"` is not resolved."""
-    retained_at_most: int | None
-    """In all of a stream, where memory has set the number."""
     retained_reason: str
     rebuilds_kv: bool
     attention: str
@@ -194,7 +192,6 @@ class ChunkedModel:
             num_groups=len(self.groups),
             chunk_size=int(config.chunk_size),
             retained_chunks=0 if config.retained_chunks == "auto" else config.retained_chunks,
-            retained_at_most=self.context.retained_at_most,
             retained_reason=self.context.retained_reason or "auto: chosen in the first step",
             rebuilds_kv=config.rebuilds_kv,
             attention=" and ".join(reasons) or config.attention,

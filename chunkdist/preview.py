@@ -20,8 +20,8 @@ SUPERVISED, NOT_SUPERVISED, BORDER = "bold {color}", "dim", "reverse"
 Samples = Sequence[Mapping[str, Any]]
 
 
-def first_streams(trainer: SFTTrainer, num_streams: int) -> list[tuple[str, Samples]]:
-    """The first streams of the first epoch, each with a title, as its sequences.
+def first_streams(trainer: SFTTrainer, num_streams: int, *, num_ranks: int = 1) -> list[tuple[str, Samples]]:
+    """The first streams of the first epoch of a job of `num_ranks`, each with a title, as its sequences.
 
     Without `chunk_packing` the first samples, or what TRL has packed, in the order of the data.
     """
@@ -30,10 +30,13 @@ def first_streams(trainer: SFTTrainer, num_streams: int) -> list[tuple[str, Samp
     if make_sampler is None:
         rows = [samples[index] for index in range(min(num_streams, len(samples)))]
         return [(f"sample {index}", list(_sequences(row))) for index, row in enumerate(rows)]
-    sampler: StreamBatchSampler = make_sampler()
+    sampler: StreamBatchSampler = make_sampler(num_ranks=num_ranks)
     plans = (sampler.plan(0, number) for number in range(sampler.num_batches))
     found = (
-        (f"step {step}, rank {rank}, micro-batch {micro_batch}", [samples[index] for index in stream])
+        (
+            f"step {step}, rank {rank} of {num_ranks}, micro-batch {micro_batch}",
+            [samples[index] for index in stream],
+        )
         for step, plan in enumerate(plans, start=1)
         for rank, streams in enumerate(plan.streams)
         for micro_batch, stream in enumerate(streams, start=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from chunkdist.samplers import ChunkSampler
-from chunkdist.schedule import Stream
+from chunkdist.schedule import Chunk, Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,7 @@ class SampleReport:
     """What was drawn in one backward.
 
     Args:
+        kept: The chunks that are backpropagated.
         relative_variance: Estimate of the variance of the weighted output gradient over its squared norm,
             from weights w and scores s: sum w (w - 1) s^2 / sum s^2, whose mean is sum (1/p - 1) s^2 / sum
             s^2. It leaves out what relays through the keys and values of sampled chunks add, and how chunks'
@@ -23,10 +24,17 @@ class SampleReport:
     """
 
     num_chunks: int
-    num_kept: int
-    tokens_kept: int
+    kept: tuple[Chunk, ...]
     largest_weight: float
     relative_variance: float
+
+    @property
+    def num_kept(self) -> int:
+        return len(self.kept)
+
+    @property
+    def tokens_kept(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.kept)
 
 
 class ChunkSample:
@@ -62,14 +70,13 @@ class ChunkSample:
             )
         self.weights = tuple(weights.tolist())
         self.relays = None if torch.equal(earlier, torch.ones_like(earlier).tril(-1)) else relays.tolist()
-        kept = [chunk for chunk, weight in zip(chunks, self.weights, strict=True) if weight]
+        kept = tuple(chunk for chunk, weight in zip(chunks, self.weights, strict=True) if weight)
         noise = (weights * (weights - 1) * scores**2).sum() / (scores**2).sum().clamp(
             min=torch.finfo(torch.float64).tiny
         )
         self.report = SampleReport(
             num_chunks=len(chunks),
-            num_kept=len(kept),
-            tokens_kept=sum(chunk.num_tokens for chunk in kept),
+            kept=kept,
             largest_weight=max(self.weights),
             relative_variance=float(noise),
         )

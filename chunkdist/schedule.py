@@ -58,7 +58,6 @@ class Stream:
         ends = [index + 1 for index in every if not self.is_read_later(index, every)]
         return tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False))
 
-    def retained(self, num_chunks: int, *, at_most: int | None = None) -> frozenset[int]:
-        """The last `num_chunks` chunks of each dependent run, by index; of all these the last `at_most`."""
-        last = [index for run in self.runs() for index in run[max(0, len(run) - num_chunks) :]]
-        return frozenset(last if at_most is None else last[max(0, len(last) - at_most) :])
+    def retained(self, num_chunks: int) -> range:
+        """The last `num_chunks` chunks, by index: the first that the backward needs, and lets go."""
+        return range(max(0, len(self.chunks) - num_chunks), len(self.chunks))

@@ -60,24 +60,31 @@ truncates none."""
 
 def _simulated(simulation: Result) -> str:
     sample = simulation["sample"]
-    text = f"""Simulated with the cost of Llama-3-8B: {simulation["num_batches"]} global batches of
-{simulation["batch_sequences"]} sequences, {sample["share_below_4096"]:.1%} below 4,096 tokens, longest
-{sample["longest"]:,}, mean {sample["mean"]:.0f} (seed {sample["seed"]}). *Imbalance*: the largest of the
-batches in which no single sequence costs more than a rank's share. *Over bound*: in all batches,
-the costliest rank over the larger of the share and the costliest sequence. *Empty slots*: of all chunks;
-*at best*: if the tokens of a batch were one stream, which no assignment can beat. 4,096 sequences are
-assigned to 512 bins in {simulation["assign_4096_to_512_s"]:.2f} s."""
+    text = f"""Simulated with the cost of Llama-3-8B, on all of the sample: {sample["num_sequences"]:,}
+sequences, {sample["share_below_4096"]:.1%} below 4,096 tokens, longest {sample["longest"]:,}, mean
+{sample["mean"]:.0f} (seed {sample["seed"]}); in the last rows, on those of at most
+{simulation["rows"][-1]["longest"]:,} tokens. *Imbalance*: the largest of the batches in which no single
+sequence costs more than a rank's share. *Over least*: in all batches, the costliest rank over the larger
+of the share and the costliest sequence, which is the least that an assignment can reach; largest and
+mean. *Others*: ranks without a sequence above the share, their costliest over their mean, on average;
+they wait for the others anyway. *Empty slots*: of all chunks; *at best*: no assignment within 1.05 of
+the least has fewer. 4,096 sequences are assigned to 512 bins in
+{simulation["assign_4096_to_512_s"]:.2f} s.
+`python -m chunkdist.bench.long_tail --simulation-only --json FILE`."""
     rows = [
         _paragraph(text),
         "",
-        "| ranks | chunk size | such batches | imbalance | over bound | empty slots | at best |",
-        "|---|---|---|---|---|---|---|",
+        "| ranks | sequences of a batch | chunk size | batches without a costlier sequence | imbalance "
+        "| over least | others | empty slots | at best |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in simulation["rows"]:
         imbalance = row["largest_imbalance"]
         rows.append(
-            f"| {row['num_ranks']} | {row['chunk_size']:,} | {row['num_even']} | "
-            f"{'-' if imbalance is None else f'{imbalance:.3f}'} | {row['largest_over_bound']:.3f} | "
+            f"| {row['num_ranks']} | {row['batch_sequences']:,} | {row['chunk_size']:,} | "
+            f"{row['num_even']} of {row['num_batches']} | "
+            f"{'-' if imbalance is None else f'{imbalance:.3f}'} | {row['largest_over_bound']:.3f}, "
+            f"{row['mean_over_bound']:.3f} | {row['mean_imbalance_of_others']:.2f} | "
             f"{row['empty_share']:.2%} | {row['empty_share_at_best']:.2%} |"
         )
     return "\n".join(rows)

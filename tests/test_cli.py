@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import chunkdist.check
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.cli import main
+from chunkdist.integrations.arguments import parse_options
+from chunkdist.integrations.trl import build_trainer
 from tests.tiny_run import TEXTS, command_line, make_model_folder
 
 
@@ -128,13 +131,36 @@ class TestPreview:
         assert main(["preview", str(config), *options]) == 0
         out = capsys.readouterr().out
         plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
-        assert "step 1, rank 0, micro-batch 1: 2 sequences, 16 tokens, 8 supervised, 1 chunks of 16" in plain
+        assert (
+            "step 1, rank 0 of 1, micro-batch 1: 2 sequences, 16 tokens, 8 supervised, 1 chunks of 16"
+            in plain
+        )
         assert "sequence 1: 11 tokens, 4 supervised, chunk 1" in plain
         assert "[chunk 1]Q: 1+1 A: 2" in plain
         assert "caf\N{LATIN SMALL LETTER E WITH ACUTE}" in plain
         assert "\x1b[2mQ\x1b[0m" in out, "not supervised: dim"
         assert "\x1b[1;36mA\x1b[0m" in out, "supervised: bright, in the colour of its sequence"
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_target_modules", "all-linear"]])
+    def test_of_several_ranks_and_without_the_weights(
+        self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lora: list[str]
+    ) -> None:
+        """A folder without weights is enough, and the plan is that of the model with its weights."""
+        values = {**yaml.safe_load(config.read_text()), "from_scratch": False}
+        config.write_text(yaml.safe_dump(values))
+        assert not list((tmp_path / "model").glob("*.safetensors"))
+        options = ["--chunk_packing", "--num-ranks", "3", "--streams", "3", *lora]
+        assert main(["preview", str(config), *options]) == 0
+        titles = re.findall(r"step (\d), rank (\d) of 3, micro-batch 1", capsys.readouterr().out)
+        assert titles == [("1", "0"), ("1", "1"), ("1", "2")], "one sequence a rank in a step"
+        assert not (tmp_path / "out").exists()
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
+        model.save_pretrained(tmp_path / "model")
+        given = parse_options(["--config", str(config), "--chunk_packing", "--report_to", "none", *lora])
+        whole, empty = (build_trainer(given, has_weights=has)[0] for has in (True, False))
+        assert all(parameter.is_meta for parameter in empty.model.parameters())  # type: ignore[union-attr]
+        assert whole.stream_sampler().cost == empty.stream_sampler().cost  # type: ignore[attr-defined]
 
     def test_without_packing_samples_are_shown(
         self, config: Path, capsys: pytest.CaptureFixture[str]
@@ -147,7 +173,11 @@ class TestPreview:
 
     @pytest.mark.parametrize(
         ("options", "words"),
-        [(["--streams", "0"], "--streams 0"), (["--chunk_method", "none"], "no chunks to show")],
+        [
+            (["--streams", "0"], "--streams 0"),
+            (["--num-ranks", "0"], "--num-ranks 0"),
+            (["--chunk_method", "none"], "no chunks to show"),
+        ],
     )
     def test_nothing_to_show(
         self, config: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str

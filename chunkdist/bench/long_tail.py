@@ -12,15 +12,16 @@ in what a micro-batch is:
 - TRL's packing (`bfd`): rows no longer than the longest sequence, one at a time, every layer recomputed. TRL
   truncates what is longer than `max_length`, which here is nothing.
 
-*Simulated*: global batches of 256 sequences of the whole sample over 8 and 64 ranks, with the cost of
-Llama-3-8B.
+*Simulated*: global batches of the whole sample over 8 and 64 ranks, with the cost of Llama-3-8B.
 
     python -m chunkdist.bench.long_tail [--smoke] [--json FILE] [--repetitions N] [--threads N]
+    python -m chunkdist.bench.long_tail --simulation-only --json FILE   # replaces this part of FILE
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -119,12 +120,11 @@ def _model(sizes: Sizes, longest: int) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Epoch:
-    """Times (CPU: of all threads of the process), and the retained chunks as `Stream.retained` takes them."""
+    """Times (CPU: of all threads of the process), and how many chunks of a stream were retained."""
 
     wall_s: float
     cpu_s: float
     retained: int = 0
-    at_most: int | None = None
 
 
 def _epoch(model: Any, way: Way, num_items: int) -> _Epoch:
@@ -141,10 +141,9 @@ def _epoch(model: Any, way: Way, num_items: int) -> _Epoch:
     if way.config is None:
         set_checkpointing(model, False)
         return _Epoch(wall_s=wall_s, cpu_s=cpu_s)
-    report = chunk_report(model)
+    retained = chunk_report(model).retained_chunks
     unchunk_model(model)
-    retained, at_most = report.retained_chunks, report.retained_at_most
-    return _Epoch(wall_s=wall_s, cpu_s=cpu_s, retained=retained, at_most=at_most)
+    return _Epoch(wall_s=wall_s, cpu_s=cpu_s, retained=retained)
 
 
 def _counts(way: Way, chunk_size: int, epoch: _Epoch) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def _counts(way: Way, chunk_size: int, epoch: _Epoch) -> dict[str, Any]:
             starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
             ends = [*starts[1:], inputs["input_ids"].shape[1]]
             stream = stream_of([end - start for start, end in zip(starts, ends, strict=True)], chunk_size)
-            kept = stream.retained(epoch.retained, at_most=epoch.at_most)
+            kept = stream.retained(epoch.retained)
             recomputed += sum(c.num_tokens for index, c in enumerate(stream.chunks) if index not in kept)
     return {
         "num_micro_batches": len(way.micro_batches),
@@ -185,15 +184,22 @@ def table(result: dict[str, Any]) -> str:
             f"{row['tokens_recomputed']:12,}{row['largest_gradient_difference']:11.1e}"
         )
     lines += ["", f"speedup: over {result['baseline']}; padded and recomputed: tokens", ""]
-    lines.append("Simulated, global batches of 256 sequences up to 262,144 tokens, cost of Llama-3-8B:")
-    lines.append(
-        f"{'ranks':>6}{'chunk':>7}{'imbalance':>11}{'over bound':>12}{'empty slots':>13}{'at best':>9}"
-    )
-    for row in result["simulation"]["rows"]:
+    return "\n".join([*lines, simulation_table(result["simulation"])])
+
+
+def simulation_table(simulation: dict[str, Any]) -> str:
+    """The simulation, for people to read."""
+    lines = [
+        "Simulated, cost of Llama-3-8B:",
+        f"{'ranks':>6}{'batch':>7}{'longest':>9}{'chunk':>7}{'imbalance':>11}{'over bound':>12}"
+        f"{'empty slots':>13}{'at best':>9}",
+    ]
+    for row in simulation["rows"]:
         even = "-" if row["largest_imbalance"] is None else f"{row['largest_imbalance']:.3f}"
         lines.append(
-            f"{row['num_ranks']:6}{row['chunk_size']:7,}{even:>11}{row['largest_over_bound']:12.3f}"
-            f"{row['empty_share']:13.2%}{row['empty_share_at_best']:9.2%}"
+            f"{row['num_ranks']:6}{row['batch_sequences']:7,}{row['longest']:9,}{row['chunk_size']:7,}"
+            f"{even:>11}{row['largest_over_bound']:12.3f}{row['empty_share']:13.2%}"
+            f"{row['empty_share_at_best']:9.2%}"
         )
     return "\n".join(lines)
 
@@ -205,6 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="chunkdist bench long_tail", description="An epoch of long-tailed data, by how it is batched."
     )
     parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: the times mean nothing")
+    parser.add_argument(
+        "--simulation-only",
+        action="store_true",
+        help="measure nothing; replace the simulation in --json FILE",
+    )
     parser.add_argument("--repetitions", type=int, help="rounds; default: 2, with --smoke 1")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
@@ -215,7 +226,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     print("simulation", file=sys.stderr)
-    simulation = simulate(num_batches=2 if options.smoke else 390)
+    simulation = simulate(max_batches=2 if options.smoke else None)
+    if options.simulation_only:
+        print(simulation_table(simulation))
+        if options.json is not None:
+            measured = json.loads(options.json.read_text(encoding="utf-8"))
+            write_result({**measured, "simulation": simulation}, options.json)
+        return 0
     result = {
         **provenance("long_tail", given),
         "num_repetitions": num_rounds,

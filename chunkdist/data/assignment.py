@@ -39,15 +39,15 @@ def assign_sequences(
     num_bins: int,
     cost: SequenceCost,
     chunk_size: int | None = None,
-    slack: float = 0.04,
+    slack: float = 0.05,
 ) -> list[list[int]]:
     """Sequences to bins of nearly equal cost: the costliest first, each to the cheapest bin.
 
     Args:
         lengths: Tokens of each sequence.
-        chunk_size: Tokens. With it, a sequence rather goes where it fills a bin's last chunk best, as long
-            as the bin does not become costlier than the mean by more than `slack`, or than the costliest
-            sequence.
+        chunk_size: Tokens. With it, a sequence rather goes where it fills a bin's last chunk best.
+        slack: By how much more than they must, bins may cost for that: as a share of the mean or, if it is
+            more, of the costliest sequence.
 
     Returns:
         For each bin, the indices of its sequences, ascending. Each index is there once.
@@ -60,7 +60,7 @@ def assign_sequences(
     _refuse_empty(lengths)
     tokens = [int(length) for length in lengths]
     costs = [float(cost(length)) for length in tokens]
-    limit = max(sum(costs) / num_bins * (1 + slack), max(costs, default=0.0))
+    limit = max(sum(costs) / num_bins, max(costs, default=0.0)) * (1 + slack)
     bin_costs = np.zeros(num_bins)
     bin_tokens = np.zeros(num_bins, dtype=np.int64)
     bins: list[list[int]] = [[] for _ in range(num_bins)]

@@ -21,7 +21,7 @@ class PackingReport:
     Args:
         tokens: By rank and micro-batch.
         costs: By rank and micro-batch, in the unit of the cost model (FLOPs).
-        imbalance: The largest cost of a rank over the mean, 1 at best.
+        imbalance: The largest cost of a rank over the mean, 1 at best; the mean over the batches.
         recomputed_share: Share of the tokens whose chunk is run again in the backward.
         empty_share: Share of the slots of all chunks, if each had `chunk_size`, that hold no token. Nothing
             is computed in them: a stream's last chunk is just shorter.
@@ -42,14 +42,12 @@ class PackingReport:
         cost: SequenceCost,
         chunk_size: int,
         retained_chunks: int = 0,
-        retained_at_most: int | None = None,
     ) -> PackingReport:
         """
         Args:
             plans: Of the same number of ranks.
             lengths: Of the sequences that the plans' indices mean.
             retained_chunks: As in `ChunkConfig`.
-            retained_at_most: In all of a stream.
         """
         by_rank = [
             [stream for plan in plans for stream in plan.streams[rank]]
@@ -62,18 +60,21 @@ class PackingReport:
             tuple(float(sum(cost(lengths[index]) for index in stream)) for stream in streams)
             for streams in by_rank
         )
-        rank_costs = [sum(row) for row in costs]
+        imbalances = []
+        for plan in plans:
+            rank_costs = [sum(cost(lengths[i]) for stream in own for i in stream) for own in plan.streams]
+            imbalances.append(max(rank_costs) * len(rank_costs) / sum(rank_costs))
         total = sum(map(sum, tokens))
         recomputed = slots = 0
         for stream in (stream for streams in by_rank for stream in streams if stream):
             cut = stream_of([lengths[index] for index in stream], chunk_size)
-            kept = cut.retained(retained_chunks, at_most=retained_at_most)
+            kept = cut.retained(retained_chunks)
             recomputed += sum(chunk.num_tokens for index, chunk in enumerate(cut.chunks) if index not in kept)
             slots += len(cut.chunks) * chunk_size
         return cls(
             tokens=tokens,
             costs=costs,
-            imbalance=max(rank_costs) * len(rank_costs) / sum(rank_costs),
+            imbalance=sum(imbalances) / len(imbalances),
             recomputed_share=recomputed / total,
             empty_share=1 - total / slots,
         )

@@ -45,6 +45,7 @@ def fit_samples(
         ValueError: a sample is too long or has no supervised token; names the first one.
     """
     lengths, supervised = _measure(dataset)
+    _refuse_too_short(lengths, name)
     _refuse_unsupervised(supervised, name, "every label is -100: nothing in it is to be learned")
     if max_length is None:
         return dataset
@@ -104,6 +105,16 @@ def _measure(dataset: Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.in
         lengths.append(ends - starts)
         supervised.append(counts[ends] - counts[np.minimum(starts + 1, ends)])
     return np.concatenate(lengths), np.concatenate(supervised)
+
+
+def _refuse_too_short(lengths: npt.NDArray[np.int64], name: str) -> None:
+    short = np.flatnonzero(lengths < 2)
+    if len(short):
+        tokens = "one token" if lengths[short[0]] else "no token"
+        raise ValueError(
+            f"{name}, sample {short[0]} has {tokens}: there is no next token to predict; {len(short)} of "
+            f"{len(lengths)} samples are so: take them out"
+        )
 
 
 def _refuse_unsupervised(supervised: npt.NDArray[np.int64], name: str, why: str) -> None:

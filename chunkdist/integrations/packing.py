@@ -8,6 +8,7 @@ of streams is the same on all ranks, the loss is divided by the supervised token
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -28,8 +29,9 @@ from chunkdist.data.cost import SequenceCost
 from chunkdist.data.report import PackingReport, draw_lengths
 from chunkdist.data.sampler import StreamBatchSampler
 from chunkdist.data.samples import sample_lengths
-from chunkdist.data.streams import join_sequences
+from chunkdist.data.streams import NO_LABEL, join_sequences
 from chunkdist.integrations.metrics_file import MetricsFile
+from chunkdist.integrations.stream_order import StreamOrder
 from chunkdist.modeling import chunk_report
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 Stream = dict[str, Tensor]
 _COLUMNS = ("input_ids", "labels")
+_TOKEN_MEANS = ("entropy", "mean_token_accuracy")
+"""What TRL logs of the tokens of a micro-batch."""
 
 
 def check_packing(options: TrainingOptions) -> None:
@@ -98,13 +102,20 @@ def collate_streams(streams: list[list[dict[str, Any]]]) -> list[Stream]:
     return [join_sequences(samples) for samples in streams]
 
 
+def _tokens_of(streams: list[Stream]) -> Stream:
+    """What the trainer counts: the tokens of streams, without the one of a stream that fills up."""
+    tokens = [stream["input_ids"][0] for stream in streams if "position_ids" in stream]
+    ids = torch.cat([torch.empty(0, dtype=torch.long), *tokens])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 class StreamTrainer(SFTTrainer):
     """`SFTTrainer` whose training batches are lists of streams.
 
     Adds to the logs, for the steps since the last one: `packing_imbalance` (largest cost of a rank over the
-    mean), `packing_recomputed_share`, `packing_empty_share` and `packing_micro_batches`; all tokens and FLOPs
-    by rank and micro-batch are in `packing.jsonl`, the lengths of the data in `lengths.png`, both in
-    `output_dir`.
+    mean; the mean over steps), `packing_recomputed_share` (with a sampler, of rank 0), `packing_empty_share`
+    and `packing_micro_batches`; all tokens and FLOPs by rank and micro-batch are in `packing.jsonl`, the
+    lengths of the data in `lengths.png`, both in `output_dir`.
     """
 
     def __init__(self, *, chunk_config: ChunkConfig, **kwargs: Any) -> None:
@@ -114,6 +125,17 @@ class StreamTrainer(SFTTrainer):
         self._packing_file = MetricsFile(Path(self.args.output_dir or ".") / "packing.jsonl")
         self._last_reported_step: int | None = None
         self._has_warned = False
+        self._num_supervised: Iterator[int] = iter(())
+        """Of the micro-batches to come in this step, over all ranks."""
+        self._metric_weights: list[int] = []
+        self._tokens_sampled = self._tokens_rerun = 0
+        self.order = StreamOrder(
+            batch_sequences=self.get_total_train_batch_size(self.args),
+            num_samples=len(self._lengths),
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            sampling=str(self.args.train_sampling_strategy),
+        )
+        self.add_callback(self.order)
         parallel = {"tp": self.get_tp_size(), "cp": self.get_cp_size(), "sp": self.get_sp_size()}
         if max(parallel.values()) > 1:
             raise ValueError(
@@ -127,20 +149,25 @@ class StreamTrainer(SFTTrainer):
         args: Any = self.args
         return max(args.max_length or 0, max(self._lengths), int(self._chunk_config.chunk_size))
 
-    def stream_sampler(self) -> StreamBatchSampler:
-        """The plan of all epochs; equal on all ranks but for what it yields."""
-        args = self.args
+    def stream_sampler(self, *, num_ranks: int | None = None) -> StreamBatchSampler:
+        """The plan of all epochs; equal on all ranks but for what it yields.
+
+        Args:
+            num_ranks: To plan for another number than the job has.
+        """
+        args, own_ranks = self.args, self.accelerator.num_processes
         assert self.model is not None
+        num_ranks = num_ranks or own_ranks
         return StreamBatchSampler(
             self._lengths,
-            batch_sequences=self.get_total_train_batch_size(args),
-            num_ranks=self.accelerator.num_processes,
+            batch_sequences=self.order.values["batch_sequences"] // own_ranks * num_ranks,
+            num_ranks=num_ranks,
             rank=self.accelerator.process_index,
             cost=SequenceCost.of(self.model),
             budget_tokens=self.stream_tokens,
             chunk_size=int(self._chunk_config.chunk_size),
             num_slots=args.gradient_accumulation_steps,
-            seed=args.seed if args.data_seed is None else args.data_seed,
+            seed=self.order.values["seed"],
             shuffle=args.train_sampling_strategy == "random",
         )
 
@@ -171,6 +198,9 @@ class StreamTrainer(SFTTrainer):
         items = list(islice(epoch_iterator, num_batches))
         streams = [stream for item in items for stream in item]
         _, num_items = super().get_batch_samples(iter(streams), len(streams), device)
+        counts = [int((stream["labels"][:, 1:] != NO_LABEL).sum()) for stream in streams]
+        of_ranks = self.accelerator.gather(torch.tensor(counts, device=self.args.device))
+        self._num_supervised = iter(of_ranks.reshape(-1, max(1, len(counts))).sum(0).tolist())
         return items, num_items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -186,19 +216,46 @@ class StreamTrainer(SFTTrainer):
                     if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
                         stack.enter_context(self.accelerator.no_sync(model))
                 losses.append(super().training_step(model, stream, num_items_in_batch))  # type: ignore[no-untyped-call]
+            self._metric_weights.append(next(self._num_supervised))
+            self._count_reruns(stream)
             state._set_sync_gradients(ends_step)
             if not is_last:
                 self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         return torch.stack(losses).sum()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
+        if "loss" in logs or "train_loss" in logs:  # the latter: at the end, of the steps not logged yet
             logs.update(self._packing_figures())
+        assert self.model is not None
+        if self.model.training and self._metric_weights:  # TRL would take the mean over micro-batches
+            for values in (self._metrics["train"][name] for name in _TOKEN_MEANS):
+                weighted = sum(map(operator.mul, values, self._metric_weights))
+                values[:] = [weighted / max(1, sum(self._metric_weights))]
+            self._metric_weights = []
         super().log(logs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """The trainer's own count, of the tokens of an item's streams."""
+        return int(super().floating_point_ops(_tokens_of(inputs)))
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        super()._track_num_input_tokens(_tokens_of(inputs))  # type: ignore[no-untyped-call]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._last_reported_step = None
         return super().train(*args, **kwargs)
+
+    def _count_reruns(self, stream: Stream) -> None:
+        """With a sampler, the tokens of the micro-batch that has just run, and those that were run again."""
+        assert self.model is not None
+        chunked = chunk_report(self.model)
+        if chunked.sample is None or "position_ids" not in stream:
+            return
+        num_rerun = max(0, chunked.sample.num_chunks - chunked.retained_chunks)
+        self._tokens_sampled += stream["input_ids"].shape[1]
+        self._tokens_rerun += sum(
+            chunk.num_tokens for chunk in chunked.sample.kept if chunk.start < num_rerun * chunked.chunk_size
+        )
 
     def _packing_figures(self) -> dict[str, float]:
         """Of the optimizer steps since the last call; the plan tells all ranks', nobody is asked."""
@@ -217,7 +274,6 @@ class StreamTrainer(SFTTrainer):
             cost=sampler.cost,
             chunk_size=sampler.chunk_size,
             retained_chunks=chunked.retained_chunks,
-            retained_at_most=chunked.retained_at_most,
         )
         figures = {
             "packing_imbalance": report.imbalance,
@@ -225,6 +281,9 @@ class StreamTrainer(SFTTrainer):
             "packing_empty_share": report.empty_share,
             "packing_micro_batches": float(sum(plan.num_micro_batches for plan in plans)),
         }
+        if self._tokens_sampled:
+            figures["packing_recomputed_share"] = self._tokens_rerun / self._tokens_sampled
+            self._tokens_sampled = self._tokens_rerun = 0
         tables = {"tokens": report.tokens, "flops": report.costs}
         self._try(lambda: self._packing_file.append({"step": step, **figures, **tables}))
         return figures

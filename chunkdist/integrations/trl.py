@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import torch
+from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -23,6 +24,7 @@ from chunkdist.data.samples import LongSamples, fit_samples
 from chunkdist.integrations.arguments import TrainingOptions, check_options
 from chunkdist.integrations.checkpoints import checkpoint_to_resume, resume_line, whole_checkpoint
 from chunkdist.integrations.packing import StreamTrainer
+from chunkdist.integrations.stream_order import refuse_other_order
 from chunkdist.sharding.launch import check_engine, check_ranks, num_launched_ranks
 from chunkdist.sharding.zero3 import whole_weights
 
@@ -79,6 +81,11 @@ class CheckedSFTTrainer(SFTTrainer):
         )
         return prepare(fitting, processing_class, args, packing, None, dataset_name)
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """A model without weights, which is not to be trained, stays where it is."""
+        if not next(model.parameters()).is_meta:
+            super()._move_model_to_device(model, device)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Transformers' own, but the checkpoint has its name when it is whole, and older ones go after."""
         args = self.args
@@ -107,10 +114,15 @@ class ChunkSFTTrainer(StreamTrainer, CheckedSFTTrainer):
     """`CheckedSFTTrainer` on token streams, for a model chunked by `chunk_config`."""
 
 
-def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkConfig | None]:
+def build_trainer(
+    options: TrainingOptions, *, has_weights: bool = True
+) -> tuple[CheckedSFTTrainer, ChunkConfig | None]:
     """The trainer of a run, its model not yet chunked, and the config to chunk it with.
 
     Files and options are looked at before the model is loaded.
+
+    Args:
+        has_weights: False: the model is on the meta device, to look at what would be trained on.
 
     Raises:
         ValueError: something the user wrote cannot be done; nothing has been written.
@@ -137,7 +149,13 @@ def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkCon
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # there is nothing to pin memory for, torch would warn
     model: Any = model_options.model_name_or_path
-    if model_options.from_scratch:
+    adapters, quantization = get_peft_config(model_options), get_quantization_config(model_options)
+    if not has_weights:
+        with torch.device("meta"):
+            model = _model_from_scratch(options)
+            model = model if adapters is None else get_peft_model(model, adapters)
+        adapters = quantization = None
+    elif model_options.from_scratch:
         model = _model_from_scratch(options)
     else:
         given = training.model_init_kwargs if isinstance(training.model_init_kwargs, dict) else {}
@@ -159,8 +177,8 @@ def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkCon
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            quantization_config=get_quantization_config(model_options),
-            peft_config=get_peft_config(model_options),
+            quantization_config=quantization,
+            peft_config=adapters,
         )
     except OSError as error:
         if error.errno is not None:  # of the system, not of a name that the Hub does not know
@@ -171,6 +189,7 @@ def build_trainer(options: TrainingOptions) -> tuple[CheckedSFTTrainer, ChunkCon
     check_ranks(trainer.accelerator.num_processes)
     check_engine(training)
     if checkpoint is not None:
+        refuse_other_order(checkpoint, getattr(trainer, "order", None))
         trainer.resumes_from = str(checkpoint)
         print_once(resume_line(checkpoint, num_ranks))
     return trainer, chunk_config
@@ -285,7 +304,11 @@ def _check_template(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, option
 def _model_from_scratch(options: TrainingOptions) -> Any:
     name = str(options.model.model_name_or_path)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=options.training.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            name,
+            revision=options.model.model_revision,
+            trust_remote_code=options.training.trust_remote_code,
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"model_name_or_path={name!r} gives no config: {_first_line(error)}") from error
     set_seed(options.training.seed)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from chunkdist.memory.estimate import estimate_memory
+from chunkdist.memory.host import free_host_bytes
 
 if TYPE_CHECKING:
     from chunkdist.config import ChunkConfig
@@ -21,13 +22,11 @@ gaps), on a CPU also for other processes."""
 
 def free_bytes(device: torch.device) -> int:
     """Memory that this process could still take: of the GPU, what its allocator holds unused included; of the
-    host."""
+    host, its share."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    import psutil  # type: ignore[import-untyped]
-
-    return int(psutil.virtual_memory().available)
+    return free_host_bytes()
 
 
 def choose_retained_chunks(

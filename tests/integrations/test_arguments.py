@@ -61,7 +61,7 @@ def test_every_chunk_option_reaches_the_library(tmp_path: Path) -> None:
 
 def test_help_is_the_librarys_own_docstring() -> None:
     text = " ".join(OptionParser().format_help().split())
-    assert "Chunks at the end of each dependent run" in text
+    assert "The last chunks of a stream, whose graphs are kept" in text
     assert "Raises:" not in text
 
 

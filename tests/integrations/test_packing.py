@@ -13,6 +13,7 @@ from chunkdist.integrations import packing
 from chunkdist.integrations.arguments import parse_options
 from chunkdist.integrations.callbacks import ChunkCallback
 from chunkdist.integrations.trl import ChunkSFTTrainer, build_trainer, chunk_trainer
+from chunkdist.layer_group import GroupRun
 from tests.tiny_run import command_line
 
 Rows = list[dict[str, Any]]
@@ -64,10 +65,12 @@ def seen_ids(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         {"per_device_train_batch_size": 8},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
         {"per_device_train_batch_size": 8, "retained_chunks": "auto"},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12},  # some have no sequence
     ],
 )
 def test_trains_as_without_packing(tiny_model: Path, values: dict[str, Any]) -> None:
-    """A step on all samples, in streams of at most 64 tokens, is the step on the padded batch of them."""
+    """A step on all samples, in streams of at most 64 tokens, is the step on the padded batch of them; so is
+    what is logged of its tokens."""
     plain = trainer_of(
         tiny_model,
         rows(),
@@ -76,7 +79,7 @@ def test_trains_as_without_packing(tiny_model: Path, values: dict[str, Any]) -> 
         per_device_train_batch_size=8,
         max_steps=2,
     )
-    packed = trainer_of(tiny_model, rows(), max_steps=2, **values)
+    packed = trainer_of(tiny_model, rows(), max_steps=2, include_num_input_tokens_seen=True, **values)
     assert isinstance(packed, ChunkSFTTrainer)
     before = weights(packed)
     torch.testing.assert_close(before, weights(plain), rtol=0, atol=0)
@@ -85,12 +88,12 @@ def test_trains_as_without_packing(tiny_model: Path, values: dict[str, Any]) -> 
     update, expected = weights(packed) - before, weights(plain) - before
     assert expected.norm() > 1e-2
     assert (update - expected).norm() < 1e-4 * expected.norm()
-    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (plain, packed)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    norms = [
-        [entry["grad_norm"] for entry in t.state.log_history if "loss" in entry] for t in (plain, packed)
-    ]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy"):
+        logged = [[entry[name] for entry in t.state.log_history if "loss" in entry] for t in (plain, packed)]
+        assert logged[1] == pytest.approx(logged[0], rel=1e-3), name
+    num_tokens = 2 * sum(LENGTHS)
+    assert packed.state.num_input_tokens_seen == num_tokens
+    assert packed.state.total_flos == 6 * num_tokens * packed.model.num_parameters(exclude_embeddings=True)
 
 
 def test_resuming_neither_repeats_nor_skips(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +138,57 @@ def test_what_is_reported(tiny_model: Path, capsys: pytest.CaptureFixture[str]) 
     flops = trainer.stream_sampler().cost
     assert sum(line["flops"][0]) == 2 * sum(map(flops, LENGTHS))
     assert (out / "lengths.png").stat().st_size > 5000
+
+
+def test_steps_after_the_last_log_line_are_reported(tiny_model: Path) -> None:
+    trainer = trainer_of(tiny_model, rows(), per_device_train_batch_size=8, logging_steps=2, max_steps=3)
+    trainer.train()
+    lines = (tiny_model.parent / "out" / "packing.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 3]
+    assert trainer.state.log_history[-1]["packing_imbalance"] == 1
+
+
+def test_what_a_sampler_drops_is_not_recomputed(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(
+        tiny_model,
+        rows(),
+        per_device_train_batch_size=8,
+        chunk_method="spaco",
+        spaco_budget=2,
+        retained_chunks=1,
+        max_steps=1,
+    )
+    rerun, num_tokens = GroupRun._rerun, []
+
+    def noted(self: GroupRun, index: int, hidden: torch.Tensor) -> Any:
+        if self.group.is_last:
+            num_tokens.append(self.stream.chunks[index].num_tokens)
+        return rerun(self, index, hidden)
+
+    monkeypatch.setattr(GroupRun, "_rerun", noted)
+    trainer.train()
+    figures = json.loads((tiny_model.parent / "out" / "metrics.jsonl").read_text())
+    assert 0 < sum(num_tokens) < sum(LENGTHS) / 2
+    assert figures["packing_recomputed_share"] == pytest.approx(sum(num_tokens) / sum(LENGTHS))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"per_device_train_batch_size": 3}, "gradient_accumulation_steps was 4 and is 6"),
+        ({"data_seed": 5}, r"data_seed \(or seed\) was 42 and is 5"),
+        ({"chunk_packing": False}, "chunk_packing=True, and this job has chunk_packing=False"),
+    ],
+)
+def test_a_run_that_cannot_go_on_is_refused(tiny_model: Path, values: dict[str, Any], words: str) -> None:
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    first = trainer_of(tiny_model, rows(), save_strategy="steps", save_steps=1, **settings)
+    first.train()
+    settings |= {"max_steps": 2, "resume_from_checkpoint": tiny_model.parent / "out" / "checkpoint-1"}
+    with pytest.raises(ValueError, match=words):
+        trainer_of(tiny_model, rows(), **{**settings, **values})
+    same = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    trainer_of(tiny_model, rows(), **{**settings, **same})
 
 
 def test_auto_is_said_in_the_start_table(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

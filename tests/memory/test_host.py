@@ -1,0 +1,59 @@
+"""Free host memory: the machine's, the control groups' limits, and one rank's part of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from chunkdist.memory.host import free_host_bytes
+from chunkdist.memory.retained import free_bytes
+
+GROUP = "/job.slice/task"
+
+
+def control_groups(root: Path, version: int, *, limits: dict[str, str], used: int, cache: int) -> Path:
+    """Files of the kernel for a process in `GROUP`; `limits`: of its group and of those around it."""
+    top = root / "sys/fs/cgroup" / ("" if version == 2 else "memory")
+    (root / "proc/self").mkdir(parents=True)
+    name = "0::" if version == 2 else "7:cpu,cpuacct:/other\n5:memory:"
+    (root / "proc/self/cgroup").write_text(f"{name}{GROUP}\n")
+    most, usage, stat = (
+        ("memory.max", "memory.current", "inactive_file")
+        if version == 2
+        else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    )
+    for path, limit in limits.items():
+        folder = top / path.lstrip("/")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, text in ((most, limit), (usage, str(used)), ("memory.stat", f"anon 5\n{stat} {cache}")):
+            (folder / file).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_control_group_limits(
+    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"/": "9000000", "/job.slice": "5000000", GROUP: "max" if version == 2 else str(2**63 - 4096)}
+    root = control_groups(tmp_path, version, limits=limits, used=3_000_000, cache=500_000)
+    assert free_host_bytes(root) == 2_500_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_host_bytes(root) == 625_000
+
+
+def test_without_limits_it_is_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    whole = psutil.virtual_memory().total
+    assert 0.1 * whole < free_host_bytes(tmp_path) <= whole
+    root = control_groups(tmp_path, 2, limits={GROUP: "max"}, used=1, cache=0)
+    assert free_host_bytes(root) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_ranks_share_what_auto_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    alone = free_bytes(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert free_bytes(torch.device("cpu")) == pytest.approx(alone / 8, rel=0.2)
