@@ -18,6 +18,7 @@ from chunkdist.attention import AttentionChoice
 from chunkdist.attention.function import ATTENTION_NAME
 from chunkdist.config import ChunkConfig
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.packed_models import refuse_segments
 from chunkdist.sampling import ChunkSample
 from chunkdist.schedule import Stream
 from chunkdist.stream import read_stream
@@ -109,6 +110,8 @@ class ChunkContext:
             kwargs = {**kwargs, "use_cache": False}
         try:
             self.stream = read_stream(arguments, int(self.config.chunk_size))
+            if self.stream.longest_segment < self.stream.num_tokens:
+                refuse_segments(decoder, self.stream.longest_segment)
             sampler = self.config.sampler
             self.sample = None if sampler is None else ChunkSample(sampler, self.stream)
             with self.attention_installed():

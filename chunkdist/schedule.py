@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ class Stream:
     num_tokens: int
     chunks: tuple[Chunk, ...]
     segment_starts: tuple[tuple[int, ...], ...]
+
+    @property
+    def longest_segment(self) -> int:
+        """In tokens, of all rows."""
+        return max(
+            end - start
+            for starts in self.segment_starts
+            for start, end in pairwise((*starts, self.num_tokens))
+        )
 
     def first_visible(self, chunk: Chunk) -> int:
         """The first token, of any row, that a query of the chunk sees: where its first segment starts."""

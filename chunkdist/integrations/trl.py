@@ -151,6 +151,7 @@ def build_trainer(
     model: Any = model_options.model_name_or_path
     adapters, quantization = get_peft_config(model_options), get_quantization_config(model_options)
     if not has_weights:
+        model_options.attn_implementation = None  # nothing will attend
         with torch.device("meta"):
             model = _model_from_scratch(options)
             model = model if adapters is None else get_peft_model(model, adapters)
