@@ -33,10 +33,14 @@ class ChunkContext:
 
     Args:
         model_configs: The config objects that the model's attention modules read their implementation from.
+        has_state: Whether layers keep state other than K/V: then chunks end where segments do.
     """
 
-    def __init__(self, config: ChunkConfig, model_configs: Sequence[PreTrainedConfig]) -> None:
+    def __init__(
+        self, config: ChunkConfig, model_configs: Sequence[PreTrainedConfig], *, has_state: bool = False
+    ) -> None:
         self.config = config
+        self.has_state = has_state
         self.attention = AttentionChoice(config.attention)
         self.stream: Stream | None = None
         """The tokens of the forward that runs; `None` outside of one, and in one that is not chunked."""
@@ -112,7 +116,9 @@ class ChunkContext:
         if "use_cache" in signature.parameters and "use_cache" not in list(signature.parameters)[: len(args)]:
             kwargs = {**kwargs, "use_cache": False}
         try:
-            self.stream = read_stream(arguments, int(self.config.chunk_size))
+            self.stream = read_stream(
+                arguments, int(self.config.chunk_size), cut_at_segments=self.has_state
+            )
             sampler = self.config.sampler
             self.sample = None if sampler is None else ChunkSample(sampler, self.stream)
             with self.attention_installed():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, LayerState, attend
+from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, attend
 from chunkdist.attention.mask import chunk_mask
 from chunkdist.config import ChunkConfig
 from chunkdist.context import ChunkContext
@@ -28,7 +28,7 @@ from chunkdist.layer_group import LayerGroup
 from chunkdist.lazy_logits import lazy_logits, tiled_head
 from chunkdist.loss import tile_tokens
 from chunkdist.memory.retained import choose_retained_chunks
-from chunkdist.model_layers import configs_of, find_layers, refuse_known
+from chunkdist.model_layers import configs_of, find_layers, layer_states, refuse_known
 from chunkdist.sampling import SampleReport
 from chunkdist.sharding.zero3 import Zero3Layers
 
@@ -138,7 +138,9 @@ class ChunkedModel:
             raise ValueError(f"layers_per_group={height}, but the model has {num_layers} layers: write 'all'")
         self.model = model
         self.entries = entries
-        self.context = ChunkContext(config, configs_of([*entries, decoder, *layers]))
+        self._states = layer_states(model.config.get_text_config(), layers)
+        relays = any(state.relays for state in self._states)
+        self.context = ChunkContext(config, configs_of([*entries, decoder, *layers]), has_state=relays)
         self._zero3 = Zero3Layers(layers, height)
         self.groups: list[LayerGroup] = []
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
@@ -211,8 +213,7 @@ class ChunkedModel:
         for offset, module in enumerate(modules):
             state = None
             if first_index is not None:
-                index = first_index + offset
-                state = LayerState(name=f"layer {index} ({type(module).__name__})")
+                state = self._states[first_index + offset]
                 for submodule in module.modules():
                     submodule.__dict__[LAYER_ATTRIBUTE] = state
             layer = GroupLayer(module, state)
