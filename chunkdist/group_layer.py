@@ -25,7 +25,8 @@ class GroupLayer:
         self.original_forward: Callable[..., Any] = layer.forward
         self.signature = LayerSignature(layer)
         self.cache_argument = self.signature.cache if state is not None and state.relays else None
-        self.returns_tuple: bool | None = None
+        self.tuple_length: int | None = None
+        """Of what the layer returns, 0 for a tensor; known once it has run."""
         self.attends = True
         """Whether the layer calls the attention function; known once it has run."""
         self.group: LayerGroup
@@ -57,7 +58,7 @@ class GroupLayer:
                 self.state.cell = None
         if cell is not None:
             self._check(cell)
-        self.returns_tuple = isinstance(output, tuple)
+        self.tuple_length = len(output) if isinstance(output, tuple) else 0
         if isinstance(output, tuple):
             output, *others = output
             if any(x is not None for x in others):
@@ -86,4 +87,4 @@ class GroupLayer:
 
     def wrap(self, hidden: Tensor) -> Any:
         """`hidden`, in the form in which the layer returns it."""
-        return (hidden,) if self.returns_tuple else hidden
+        return (hidden, *(None,) * (self.tuple_length - 1)) if self.tuple_length else hidden

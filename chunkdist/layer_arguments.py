@@ -15,9 +15,7 @@ from chunkdist.state_relay import CACHE_ARGUMENTS
 _TOKEN_DIM = {"position_ids": -1, "cache_position": -1, "position_embeddings": -2, "attention_mask": -1}
 """The token dim of the arguments that all models have; for others it is the one dim as long as the stream."""
 
-SEGMENT_ARGUMENTS = frozenset(
-    ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-)
+SEGMENT_ARGUMENTS = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"))
 """Where a stream's segments begin. Layers with state do not get them: their cells begin where segments do."""
 
 
@@ -60,10 +58,7 @@ def refuse_arguments(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]
             f"{stream.num_tokens} tokens, hidden) as the model's input"
         )
     for key, argument in arguments.items():
-        if (
-            key in CACHE_ARGUMENTS
-            and argument is not None
-        ):
+        if key in CACHE_ARGUMENTS and argument is not None:
             raise UnsupportedModelError(
                 f"{name} gets a cache ({key}) from a decoder that was told not to make one"
             )

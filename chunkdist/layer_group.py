@@ -26,6 +26,7 @@ from chunkdist.attention.function import Cell, KeysAndValues
 from chunkdist.cell_graph import CellGraph
 from chunkdist.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.group_input import GroupInput, tokens_of
 from chunkdist.group_layer import GroupLayer
 from chunkdist.kv_store import KVStore
 from chunkdist.layer_arguments import refuse_arguments, slice_tokens
@@ -68,7 +69,7 @@ class LayerGroup:
         refuse_inner_units(layer.layer)
         run.add(hidden, arguments)
         if layer is not self.layers[-1]:
-            if layer.returns_tuple is None:
+            if layer.tuple_length is None:
                 run.learn_output_form(layer)
             return layer.wrap(hidden)
         self.context.open_run = None
@@ -87,7 +88,7 @@ class GroupRun:
             zero3.check_group(modules)
         self.units = GroupUnits(modules)
         self.units.keep()
-        self._input: tuple[Tensor, int] | None = None
+        self._input = GroupInput(len(modules))
         self._stores: list[KVStore | None] = []
         """By layer, of the dependent run at hand."""
         self._kept_stores: dict[range, list[KVStore | None]] = {}
@@ -101,15 +102,7 @@ class GroupRun:
 
     def add(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Records one layer's arguments; all layers must get the same hidden states."""
-        if self._input is None:
-            self._input = hidden, _version_of(hidden)
-        first, version = self._input
-        same_storage = hidden.untyped_storage()._cdata == first.untyped_storage()._cdata
-        if not same_storage or hidden.shape != first.shape or _version_of(hidden) != version:
-            raise UnsupportedModelError(
-                "the decoder changes the hidden states between its layers: write layers_per_group=1, not "
-                f"{len(self.group.layers)}"
-            )
+        self._input.add(hidden)
         self.arguments.append(arguments)
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -119,7 +112,11 @@ class GroupRun:
             self.units.release()
 
     def _call(self, hidden: Tensor) -> Tensor:
-        self._input = None
+        self._input.release()
+        if (probe := self.group.context.probe) is not None:
+            for layer, arguments in zip(self.group.layers, self.arguments, strict=True):
+                if layer.state is not None:
+                    probe.check(layer, hidden, arguments, self.stream)
         self.parameters = GroupParameters(layer.layer for layer in self.group.layers)
         if torch.is_grad_enabled() and (hidden.requires_grad or self.parameters.trainable):
             output: Tensor = _GroupFunction.apply(self, hidden, *self.parameters.trainable)  # type: ignore[no-untyped-call]
@@ -129,21 +126,18 @@ class GroupRun:
 
     def learn_output_form(self, layer: GroupLayer) -> None:
         """Runs `layer` on the first token alone, to see whether it returns a tensor or a tuple."""
-        assert self._input is not None
-        hidden = self._input[0]
+        hidden = self._input.hidden
         token = Chunk(0, 1)
         stream = Stream(num_tokens=1, chunks=(token,), segment_starts=((0,),) * hidden.shape[0])
         with torch.no_grad(), undisturbed_rng(hidden):
             cell = self._cell(layer, token, stream, self._new_store(layer, token), StateStore())
             layer.run(
                 cell,
-                _tokens_of(hidden, token),
+                tokens_of(hidden, token),
                 slice_tokens(self.arguments[-1], token, self.stream.num_tokens),
             )
 
-    def forward(
-        self, hidden: Tensor, retained: Collection[int], *, for_backward: bool = True
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, retained: Collection[int], *, for_backward: bool = True) -> Tensor:
         """Runs all chunks without a graph, but those of the indices `retained`. (B, T, H) to (B, T, H)."""
         chunks = self.stream.chunks
         self._autocast = AutocastState.capture(hidden.device.type)
@@ -158,7 +152,7 @@ class GroupRun:
             if index in retained:
                 part, relays = self._retain(index, hidden)
             else:
-                part, relays = self._run_layers(chunk, _tokens_of(hidden, chunk))
+                part, relays = self._run_layers(chunk, tokens_of(hidden, chunk))
             for relay in relays:
                 if relay.used and self.stream.is_read_later(index, range(len(chunks))):
                     relay.hand_on()
@@ -262,7 +256,7 @@ class GroupRun:
 
     def _run_with_graph(self, index: int, hidden: Tensor) -> CellGraph:
         chunk = self.stream.chunks[index]
-        leaf = _tokens_of(hidden, chunk).detach().requires_grad_(hidden.requires_grad)
+        leaf = tokens_of(hidden, chunk).detach().requires_grad_(hidden.requires_grad)
         with self.parameters.aliased():
             return CellGraph(leaf, *self._run_layers(chunk, leaf))
 
@@ -284,7 +278,7 @@ class GroupRun:
         """Of a one-layer group: runs a chunk up to its attention."""
         chunk = self.stream.chunks[index]
         try:
-            self._run_layers(chunk, _tokens_of(hidden, chunk).detach(), stop_at_kv=True)
+            self._run_layers(chunk, tokens_of(hidden, chunk).detach(), stop_at_kv=True)
         except KeysAndValues as found:
             return found.k_BTKD, found.v_BTKD
         raise AssertionError("the layer ran to its end without attending")
@@ -307,7 +301,7 @@ class GroupRun:
             self._rng[index].restore()
             with torch.no_grad(), self._autocast.apply():
                 if len(self.group.layers) > 1:
-                    self._run_layers(chunk, _tokens_of(hidden, chunk))
+                    self._run_layers(chunk, tokens_of(hidden, chunk))
                 elif (store := self._stores[0]) is not None and self.group.layers[0].attends:
                     store.write(chunk, *self._keys_and_values(index, hidden))
 
@@ -328,17 +322,6 @@ class GroupRun:
             return None
         relay = None if layer.cache_argument is None else states.relay(chunk)
         return Cell(chunk, stream, store, self.group.context.attention, stop_at_kv, relay)
-
-
-def _tokens_of(hidden: Tensor, chunk: Chunk) -> Tensor:
-    """A chunk's hidden states, contiguous as a layer gets them without chunks: some call `.view`. One row: no
-    copy."""
-    return hidden[:, chunk.start : chunk.end].contiguous()
-
-
-def _version_of(x: Tensor) -> int:
-    """How often `x` was changed in place; tensors of `torch.inference_mode` do not count that."""
-    return 0 if x.is_inference() else x._version
 
 
 class _GroupFunction(torch.autograd.Function):

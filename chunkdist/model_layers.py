@@ -83,10 +83,10 @@ def refuse_known(model: PreTrainedModel, decoder: nn.Module, layers: list[nn.Mod
         raise UnsupportedModelError(f"{name} is set up as an encoder (is_decoder=False): it is not causal")
     for layer in layers:
         mixer = mixer_of(layer)
-        if mixer is not None and LayerSignature(layer).cache is None:
+        if mixer is not None and ("Indexer" in mixer or LayerSignature(layer).cache is None):
             raise UnsupportedModelError(
-                f"{name} has {mixer} in a layer that takes no cache: state between tokens other than keys and "
-                "values, that cannot be handed on"
+                f"{name} has {mixer} in its layers: state between tokens other than keys and values, and not "
+                "in a cache from which it could be handed on"
             )
     for kind in dict.fromkeys(type(module) for layer in layers for module in layer.modules()):
         if _counts_tokens(kind):
@@ -105,7 +105,7 @@ def layer_states(config: PreTrainedConfig, layers: list[nn.Module]) -> list[Laye
         LayerState(
             name=f"layer {index} ({type(layer).__name__})",
             relays=relays,
-            mixes=mixer_of(layer) is not None,
+            mixes=any(isinstance(module, _MIXERS) for module in layer.modules()),
             tokenwise=kind in _TOKENWISE_LAYERS,
         )
         for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True))

@@ -29,6 +29,7 @@ from chunkdist.lazy_logits import lazy_logits, tiled_head
 from chunkdist.loss import tile_tokens
 from chunkdist.memory.retained import choose_retained_chunks
 from chunkdist.model_layers import configs_of, find_layers, layer_states, refuse_known
+from chunkdist.probe import LayerProbe, is_known
 from chunkdist.sampling import SampleReport
 from chunkdist.sharding.zero3 import Zero3Layers
 
@@ -140,7 +141,15 @@ class ChunkedModel:
         self.entries = entries
         self._states = layer_states(model.config.get_text_config(), layers)
         relays = any(state.relays for state in self._states)
-        self.context = ChunkContext(config, configs_of([*entries, decoder, *layers]), has_state=relays)
+        if relays and config.sampler is not None:
+            raise ValueError(
+                f"sampler={config.sampler!r}, but {type(model).__name__} has layers with state between "
+                "tokens: a dropped chunk cuts the chain of states, and weights that make up for it grow with every "
+                "chunk; write sampler=None"
+            )
+        probe = LayerProbe() if relays and not is_known(type(model)) else None
+        configs = configs_of([*entries, decoder, *layers])
+        self.context = ChunkContext(config, configs, has_state=relays, probe=probe)
         self._zero3 = Zero3Layers(layers, height)
         self.groups: list[LayerGroup] = []
         self._forwards: list[tuple[nn.Module, Any, Any]] = []

@@ -30,7 +30,7 @@ def cut_segments(starts: Sequence[int], num_tokens: int, chunk_size: int) -> tup
     """Chunks of `chunk_size` tokens that end where segments do, too.
 
     None continues a segment by a single token: such a token goes with the chunk before it (and `chunk_size=1`
-    means 2). For it, layers with state would take the path of generation, which is made without gradients in mind.
+    means 2). For one token, layers with state take the path of generation, which changes states in place.
     """
     chunks: list[Chunk] = []
     for start, end in zip(starts, (*starts[1:], num_tokens), strict=True):

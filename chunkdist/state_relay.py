@@ -1,11 +1,12 @@
 """State of a layer other than keys and values, handed on from chunk to chunk, and its gradient handed back.
 
-Linear-attention, state-space and convolution layers of transformers keep such state in a `Cache`, through one set
-of methods. In a cell they get a `StateRelay` in the cache's place: it gives them the state at the chunk's start and
-takes the state at its end, and no tensor is changed in place. Backwards, the state at the chunk's start is a leaf;
-its gradient is that of the state at the end of the chunk before.
+Linear-attention, state-space and convolution layers of transformers keep such state in a `Cache`, through one
+set of methods. In a cell they get a `StateRelay` in the cache's place: it gives them the state at the chunk's
+start and takes the state at its end, and no tensor is changed in place. Backwards, the state at the chunk's
+start is a leaf; its gradient is that of the state at the end of the chunk before.
 
-Keys and values are not its business: `update` gives a chunk's own back, and the chunked attention adds the prefix.
+Keys and values are not its business: `update` gives a chunk's own back, and the chunked attention adds the
+prefix.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _Key = tuple[str, int, int]
 
 
 class StateStore:
-    """One layer's state at the chunks' starts, kept from the forward to the backward, and, in the backward, the
-    gradient of the state at the end of the chunk that comes next."""
+    """One layer's state at the chunks' starts, kept from the forward to the backward, and, in the backward,
+    the gradient of the state at the end of the chunk that comes next."""
 
     def __init__(self) -> None:
         self._states: dict[int, dict[_Key, Tensor]] = {}
@@ -90,7 +91,9 @@ class StateRelay:
 
     # From here, the methods of transformers' `Cache` (5.17 to 5.23) that layers call.
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         return keys, values
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
@@ -99,7 +102,9 @@ class StateRelay:
         )
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        return True  # a chunk of one token goes through `update_conv_state`, too, not through an in-place kernel
+        return (
+            True  # a chunk of one token goes through `update_conv_state`, too, not through an in-place kernel
+        )
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self._given(("conv", layer_idx, state_idx))
@@ -115,7 +120,7 @@ class StateRelay:
         conv_kernel_size: int | None = None,
         **_: Any,
     ) -> Tensor:
-        """The inputs (..., T) of a convolution with the last ones of the chunk before; keeps their last ones."""
+        """The inputs (..., T) of a convolution behind the last ones of the chunk before; keeps the last."""
         key = ("conv", layer_idx, state_idx)
         size = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
         before, leaf = self._given(key), self._leaves.get(key)
@@ -138,8 +143,8 @@ class StateRelay:
         if name.startswith("_"):
             raise AttributeError(name)
         raise UnsupportedModelError(
-            f"a layer asks its cache for {name}, which is not relayed between chunks: it keeps state in a way of "
-            "its own"
+            f"a layer asks its cache for {name}, which is not relayed between chunks: it keeps state in a "
+            "way of its own"
         )
 
     def _leaf(self, state: Tensor) -> Tensor:

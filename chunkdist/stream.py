@@ -48,8 +48,8 @@ def read_stream(arguments: dict[str, Any], chunk_size: int, *, cut_at_segments: 
         return Stream(num_tokens=num_tokens, chunks=cut(num_tokens, chunk_size), segment_starts=starts)
     if len(set(starts)) > 1:
         raise ValueError(
-            f"{num_rows} rows were passed whose packed sequences begin at different tokens: layers with state "
-            "between tokens need one row, with all sequences one after another in it"
+            f"{num_rows} rows were passed whose packed sequences begin at different tokens: a model with "
+            "state between tokens needs one row, with all sequences one after another in it"
         )
     return Stream(
         num_tokens=num_tokens,

@@ -76,6 +76,9 @@ _SWITCHES = {
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    # by default, the attention layers are beyond the second one
+    "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     # the default config has no rope parameters for its layer types
     "CohereCompassForCausalLM": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     # rope_theta is read from the sub-config, whose default has none; its clamp has no default bound
@@ -169,6 +172,9 @@ def other_layer_types(class_name: str) -> list[str]:
         for kind in ALLOWED_LAYER_TYPES
         if f'"{kind}"' in source and kind not in ("moe", "sparse", "dense")
     ]
+    name = model_class.config_class.attribute_map.get("layer_types", "layer_types")
+    if isinstance(getattr(model_class.config_class, name, None), property):  # follows from other settings
+        return []
     return [] if default is None or set(known) <= set(default) else list(dict.fromkeys([*default, *known]))
 
 
