@@ -144,7 +144,7 @@ class ChunkedModel:
         if relays and config.sampler is not None:
             raise ValueError(
                 f"sampler={config.sampler!r}, but {type(model).__name__} has layers with state between "
-                "tokens: a dropped chunk cuts the chain of states, and weights that make up for it grow with every "
+                "tokens: a dropped chunk cuts the chain of states, and weights for it grow with every "
                 "chunk; write sampler=None"
             )
         probe = LayerProbe() if relays and not is_known(type(model)) else None

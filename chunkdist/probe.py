@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.function import Cell
@@ -51,11 +52,11 @@ class LayerProbe:
     def check(self, layer: GroupLayer, hidden: Tensor, arguments: dict[str, Any], stream: Stream) -> None:
         """Raises `UnsupportedModelError` if the layer is not exact in chunks.
 
-        Streams of fewer than 4 tokens show nothing; they are left alone, and the next one is probed.
+        Tensors without storage and streams of fewer than 4 tokens show nothing, and are let through.
         """
         kind = tuple(type(module) for module in layer.layer.modules())
         tokens = Chunk(0, min(NUM_TOKENS, stream.num_tokens))
-        if kind in self._passed or tokens.num_tokens < 4:
+        if kind in self._passed or tokens.num_tokens < 4 or hidden.is_meta or isinstance(hidden, FakeTensor):
             return
         arguments = {key: x for key, x in arguments.items() if key not in SEGMENT_ARGUMENTS}
         arguments = _map_tensors(slice_tokens(arguments, tokens, stream.num_tokens), _in_fp32)
