@@ -54,6 +54,7 @@ _SIZES = {
     "local_attention_window_len keep_window_size": WINDOW,
     "n_group topk_group num_expert_group n_shared_experts num_shared_experts moe_num_shared_experts "
     "first_k_dense_replace num_dense_layers max_window_layers n_groups mamba_n_groups": 1,
+    "mamba_chunk_size chunk_size": 8,
     "max_position_embeddings n_positions n_ctx max_seq_len model_max_length "
     "original_max_position_embeddings max_source_positions max_target_positions rel_extent": 128,
 }
