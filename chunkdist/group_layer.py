@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from chunkdist.attention.function import Cell, LayerState
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.layer_arguments import SEGMENT_ARGUMENTS, LayerSignature
+from chunkdist.state_relay import StateKey
 
 if TYPE_CHECKING:
     from chunkdist.layer_group import LayerGroup
@@ -29,6 +30,8 @@ class GroupLayer:
         """Of what the layer returns, 0 for a tensor; known once it has run."""
         self.attends = True
         """Whether the layer calls the attention function; known once it has run."""
+        self.state_shapes: dict[StateKey, tuple[torch.Size, torch.dtype]] = {}
+        """Of the state that it hands on; known once it has run."""
         self.group: LayerGroup
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,6 +77,8 @@ class GroupLayer:
         assert self.state is not None
         name, relayed = type(self.layer).__name__, cell.relay is not None and cell.relay.used
         self.attends = cell.num_calls == 1
+        if cell.relay is not None:
+            self.state_shapes = {key: (x.shape, dtype) for key, (x, dtype) in cell.relay.ends.items()}
         if cell.num_calls > 1 or not (self.attends or relayed or self.state.tokenwise):
             raise UnsupportedModelError(
                 f"{name} called the attention function {cell.num_calls} times in a "

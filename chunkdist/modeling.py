@@ -28,6 +28,7 @@ from chunkdist.layer_group import LayerGroup
 from chunkdist.lazy_logits import lazy_logits, tiled_head
 from chunkdist.loss import tile_tokens
 from chunkdist.memory.retained import choose_retained_chunks
+from chunkdist.memory.state_sizes import StateSizes, state_sizes
 from chunkdist.model_layers import configs_of, find_layers, layer_states, refuse_known
 from chunkdist.probe import LayerProbe, is_known
 from chunkdist.sampling import SampleReport
@@ -65,6 +66,8 @@ class ChunkReport:
     attention: str
     attention_reason: str
     head_tile_tokens: int | None
+    state: StateSizes | None
+    """`None`: layers have no state other than K/V."""
     sample: SampleReport | None
     """SpaCO's last sample."""
 
@@ -113,6 +116,15 @@ def chunk_report(model: nn.Module) -> ChunkReport:
     return _handle(_causal_lm(model)).report()
 
 
+def layers_of(model: nn.Module) -> list[GroupLayer]:
+    """The decoder's layers, as they stand in their groups.
+
+    Raises:
+        ValueError: the model is not chunked.
+    """
+    return [layer for group in _handle(_causal_lm(model)).groups for layer in group.layers]
+
+
 def resolve_retained_chunks(model: nn.Module, **sizes: Any) -> None:
     """Puts a number in the place of `retained_chunks="auto"`; where there is one, does nothing. The first
     training forward does it by its own tokens, unless it has been done.
@@ -152,6 +164,7 @@ class ChunkedModel:
         self.context = ChunkContext(config, configs, has_state=relays, probe=probe)
         self._zero3 = Zero3Layers(layers, height)
         self.groups: list[LayerGroup] = []
+        self._state_sizes: StateSizes | None = None
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
         for start in range(0, num_layers, height):
             self.groups.append(self._group(layers[start : start + height], start))
@@ -197,6 +210,8 @@ class ChunkedModel:
         raise TypeError("a chunked model cannot be pickled: call unchunk_model first, or save_pretrained")
 
     def report(self) -> ChunkReport:
+        if self.context.has_state and self._state_sizes is None:
+            self._state_sizes = state_sizes(self.model)
         head = tiled_head(self.model)
         reasons, config = self.context.attention.reasons, self.context.config
         return ChunkReport(
@@ -213,6 +228,7 @@ class ChunkedModel:
             head_tile_tokens=None
             if head is None
             else tile_tokens(head.out_features, head.weight.element_size()),
+            state=self._state_sizes,
             sample=None if self.context.sample is None else self.context.sample.report,
         )
 

@@ -23,7 +23,7 @@ from chunkdist.schedule import Chunk
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 """Names under which layers take their cache."""
 
-_Key = tuple[str, int, int]
+StateKey = tuple[str, int, int]
 """Kind of state, index of the layer, and of the state in it."""
 
 
@@ -32,16 +32,16 @@ class StateStore:
     the gradient of the state at the end of the chunk that comes next."""
 
     def __init__(self) -> None:
-        self._states: dict[int, dict[_Key, Tensor]] = {}
+        self._states: dict[int, dict[StateKey, Tensor]] = {}
         """By the token before which the layer is in that state; nowhere else is it kept."""
-        self.grads: dict[_Key, Tensor] = {}
+        self.grads: dict[StateKey, Tensor] = {}
         """In fp32 unless the state is wider."""
 
     def relay(self, chunk: Chunk) -> StateRelay:
         """The layer's cache in the cell of a chunk; under `torch.no_grad`, one that tracks no gradient."""
         return StateRelay(self, chunk, self._states.get(chunk.start, {}))
 
-    def keep(self, position: int, states: dict[_Key, Tensor]) -> None:
+    def keep(self, position: int, states: dict[StateKey, Tensor]) -> None:
         """Keeps the state in which a chunk ends, for the one that starts at `position`."""
         self._states[position] = states
 
@@ -57,12 +57,12 @@ class StateRelay:
         start: The state before the cell's first token; empty where a sequence begins.
     """
 
-    def __init__(self, store: StateStore, chunk: Chunk, start: dict[_Key, Tensor]) -> None:
+    def __init__(self, store: StateStore, chunk: Chunk, start: dict[StateKey, Tensor]) -> None:
         self._store = store
         self._chunk = chunk
         self._dtypes = {key: x.dtype for key, x in start.items()}
         self._leaves = {key: self._leaf(x) for key, x in start.items()}
-        self.ends: dict[_Key, tuple[Tensor, torch.dtype]] = {}
+        self.ends: dict[StateKey, tuple[Tensor, torch.dtype]] = {}
         """The state after the cell's last token, and the dtype in which the layer has it."""
 
     @property
@@ -153,7 +153,7 @@ class StateRelay:
             return state
         return _wide(state).detach().requires_grad_(torch.is_grad_enabled())
 
-    def _given(self, key: _Key) -> Tensor | None:
+    def _given(self, key: StateKey) -> Tensor | None:
         leaf = self._leaves.get(key)
         return None if leaf is None else leaf.to(self._dtypes[key], copy=True)  # some layers write into it
 
