@@ -108,6 +108,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "intermediate_size": 48,
         "activation_sparsity_pattern": [0.0] * 4,
     },
+    # one layer of each kind, not two of the slow one
+    "BailingHybridForCausalLM": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_hidden_layers": 2,
+    },
+    "KimiLinearForCausalLM": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_hidden_layers": 2,
+    },
     # layer types have no default
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     # the indexer's sizes have no default

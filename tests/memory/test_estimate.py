@@ -76,12 +76,12 @@ def qwen3_5(**settings: Any) -> Any:
 @pytest.fixture(scope="module")
 def hybrid() -> Iterator[tuple[Any, ChunkConfig, dict[int, int]]]:
     """The model, its config, and the peaks by number of tokens."""
-    config = ChunkConfig(chunk_size=128)
+    config = ChunkConfig(chunk_size=64)
     mode = FakeTensorMode()
     peaks = {}
     with mode:
         model = chunk_model(fake_model(qwen3_5, mode), config)
-        for num_tokens in (256, 512):
+        for num_tokens in (192, 384):
             ids = torch.zeros(1, num_tokens, dtype=torch.long)
             with LiveBytes(exclude=[*model.parameters(), ids]) as live:
                 model(input_ids=ids, labels=ids).loss.backward()
