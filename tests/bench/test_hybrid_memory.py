@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,13 +17,19 @@ def test_smoke(tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
     assert hybrid_memory.main(["--smoke", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["summary"].values()
-    assert [row["place"] for row in rows] == ["a layer with state", "an attention layer"]
+    assert [row["place"] for row in rows] == ["a layer with state", *["an attention layer"] * 2]
     assert all(abs(row["formula_bytes"] / row["peak_bytes"] - 1) < 0.05 for row in rows)
 
 
 def test_layers_that_do_not_add_up_are_not_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
-    def peaks_of(sizes: object, chunk_size: int, num_layers: int, num_tokens: int) -> object:
-        return dict.fromkeys(hybrid_memory.PLACES, num_tokens * num_layers * 1000), 1
+    def peaks_of(sizes: Any, chunk_size: int, num_layers: int, num_tokens: int) -> Any:
+        def peak(place: str) -> int:
+            starts = num_tokens // chunk_size - 1
+            return hybrid_memory.growing_bytes(
+                place, sizes, num_layers=2, num_tokens=num_tokens, state_bytes=1, num_starts=starts
+            )
+
+        return {place: peak(place) for place in hybrid_memory.PLACES}, 1
 
     monkeypatch.setattr(hybrid_memory, "peaks_of", peaks_of)
     with pytest.raises(RuntimeError, match="a layer more does not add"):
