@@ -39,7 +39,7 @@ LAYER_TYPES: dict[str, list[str] | None] = {
     "Qwen3NextForCausalLM": None,
     "KimiLinearForCausalLM": None,
     "NemotronHForCausalLM": None,
-    "GraniteMoeHybridForCausalLM": ["linear_attention", "full_attention"],
+    "GraniteMoeHybridForCausalLM": None,
     "OlmoHybridForCausalLM": None,
     "Lfm2ForCausalLM": ["conv", "full_attention"],
     "FalconH1ForCausalLM": None,

@@ -96,6 +96,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 8,
         "swa_v_head_dim": 8,
     },
+    # by default, all its layers keep state
+    "GraniteMoeHybridForCausalLM": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_hidden_layers": 2,
+    },
     # widths that must multiply to each other
     "FalconH1ForCausalLM": {"mamba_d_ssm": 64},
     "Mamba2ForCausalLM": {"head_dim": 16},

@@ -25,13 +25,16 @@ KINDS = {
     "attention and state space in one layer": "FalconH1ForCausalLM",
 }
 SCHEDULES: list[tuple[str, dict[str, Any]]] = [
-    ("rows", {"chunk_size": 1, "layers_per_group": 2}),
     ("rows", {"chunk_size": 16, "layers_per_group": "all", "retained_chunks": 1}),
-    ("rows", {"chunk_size": NUM_TOKENS, "layers_per_group": 1}),
     ("packed", {"chunk_size": 5, "layers_per_group": 1, "retained_chunks": 2}),
     ("packed", {"chunk_size": 16, "layers_per_group": 2, "rebuild_kv": True}),
 ]
 """A part of the grid of tests/hybrids.py. The sweep runs all classes in chunks of 7."""
+
+
+@pytest.mark.parametrize("chunk_size", [1, NUM_TOKENS])
+def test_the_shortest_and_the_longest_chunk(chunk_size: int) -> None:
+    assert error_of(KINDS["delta rule"], "rows", chunk_size=chunk_size, layers_per_group=2) < 1e-10
 
 
 @pytest.mark.parametrize("name", KINDS.values(), ids=list(KINDS))

@@ -11,13 +11,9 @@ from tests.distributed.ranks import Ranks
 DELTA_RULE, CONVOLUTION = "Qwen3_5ForCausalLM", "Lfm2ForCausalLM"
 CASES = [
     Case(engine="ddp", hybrid=DELTA_RULE),
-    Case(engine="ddp", hybrid=CONVOLUTION, layers_per_group="all", retained_chunks=2),
-    Case(engine="fsdp2", hybrid=DELTA_RULE),
     Case(engine="fsdp2", hybrid=DELTA_RULE, layers_per_group="all", retained_chunks=2),
     Case(engine="fsdp2 groups", hybrid=CONVOLUTION, layers_per_group="all"),
-    Case(engine="zero2", hybrid=CONVOLUTION, layers_per_group="all"),
     Case(engine="zero3", hybrid=DELTA_RULE),
-    Case(engine="zero3", hybrid=CONVOLUTION, retained_chunks=1),
 ]
 
 
