@@ -107,9 +107,8 @@ def peaks_of(sizes: dict[str, int], chunk_size: int, num_layers: int, num_tokens
 
 def _model(sizes: dict[str, int]) -> nn.Module:
     kinds = ["linear_attention"] * (sizes["num_hidden_layers"] - 1) + ["full_attention"]
-    config = Qwen3_5TextConfig(
-        **sizes, layer_types=kinds, use_cache=False, max_position_embeddings=LENGTHS[-1]
-    )
+    settings: dict[str, Any] = {**sizes, "layer_types": kinds, "max_position_embeddings": LENGTHS[-1]}
+    config = Qwen3_5TextConfig(**settings, use_cache=False)
     lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "in_proj_qkv"], task_type="CAUSAL_LM")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.enable_input_require_grads()  # so that the first layer does what the others do
