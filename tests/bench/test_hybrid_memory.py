@@ -1,4 +1,4 @@
-"""The memory benchmark of hybrid models runs, in its smallest size."""
+"""The memory benchmark of hybrid models runs, in its smallest size, and docs/memory.md has its figures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from chunkdist.bench import hybrid_memory
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_smoke(tmp_path: Path) -> None:
@@ -32,3 +34,11 @@ def test_layers_that_do_not_add_up_are_not_extrapolated(monkeypatch: pytest.Monk
     monkeypatch.setattr(hybrid_memory, "peaks_of", peaks_of)
     with pytest.raises(RuntimeError, match="a layer more does not add"):
         hybrid_memory.main(["--smoke"])
+
+
+def test_the_formula_is_within_5_percent() -> None:
+    result = json.loads((ROOT / "docs" / "benchmarks" / "hybrid-memory.json").read_text())
+    assert list(result["summary"]) == [str(2**power) for power in range(14, 19)]
+    for row in result["summary"].values():
+        assert row["formula_bytes"] == pytest.approx(row["peak_bytes"], rel=0.05)
+    assert hybrid_memory.table(result) in (ROOT / "docs" / "memory.md").read_text()
