@@ -8,7 +8,6 @@ other programs have none; of them, the files without which a run could not go on
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -24,15 +23,14 @@ _FSDP_WEIGHTS = ("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin")
 
 
 def list_files(checkpoint: Path, num_ranks: int) -> None:
-    """Writes the list, in one move: ranks of several machines that share a disk write the same one."""
+    """Writes the list, into a checkpoint that has not got its name yet."""
     sizes = {
         str(path.relative_to(checkpoint)): path.stat().st_size
         for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and not path.name.startswith(FILE_LIST)
+        if path.is_file()
     }
-    own = checkpoint / f"{FILE_LIST}.{os.getpid()}"
-    own.write_text(json.dumps({"num_ranks": num_ranks, "bytes": sizes}, indent=1), encoding="utf-8")
-    os.replace(own, checkpoint / FILE_LIST)
+    text = json.dumps({"num_ranks": num_ranks, "bytes": sizes}, indent=1)
+    (checkpoint / FILE_LIST).write_text(text, encoding="utf-8")
 
 
 def fault_of(checkpoint: Path) -> str | None:

@@ -53,7 +53,8 @@ def whole_checkpoint(
         wait_for_everyone()
         written = parent / target.name
         if moves and written.exists():
-            list_files(written, args.world_size)
+            if args.process_index == 0:
+                list_files(written, args.world_size)
             _flush(written)
         wait_for_everyone()
     if moves:
@@ -107,11 +108,18 @@ def checkpoint_to_resume(args: TrainingArguments, *, trains: bool = True) -> Pat
 def resume_line(checkpoint: Path) -> str:
     """What is resumed, and what cannot be as it was."""
     saved, num_ranks = num_ranks_of(checkpoint), num_launched_ranks()
+    newer = [
+        path
+        for path in checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if _step(path) > _step(checkpoint)
+    ]
+    faults = [f"{path.name}: {fault}" for path in sorted(newer, key=_step) if (fault := _fault(path))]
+    passed_over = f" (newer, but not complete: {'; '.join(faults)})" if faults else ""
     if saved == num_ranks:
-        return f"resuming from {checkpoint}"
+        return f"resuming from {checkpoint}{passed_over}"
     return (
-        f"resuming from {checkpoint} of {saved} ranks on {num_ranks}: random draws begin afresh, and a step "
-        "has the same samples only if ranks x per_device_train_batch_size x gradient_accumulation_steps is "
+        f"resuming from {checkpoint}{passed_over} of {saved} ranks on {num_ranks}: random draws begin "
+        "afresh, and a step has the same samples only if ranks x per_device_train_batch_size x gradient_accumulation_steps is "
         "what it was"
     )
 

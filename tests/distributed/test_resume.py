@@ -158,7 +158,7 @@ def save_slowly(folder: Path) -> list[str]:
 
     checkpoints._flush = flush
     try:
-        args: Any = SimpleNamespace(local_process_index=0, world_size=2)
+        args: Any = SimpleNamespace(local_process_index=0, process_index=rank, world_size=2)
         with checkpoints.whole_checkpoint(target, args, distributed.barrier) as parent:
             wait()
             (parent / target.name).mkdir(parents=True, exist_ok=True)

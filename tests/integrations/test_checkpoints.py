@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from chunkdist.integrations.checkpoint_files import FILE_LIST, fault_of, list_files, num_ranks_of
-from chunkdist.integrations.checkpoints import UNFINISHED, checkpoint_to_resume
+from chunkdist.integrations.checkpoints import UNFINISHED, checkpoint_to_resume, resume_line
 
 FILES = {
     "ddp": ("optimizer.pt", "model.safetensors"),
@@ -68,6 +68,9 @@ def test_the_last_complete_one_is_taken(tmp_path: Path, monkeypatch: pytest.Monk
         make(tmp_path / name)
     (tmp_path / "checkpoint-30" / "optimizer.pt").unlink()
     assert resumed(True, monkeypatch, out=tmp_path) == tmp_path / "checkpoint-10"
+    assert resume_line(tmp_path / "checkpoint-10").endswith(
+        "checkpoint-10 (newer, but not complete: checkpoint-30: optimizer.pt is missing)"
+    )
     assert resumed(tmp_path / "checkpoint-2", monkeypatch) == tmp_path / "checkpoint-2"
     for name, reason in (
         ("checkpoint-30", "optimizer.pt is missing"),
