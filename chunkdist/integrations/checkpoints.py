@@ -119,8 +119,8 @@ def resume_line(checkpoint: Path) -> str:
         return f"resuming from {checkpoint}{passed_over}"
     return (
         f"resuming from {checkpoint}{passed_over} of {saved} ranks on {num_ranks}: random draws begin "
-        "afresh, and a step has the same samples only if ranks x per_device_train_batch_size x gradient_accumulation_steps is "
-        "what it was"
+        "afresh, and a step has the same samples only if ranks x per_device_train_batch_size x "
+        "gradient_accumulation_steps is what it was"
     )
 
 
