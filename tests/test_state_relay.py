@@ -216,7 +216,7 @@ class TestProbe:
         assert model._chunkdist_model.context.probe is None  # type: ignore[attr-defined]
 
     def test_another_version_of_transformers_is_not_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(transformers, "__version__", "5.24.0")
+        monkeypatch.setattr(probe, "TRANSFORMERS_VERSION", "5.24.0")
         assert not probe.is_known(transformers.Qwen3_5ForCausalLM)
 
     @pytest.mark.parametrize("fault", ["state", "gradient"])

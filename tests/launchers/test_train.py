@@ -247,7 +247,7 @@ def test_a_model_that_cannot_be_chunked_is_one_line(
 ) -> None:
     mamba = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "state_size": 4}
     model = make_model_folder(tmp_path / "model", **mamba)
-    assert "MambaForCausalLM" in fault(launcher, capsys, command_line(model, FITTING))
+    assert "MambaBlock is not exact in chunks" in fault(launcher, capsys, command_line(model, FITTING))
     assert not (tmp_path / "out").exists()
 
 
