@@ -66,11 +66,8 @@ def whole_checkpoint(
     wait_for_everyone()
 
 
-def checkpoint_to_resume(args: TrainingArguments, *, trains: bool = True) -> Path | None:
+def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` means: for `true` the last complete one of `output_dir`.
-
-    Args:
-        trains: False: the run only looks at what would be trained on, under whichever engine.
 
     Raises:
         ValueError: it is not complete, there is none, another engine has saved it, or DeepSpeed has cut it
@@ -99,8 +96,7 @@ def checkpoint_to_resume(args: TrainingArguments, *, trains: bool = True) -> Pat
                 f"resume_from_checkpoint={checkpoint} is no complete checkpoint: {fault}; write true for the "
                 "last complete one of output_dir"
             )
-    if trains:
-        _refuse_other_engine(checkpoint, engine_name(args))
+    _refuse_other_engine(checkpoint, engine_name(args))
     _refuse_other_ranks(checkpoint, num_launched_ranks())
     return checkpoint
 

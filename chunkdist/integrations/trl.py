@@ -131,7 +131,7 @@ def build_trainer(
     chunk_config = check_options(options)
     training, model_options = options.training, options.model
     check_engine(training)
-    checkpoint = checkpoint_to_resume(training, trains=has_weights)
+    checkpoint = checkpoint_to_resume(training)
     train_dataset, eval_dataset = _datasets(options)
     tokenizer = _tokenizer(options)
     for dataset in (train_dataset, eval_dataset):

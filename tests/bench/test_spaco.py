@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -13,17 +12,11 @@ import torch
 from chunkdist.bench import spaco, spaco_study
 from chunkdist.bench.spaco_direct import chunk_gradients
 from tests.models import tiny_llama
-
-ROOT = Path(__file__).parents[2]
+from tests.tiny_run import ROOT, load_script
 
 
 def tables_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_spaco_tables", ROOT / "docs" / "make_spaco_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "docs" / "make_spaco_tables.py")
 
 
 def test_the_pages_tables_are_those_of_the_results() -> None:

@@ -6,7 +6,6 @@ The environment is the one that Accelerate itself makes of a preset.
 from __future__ import annotations
 
 import gc
-import importlib.util
 import io
 import json
 import os
@@ -20,7 +19,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
-from tests.tiny_run import ROOT, command_line
+from tests.tiny_run import ROOT, command_line, load_script
 
 PRESETS = ROOT / "configs"
 Death = Literal["in a step", "in a save"]
@@ -103,12 +102,7 @@ def train_in_vain(engine: str, arguments: list[str]) -> tuple[int, str]:
 
 
 def load_launcher() -> Any:
-    spec = importlib.util.spec_from_file_location("launcher", ROOT / "launchers" / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "launchers" / "train.py")
 
 
 @contextmanager
