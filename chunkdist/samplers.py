@@ -119,7 +119,7 @@ class FixedBudgetSampler:
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)
-        if self.budget != int(self.budget):
+        if not float(self.budget).is_integer():
             raise ValueError(f"budget={self.budget} is no number of chunks: write an integer")
         if self.cap is not None and self.cap < 1:
             raise ValueError(f"cap={self.cap} would shrink every gradient: write a factor >= 1, or None")

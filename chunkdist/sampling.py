@@ -16,6 +16,7 @@ class SampleReport:
     """What was drawn in one backward.
 
     Args:
+        num_rows: Sequences that share the sample.
         kept: The chunks that are backpropagated.
         relative_variance: Estimate of the variance of the weighted output gradient over its squared norm,
             from weights w and scores s: sum w (w - 1) s^2 / sum s^2, whose mean is sum (1/p - 1) s^2 / sum
@@ -24,6 +25,7 @@ class SampleReport:
     """
 
     num_chunks: int
+    num_rows: int
     kept: tuple[Chunk, ...]
     largest_weight: float
     relative_variance: float
@@ -34,7 +36,8 @@ class SampleReport:
 
     @property
     def tokens_kept(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.kept)
+        """Of all rows."""
+        return self.num_rows * sum(chunk.num_tokens for chunk in self.kept)
 
 
 class ChunkSample:
@@ -79,6 +82,7 @@ class ChunkSample:
         )
         self.report = SampleReport(
             num_chunks=len(chunks),
+            num_rows=grad_output.shape[0],
             kept=kept,
             largest_weight=max(self.weights),
             relative_variance=float(noise),

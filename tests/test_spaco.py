@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -22,6 +23,9 @@ from chunkdist import (
 from chunkdist.kv_store import KVStore
 from chunkdist.layer_group import GroupRun
 from chunkdist.modeling import chunk_report
+from chunkdist.projected import projected_parts
+from chunkdist.replay import RngState
+from chunkdist.schedule import Stream, cut
 from tests.models import (
     batch,
     gradients,
@@ -238,13 +242,64 @@ def test_frequencies_and_weights_of_the_samplers() -> None:
     draws = torch.stack([FixedBudgetSampler(budget=2, cap=2).draw(some) for _ in range(100)])
     assert (draws > 0).sum(1).unique().tolist() == [2]
     assert draws.max() == 2
+    draws = torch.stack([RunSampler(budget=3, importance=True).draw(some) for _ in range(1500)])
+    assert draws.shape[1:] == (6, 6)
+    kept = draws.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(
+        (kept > 0).double().mean(0), ImportanceSampler(budget=3).probabilities(some), rtol=0, atol=0.05
+    )
     assert importance.probabilities(torch.zeros(6)).tolist() == [0.5] * 6
     assert importance.probabilities(torch.tensor([float("nan")] * 6)).tolist() == [0.5] * 6
+
+
+def test_importance_spends_its_budget() -> None:
+    """At small budgets too, where few chunks have a loss, and whatever the scale of the scores."""
+    rising = torch.arange(1, 65, dtype=torch.float64)
+    for scores in (rising, rising * 1e-300, rising * 1e300, rising**40):
+        for budget in (1.5, 2, 8, 40):
+            p = ImportanceSampler(budget).probabilities(scores)
+            assert float(p.sum()) == pytest.approx(budget)
+            assert float(p.min()) >= min(0.05, 0.25 * budget / 64)
+    assert float(p[-1] / p[0]) > 3
+    p = ImportanceSampler(2).probabilities(rising)
+    assert float(p[-1] / p[0]) > 3, "not the same for all, at a budget of 1/32"
+    few = torch.zeros(64)
+    few[-4:] = 1
+    p = ImportanceSampler(8).probabilities(few)
+    assert p[-4:].tolist() == [1] * 4
+    assert p[:-4].tolist() == pytest.approx([4 / 60] * 60)
+
+
+@pytest.mark.parametrize("between_kept", [True, False])
+def test_chunks_that_are_only_projected_go_together(between_kept: bool) -> None:
+    stream = Stream(num_tokens=24, chunks=cut(24, 4), segment_starts=((0,),))
+    same = [RngState(torch.zeros(2), [], [], "cpu")] * 6
+    drawn = [RngState(torch.full((2,), i), [], [], "cpu") for i in range(6)]
+    find = functools.partial(projected_parts, stream, range(6), between_kept=between_kept)
+    halves = [range(2), range(2, 4)] if between_kept else [range(4)]
+    assert find([2, 4], same) == halves
+    assert find([2, 4], drawn) == [range(i, i + 1) for i in range(4)]
+    long = Stream(num_tokens=4096, chunks=cut(4096, 512), segment_starts=((0,),))
+    parts = projected_parts(long, range(8), [7], [same[0]] * 8, between_kept=between_kept)
+    assert parts == [range(2), range(2, 4), range(4, 6), range(6, 7)]
+
+
+@pytest.mark.parametrize("control_variate", [True, False])
+def test_dropout_before_the_attention_is_the_forwards(control_variate: bool) -> None:
+    def found(**settings: Any) -> dict[str, Tensor]:
+        model = with_lora(tiny_llama(), lora_dropout=0.5)
+        chunk_model(model, ChunkConfig(chunk_size=CHUNK_SIZE, rebuild_kv=True, **settings))
+        torch.manual_seed(0)
+        return gradients(model, batch(num_tokens=24))
+
+    sampled = found(sampler=Fixed(), control_variate=control_variate)
+    assert largest_difference(sampled, found()) < 1e-12
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: FixedBudgetSampler(budget=float("inf")), "budget=inf is no number"),  # type: ignore[arg-type]
         (lambda: IndependentSampler(budget=0), "budget=0 is less than one chunk"),
         (lambda: ImportanceSampler(min_probability=0), "min_probability=0"),
         (lambda: FixedBudgetSampler(budget=2.5), "budget=2.5 is no number"),  # type: ignore[arg-type]
@@ -321,19 +376,23 @@ def test_nothing_kept_at_all() -> None:
 
 def test_lora_retained_chunks_and_report() -> None:
     config = ChunkConfig(chunk_size=CHUNK_SIZE, sampler=IndependentSampler(budget=3), retained_chunks=2)
+    kept_graphs = chunk_model(with_lora(tiny_llama()), config)
     torch.manual_seed(0)
-    retained = gradients(chunk_model(with_lora(tiny_llama()), config), batch(num_tokens=24))
-    torch.manual_seed(0)
+    retained = gradients(kept_graphs, batch(num_tokens=24))
     model = chunk_model(
         with_lora(tiny_llama()), ChunkConfig(chunk_size=CHUNK_SIZE, sampler=IndependentSampler(budget=3))
     )
     torch.manual_seed(0)
     rerun = gradients(model, batch(num_tokens=24))
-    assert retained.keys() == rerun.keys()
+    assert largest_difference(retained, rerun) < 1e-12, "graphs that are kept get their weights too"
     report = chunk_report(model).sample
     assert report is not None
     assert report.num_chunks == 6
     assert report.tokens_kept == CHUNK_SIZE * report.num_kept
+    gradients(model, batch(num_rows=2, num_tokens=24))
+    of_two_rows = chunk_report(model).sample
+    assert of_two_rows is not None
+    assert of_two_rows.tokens_kept == 2 * CHUNK_SIZE * of_two_rows.num_kept
     assert report.largest_weight == 2
     assert report.relative_variance > 0
 

@@ -89,6 +89,7 @@ class ChunkArguments:
         Raises:
             ValueError, NotImplementedError: a value is out of range, or not built yet.
         """
+        sampler = self._sampler()
         if self.chunk_method == "none":
             return None
         rebuild_kv: Any = {"true": True, "false": False}.get(self.chunk_rebuild_kv, self.chunk_rebuild_kv)
@@ -102,7 +103,7 @@ class ChunkArguments:
             offload=offload,
             attention=attention,
             rebuild_kv=rebuild_kv,
-            sampler=self._sampler(),
+            sampler=sampler,
         )
 
     def _sampler(self) -> ChunkSampler | None:

@@ -128,6 +128,7 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"layers_per_group": 0}, "layers_per_group=0"),
         ({"retained_chunks": -1}, "retained_chunks=-1"),
         ({"spaco_budget": 4}, "spaco_budget without chunk_method=spaco would be ignored"),
+        ({"chunk_method": "none", "spaco_budget": 4}, "spaco_budget without chunk_method=spaco"),
         ({"chunk_method": "spaco", "spaco_budget": 0}, "budget=0 is less than one chunk"),
         ({"chunk_method": "spaco", "spaco_cap": 2.0}, "spaco_cap=2.0 with spaco_sampler=independent"),
         ({"chunk_offload": "host"}, "offload='host' is not built yet"),
