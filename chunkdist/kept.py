@@ -82,8 +82,7 @@ class Kept:
             self.host.settle()
 
     def leave_device(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """After the last chunk: what has been sent is kept on the host alone. Returns what the node has to keep
-        on the device."""
+        """After the last chunk: what has been sent is on the host alone. Returns what the node is to keep."""
         if self.host is None:
             return (hidden,)
         self.settle()
