@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from chunkdist.errors import UnsupportedModelError
@@ -55,6 +56,7 @@ class HostInput:
         self._parts = {chunk: host.put(tokens_of(hidden, chunk)) for chunk in chunks}
         self._states = states
         self._order: list[Chunk] = []
+        self._ahead: Chunk | None = None
         self._at_hand: tuple[Chunk, Tensor] | None = None
 
     def expect(self, order: Iterable[Chunk]) -> None:
@@ -62,16 +64,30 @@ class HostInput:
         self._order = [chunk for chunk in order if chunk in self._parts]
 
     def tokens_of(self, chunk: Chunk) -> Tensor:
+        """(B, T, H); of several chunks, too."""
         if self._at_hand is None or self._at_hand[0] != chunk:
             self._at_hand = None
-            self._at_hand = chunk, self._parts[chunk].get()
-            if chunk in self._order:
-                self._order = self._order[self._order.index(chunk) + 1 :]
-            for following in self._order[:1]:
-                self._parts[following].start()
-                for states in self._states:
-                    states.expect(following.start)
+            self._at_hand = chunk, self._fetch(chunk)
+            self._fetch_ahead(chunk)
         return self._at_hand[1]
+
+    def _fetch(self, tokens: Chunk) -> Tensor:
+        if (part := self._parts.get(tokens)) is not None:
+            return part.get()
+        within = [c for c in self._parts if tokens.start <= c.start and c.end <= tokens.end]
+        assert sum(c.num_tokens for c in within) == tokens.num_tokens, f"{tokens} is not whole chunks"
+        return torch.cat([self._parts[c].get() for c in within], dim=1)
+
+    def _fetch_ahead(self, chunk: Chunk) -> None:
+        if self._ahead is not None and self._ahead != chunk:
+            self._parts[self._ahead].leave()
+        if chunk in self._order:
+            self._order = self._order[self._order.index(chunk) + 1 :]
+        self._ahead = self._order[0] if self._order else None
+        if self._ahead is not None:
+            self._parts[self._ahead].start()
+            for states in self._states:
+                states.expect(self._ahead.start)
 
 
 Hidden = Tensor | HostInput

@@ -119,7 +119,7 @@ class Kept:
         Args:
             hidden: The group's input.
             kept: The chunks that are backpropagated, ascending.
-            rebuild: Whether those that they read are run before them, where K/V were not kept.
+            rebuild: Whether those that they read are run before them, one by one, where K/V were not kept.
 
         Raises:
             RuntimeError: something has not come back as it went.

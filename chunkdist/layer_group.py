@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from chunkdist.attention.function import Cell, KeysAndValues
+from chunkdist.attention.function import KeysAndValues
 from chunkdist.cell_graph import CellGraph
 from chunkdist.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
@@ -32,6 +32,7 @@ from chunkdist.kept import Kept
 from chunkdist.kv_store import KVStore
 from chunkdist.layer_arguments import refuse_arguments, slice_tokens
 from chunkdist.parameters import GroupParameters
+from chunkdist.projected import projected_parts
 from chunkdist.replay import AutocastState, RngState, undisturbed_rng
 from chunkdist.schedule import Chunk, Stream
 from chunkdist.sharding import zero3
@@ -132,7 +133,7 @@ class GroupRun:
         token = Chunk(0, 1)
         stream = Stream(num_tokens=1, chunks=(token,), segment_starts=((0,),) * hidden.shape[0])
         with torch.no_grad(), undisturbed_rng(hidden):
-            cell = self._cell(layer, token, stream, self._new_store(layer, token), StateStore())
+            cell = layer.cell(token, stream, self._new_store(layer, token), StateStore())
             layer.run(
                 cell,
                 tokens_of(hidden, token),
@@ -184,15 +185,21 @@ class GroupRun:
         with (
             undisturbed_rng(grad_output),
             self.group.context.attention_installed(),
-            self.kept.read_back(hidden, kept, rebuild=self.group.attends),
+            self.kept.read_back(hidden, kept, rebuild=self.group.attends and self._sample is None),
         ):
             for run in reversed(self.stream.runs()):
                 self._stores = self.kept.take_stores(run)
                 if not self._stores:
                     self._rebuild_kv(hidden, kept, run)
                 self._weigh_relays()
+                variates = {}
+                if self._sample is not None and self.group.context.config.uses_control_variate:
+                    parts = projected_parts(self.stream, run, kept, self._rng, between_kept=True)
+                    variates = {part[-1]: part for part in parts}
                 for index in reversed(run):
-                    self._backward_cell(index, hidden, grad_output, grad_hidden, weights[index], kept)
+                    if (part := variates.get(index)) is not None:
+                        self._add_control_variate(part, hidden)
+                    self._backward_cell(index, hidden, grad_output, grad_hidden, weights[index])
         self._stores = []
         return grad_hidden, *self.parameters.take_grads(unused_as_zeros=self._sample is not None)
 
@@ -203,11 +210,9 @@ class GroupRun:
         grad_output: Tensor,
         grad_hidden: Tensor | None,
         weight: float,
-        kept: list[int],
     ) -> None:
-        """Adds what comes back through one chunk, `kept` being the chunks that are backpropagated."""
+        """Adds what comes back through one chunk."""
         chunk = self.stream.chunks[index]
-        self._add_control_variate(index, hidden, kept)
         cell = self._retained.pop(index, None)
         if not weight:
             return
@@ -237,21 +242,22 @@ class GroupRun:
                     keep_unweighted=self.group.context.config.uses_control_variate,
                 )
 
-    def _add_control_variate(self, index: int, hidden: Hidden, kept: list[int]) -> None:
-        """What the weights have left out of the chunk's K/V gradient reaches the parameters of the norm and
-        the k/v projections without a rerun of the chunk. Its mean over the samples is 0."""
-        store = self._stores[0]
-        if self._sample is None or store is None or not self.stream.is_read_later(index, kept):
+    def _add_control_variate(self, part: range, hidden: Hidden) -> None:
+        """What the weights have left out of the K/V gradient of these chunks reaches the parameters of the
+        norm and the k/v projections without a rerun. Its mean over the samples is 0."""
+        if (store := self._stores[0]) is None:
             return
-        left_out = store.left_out_of(self.stream.chunks[index])
+        left_out = store.left_out_of(self._tokens_of(part))
         if not left_out:
             return
-        self._rng[index].restore()
         with torch.enable_grad(), self._autocast.apply(), self.parameters.aliased():
-            found = self._keys_and_values(index, hidden)
-        for x, grads in zip(found, left_out, strict=True):
-            if x.requires_grad:
-                torch.autograd.backward(x, grads.to(x.dtype), retain_graph=x is found[0])
+            found = self._keys_and_values(part, hidden)
+        pairs = [(x, grads.to(x.dtype)) for x, grads in zip(found, left_out, strict=True) if x.requires_grad]
+        if pairs:
+            torch.autograd.backward([x for x, _ in pairs], [grads for _, grads in pairs])
+
+    def _tokens_of(self, part: range) -> Chunk:
+        return Chunk(self.stream.chunks[part[0]].start, self.stream.chunks[part[-1]].end)
 
     def _retain(self, index: int, hidden: Tensor) -> tuple[Tensor, list[StateRelay]]:
         with torch.enable_grad(), self.parameters.saved_as_reference():
@@ -277,24 +283,25 @@ class GroupRun:
         for layer, arguments, store, states in zip(
             self.group.layers, self.arguments, self._stores, self.kept.states, strict=True
         ):
-            cell = self._cell(layer, chunk, self.stream, store, states, stop_at_kv=stop_at_kv)
+            cell = layer.cell(chunk, self.stream, store, states, stop_at_kv=stop_at_kv)
             hidden = layer.run(cell, hidden, slice_tokens(arguments, chunk, self.stream.num_tokens))
             if cell is not None and cell.relay is not None:
                 relays.append(cell.relay)
         return hidden, relays
 
-    def _keys_and_values(self, index: int, hidden: Hidden) -> tuple[Tensor, Tensor]:
-        """Of a one-layer group: runs a chunk up to its attention."""
-        chunk = self.stream.chunks[index]
+    def _keys_and_values(self, part: range, hidden: Hidden) -> tuple[Tensor, Tensor]:
+        """Of a one-layer group: runs chunks up to their attention."""
+        tokens = self._tokens_of(part)
+        self._rng[part[0]].restore()
         try:
-            self._run_layers(chunk, tokens_of(hidden, chunk).detach(), stop_at_kv=True)
+            self._run_layers(tokens, tokens_of(hidden, tokens).detach(), stop_at_kv=True)
         except KeysAndValues as found:
             return found.k_BTKD, found.v_BTKD
         raise AssertionError("the layer ran to its end without attending")
 
     def _begin_run(self, run: range) -> None:
         """New stores, for the keys and values of a dependent run: no other chunk reads them."""
-        tokens = Chunk(self.stream.chunks[run[0]].start, self.stream.chunks[run[-1]].end)
+        tokens = self._tokens_of(run)
         self._stores = [self._new_store(layer, tokens) for layer in self.group.layers]
 
     def _rebuild_kv(self, hidden: Hidden, kept: list[int], run: range) -> None:
@@ -303,34 +310,23 @@ class GroupRun:
         self._begin_run(run)
         if not self.group.attends:
             return
-        for index in run:
-            chunk = self.stream.chunks[index]
-            if not self.stream.is_read_later(index, kept):
-                continue
-            self._rng[index].restore()
-            with torch.no_grad(), self._autocast.apply():
-                if len(self.group.layers) > 1:
-                    self._run_layers(chunk, tokens_of(hidden, chunk))
+        one_layer = len(self.group.layers) == 1
+        if (
+            one_layer and self._sample is not None
+        ):  # else sizes stay those of the forward, and so does each bit
+            parts = projected_parts(self.stream, run, kept, self._rng, between_kept=False)
+        else:
+            parts = [range(i, i + 1) for i in run if self.stream.is_read_later(i, kept)]
+        with torch.no_grad(), self._autocast.apply():
+            for part in parts:
+                if not one_layer:
+                    self._rng[part[0]].restore()
+                    self._run_layers(chunk := self._tokens_of(part), tokens_of(hidden, chunk))
                 elif (store := self._stores[0]) is not None and self.group.layers[0].attends:
-                    store.write(chunk, *self._keys_and_values(index, hidden))
+                    store.write(self._tokens_of(part), *self._keys_and_values(part, hidden))
 
     def _new_store(self, layer: GroupLayer, tokens: Chunk) -> KVStore | None:
         return None if layer.state is None else KVStore(tokens, self.group.context.config.kv_grad_dtype)
-
-    def _cell(
-        self,
-        layer: GroupLayer,
-        chunk: Chunk,
-        stream: Stream,
-        store: KVStore | None,
-        states: StateStore,
-        *,
-        stop_at_kv: bool = False,
-    ) -> Cell | None:
-        if layer.state is None:
-            return None
-        relay = None if layer.cache_argument is None else states.relay(chunk)
-        return Cell(chunk, stream, store, self.group.context.attention, stop_at_kv, relay)
 
 
 class _GroupFunction(torch.autograd.Function):

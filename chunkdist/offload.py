@@ -141,6 +141,12 @@ class HostTensor:
         self._pool.compare(self._sum, x)
         return x
 
+    def leave(self) -> None:
+        """Undoes `start`: what it was copied to is not wanted."""
+        if self._arriving is not None:
+            self._pool.copies.wait(self._arriving[1])
+            self._arriving = None
+
 
 class _Pool:
     """Slabs for the tensors of one device. Fake tensors take no memory and have no content: nothing is
