@@ -170,10 +170,10 @@ class _Pool:
 
     def take(self, num_bytes: int) -> Tensor:
         """The smallest idle slab that fits and is at most twice as large, or else a new one; (N,) bytes."""
-        fitting = [size for size, slabs in self._idle.items() if slabs and num_bytes <= size <= 2 * num_bytes]
+        size = max(1, -(-num_bytes // _PAGE_BYTES)) * _PAGE_BYTES
+        fitting = [other for other, slabs in self._idle.items() if slabs and size <= other <= 2 * size]
         if fitting:
             return self._idle[min(fitting)].pop()
-        size = max(1, -(-num_bytes // _PAGE_BYTES)) * _PAGE_BYTES
         self.require(size, of_all_ranks=True, exactly=True)
         with self._owner._allocation():
             slab = self.copies.allocate(size)
