@@ -44,6 +44,7 @@ def test_every_chunk_option_reaches_the_library(tmp_path: Path) -> None:
         chunk_kv_grad_dtype="model",
         chunk_attention="math",
         chunk_rebuild_kv=False,
+        chunk_offload="host",
     )
     assert check_options(given) == ChunkConfig(
         chunk_size=5,
@@ -52,6 +53,7 @@ def test_every_chunk_option_reaches_the_library(tmp_path: Path) -> None:
         kv_grad_dtype=None,
         attention="math",
         rebuild_kv=False,
+        offload="host",
     )
     assert check_options(options(tmp_path, chunk_size=5)) == ChunkConfig(
         chunk_size=5, kv_grad_dtype=torch.float32
