@@ -31,7 +31,8 @@ class ChunkConfig:
             gradients.
         kv_grad_dtype: Dtype in which the gradients of keys and values are summed over the chunks that read
             them; never narrower than the keys and values themselves. `None`: their own dtype.
-        offload: Where group inputs and K/V wait for the backward.
+        offload: Where the input of groups, K/V that are not rebuilt, and states wait for the backward:
+            `"none"`: on the device; `"host"`: in host memory, but for the last group's.
         attention: The attention backend. `"auto"` takes the fastest that can do what the layer asks for.
         rebuild_kv: Whether K/V are rebuilt in the backward (by the layer's norm and projections) instead of
             being kept from the forward. `"auto"`: rebuilt when a group is one layer and no chunk is retained,
@@ -59,14 +60,14 @@ class ChunkConfig:
         for name in ("chunk_size", "layers_per_group"):
             if getattr(self, name) == "auto":
                 raise NotImplementedError(f"{name}='auto' is not built yet: write a number of {_UNITS[name]}")
-        if self.offload in ("host", "auto"):
-            raise NotImplementedError(f"offload={self.offload!r} is not built yet: write offload='none'")
+        if self.offload == "auto":
+            raise NotImplementedError("offload='auto' is not built yet: write offload='none' or 'host'")
         _check_count("chunk_size", self.chunk_size, minimum=1)
         if self.layers_per_group != "all":
             _check_count("layers_per_group", self.layers_per_group, minimum=1, others=" or 'all'")
         if self.retained_chunks != "auto":
             _check_count("retained_chunks", self.retained_chunks, minimum=0, others=" or 'auto'")
-        if self.offload != "none":
+        if self.offload not in ("none", "host"):
             raise ValueError(f"offload={self.offload!r} is unknown: write 'none', 'host' or 'auto'")
         if self.attention not in ATTENTION_NAMES:
             raise ValueError(

@@ -30,6 +30,7 @@ from chunkdist.loss import tile_tokens
 from chunkdist.memory.retained import choose_retained_chunks
 from chunkdist.memory.state_sizes import StateSizes, state_sizes
 from chunkdist.model_layers import configs_of, find_layers, layer_states, refuse_known
+from chunkdist.offload import HostMemory
 from chunkdist.probe import LayerProbe, is_known
 from chunkdist.sampling import SampleReport
 from chunkdist.sharding.zero3 import Zero3Layers
@@ -123,6 +124,15 @@ def layers_of(model: nn.Module) -> list[GroupLayer]:
     return [layer for group in _handle(_causal_lm(model)).groups for layer in group.layers]
 
 
+def host_memory(model: nn.Module) -> HostMemory | None:
+    """What holds the host memory of `offload="host"`; `None`: without it.
+
+    Raises:
+        ValueError: the model is not chunked.
+    """
+    return _handle(_causal_lm(model)).context.host
+
+
 def resolve_retained_chunks(model: nn.Module, **sizes: Any) -> None:
     """Puts a number in the place of `retained_chunks="auto"`; where there is one, does nothing. The first
     training forward does it by its own tokens, unless it has been done.
@@ -166,6 +176,8 @@ class ChunkedModel:
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
         for start in range(0, num_layers, height):
             self.groups.append(self._group(layers[start : start + height], start))
+        for num_above, group in enumerate(reversed(self.groups)):
+            group.num_above = num_above
         self.groups[-1].is_last = True
         if tiled_head(model) is None:
             logger.warning(
@@ -184,6 +196,8 @@ class ChunkedModel:
     def remove(self) -> None:
         """Puts the forwards back; where others have wrapped ours, ours only passes on from now."""
         self.context.bypassed = True
+        if self.context.host is not None:
+            self.context.host.close()
         self._zero3.remove()
         for entry in self.entries:
             entry.__dict__.pop(_CONTEXT)

@@ -34,7 +34,7 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"chunk_size": "auto"}, {"layers_per_group": "auto"}, {"offload": "host"}],
+    [{"chunk_size": "auto"}, {"layers_per_group": "auto"}, {"offload": "auto"}],
 )
 def test_what_is_not_built_yet_says_so(values: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError, match="not built yet"):

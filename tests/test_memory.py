@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +16,16 @@ from chunkdist import ChunkConfig, chunk_model
 from chunkdist.layer_group import GroupRun
 from chunkdist.memory.fake import fake_model
 from chunkdist.memory.live_bytes import LiveBytes
+from chunkdist.modeling import host_memory
 
-KIB = 1024
+KIB, GIB = 1024, 2**30
 CHUNK_SIZE = 2048
 NUM_LAYERS = 32
 
 
-def llama3_8b(num_layers: int) -> nn.Module:
+def llama3_8b(num_layers: int, vocab_size: int = 128256) -> nn.Module:
     config = LlamaConfig(
-        vocab_size=128256,
+        vocab_size=vocab_size,
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=num_layers,
@@ -83,6 +85,46 @@ def test_a_cells_graph_does_not_grow_with_the_sequence() -> None:
     short, long = (set(peak_bytes(2, length)[1]) for length in (8 * KIB, 32 * KIB))
     assert short == long
     assert min(short) > 0
+
+
+def step_bytes(num_layers: int, num_tokens: int, **settings: Any) -> tuple[int, int]:
+    """Peak live bytes of a step over the weights, on the device and on the host. A small vocabulary: the tile
+    of the loss does not grow with the sequence, and runs when less else is there (`chunkdist.bench.memory`
+    has all of it)."""
+    mode = FakeTensorMode()
+    model = fake_model(lambda: llama3_8b(num_layers, vocab_size=1024), mode)
+    chunk_model(model.train(), ChunkConfig(attention="varlen", **settings))
+    host = host_memory(model)
+    with mode:
+        ids = torch.zeros((1, num_tokens), dtype=torch.long)
+        with LiveBytes(exclude=[*model.parameters(), *model.buffers()], host=host) as live:
+            model(input_ids=ids, labels=ids).loss.backward()
+    return live.peak_bytes, 0 if host is None else host.held_bytes
+
+
+@lru_cache
+def weights_bytes() -> int:
+    with torch.device("meta"):
+        return sum(p.nbytes for p in llama3_8b(NUM_LAYERS).parameters())
+
+
+def test_host_offload_fits_128k_tokens_in_23_gib() -> None:
+    """A layer more adds its input on the host and nothing on the device: shown on 2 and 3 layers."""
+    settings = {"chunk_size": 8 * KIB, "offload": "host"}
+    (device, host), (same, twice) = (step_bytes(num, 16 * KIB, **settings) for num in (2, 3))
+    assert same == device
+    assert (host, twice) == (16 * KIB * 8 * KIB, 2 * 16 * KIB * 8 * KIB), "the input, in bf16"
+    long, _ = step_bytes(2, 128 * KIB, **settings)
+    assert weights_bytes() + long <= 23 * GIB
+    assert (long - device) / (112 * KIB) <= 48 * KIB
+    assert (NUM_LAYERS - 1) * host * 4 <= 16 * GIB, "65,536 tokens"
+
+
+def test_32k_tokens_fit_in_23_gib_without_the_host() -> None:
+    settings = {"chunk_size": 4 * KIB, "layers_per_group": 2, "rebuild_kv": True}
+    few, more = (step_bytes(num, 32 * KIB, **settings)[0] for num in (2, 4))
+    assert more - few == 32 * KIB * 8 * KIB, "a group adds its input"
+    assert weights_bytes() + few + (NUM_LAYERS - 2) // 2 * (more - few) <= 23 * GIB
 
 
 if __name__ == "__main__":  # the whole model, which takes minutes: python -m tests.test_memory

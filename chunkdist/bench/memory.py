@@ -8,7 +8,7 @@ same tiled loss; the last one, as transformers does it, makes all logits.
 Layers are alike: each adds the same to the peak. So models of few layers are run, that this holds for them is
 checked, and the figures for all layers follow.
 
-    python -m chunkdist.bench.memory [--smoke] [--json FILE] [--num-tokens N ...]
+    python -m chunkdist.bench.memory [--smoke] [--json FILE] [--num-tokens N ...] [--only WORD]
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from chunkdist.bench.step import BASELINE, set_checkpointing
 from chunkdist.lazy_logits import lazy_logits
 from chunkdist.memory import LiveBytes
 from chunkdist.memory.fake import fake_model
+from chunkdist.modeling import host_memory
 
 NUM_LAYERS_RUN = (8, 12, 16)
 SMALL = {
@@ -47,29 +48,35 @@ SMALL = {
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a step is run: in chunks, or, without a config, with Hugging Face's gradient checkpointing."""
+    """How a step is run: in chunks, or, without a config, with Hugging Face's gradient checkpointing; and the
+    numbers of layers that are run to know about all."""
 
     name: str
     config: ChunkConfig | None = None
     tiled_loss: bool = True
+    num_layers_run: tuple[int, int, int] = NUM_LAYERS_RUN
 
 
 def ways(chunk_size: int) -> list[Way]:
-    def chunked(name: str, **settings: Any) -> Way:
-        return Way(name=name, config=ChunkConfig(chunk_size=chunk_size, attention="varlen", **settings))
+    def chunked(name: str, few: tuple[int, int, int] = NUM_LAYERS_RUN, **settings: Any) -> Way:
+        config = ChunkConfig(chunk_size=chunk_size, attention="varlen", **settings)
+        return Way(name=name, config=config, num_layers_run=few)
 
     return [
         Way(name=BASELINE),
         chunked("chunked, K/V rebuilt (default)"),
         chunked("chunked, K/V kept", rebuild_kv=False),
         chunked("chunked, groups of 4 layers, K/V rebuilt", layers_per_group=4, rebuild_kv=True),
+        chunked("chunked, groups of 2 layers, K/V rebuilt", (4, 6, 8), layers_per_group=2, rebuild_kv=True),
         chunked("chunked, one group of all layers", layers_per_group="all"),
+        chunked("chunked, host offload", (2, 3, 4), offload="host"),
+        chunked("chunked, host offload, K/V kept", (2, 3, 4), offload="host", rebuild_kv=False),
         Way(name="gradient checkpointing, all logits", tiled_loss=False),
     ]
 
 
-def peak_bytes(way: Way, sizes: dict[str, int], num_tokens: int) -> int:
-    """The largest sum of live tensors in one LoRA step, over the weights."""
+def peak_bytes(way: Way, sizes: dict[str, int], num_tokens: int) -> tuple[int, int]:
+    """The largest sum of live tensors in one LoRA step, over the weights: on the device, and on the host."""
     with FakeTensorMode() as mode:
         model: Any = fake_model(lambda: _lora_llama(sizes, num_tokens), mode)
         if way.config is not None:
@@ -79,12 +86,12 @@ def peak_bytes(way: Way, sizes: dict[str, int], num_tokens: int) -> int:
         ids = torch.zeros(1, num_tokens, dtype=torch.long)
         causal_lm = model.get_base_model()
         same_loss = lazy_logits(causal_lm) if way.config is None and way.tiled_loss else nullcontext()
-        with LiveBytes(exclude=[*model.parameters(), *model.buffers(), ids]) as live:
+        host = None if way.config is None else host_memory(model)
+        with LiveBytes(exclude=[*model.parameters(), *model.buffers(), ids], host=host) as live:
             with same_loss:
                 loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
-        peak: int = live.peak_bytes
-        return peak
+        return live.peak_bytes, 0 if host is None else host.held_bytes
 
 
 def _lora_llama(sizes: dict[str, int], num_tokens: int) -> nn.Module:
@@ -117,27 +124,37 @@ AttentionMaskInterface.register(_FLASH, _no_mask)
 
 
 def measure(
-    sizes: dict[str, int], *, lengths: Sequence[int], chunk_size: int, report: Callable[[str], None]
+    sizes: dict[str, int],
+    *,
+    lengths: Sequence[int],
+    chunk_size: int,
+    report: Callable[[str], None],
+    only: str = "",
 ) -> dict[str, Any]:
-    """Every way at every length; returns what the JSON holds of it."""
+    """Every way whose name has the word `only`, at every length; returns what the JSON holds of it."""
     figures: dict[str, Any] = {}
-    for way in ways(chunk_size):
+    for way in (way for way in ways(chunk_size) if only in way.name):
         measured: dict[int, dict[int, int]] = {}
+        on_host: dict[int, dict[int, int]] = {}
         for num_tokens in lengths:
             report(f"{way.name}: {num_tokens:,} tokens")
-            few = NUM_LAYERS_RUN if num_tokens == lengths[0] else NUM_LAYERS_RUN[:2]
-            measured[num_tokens] = {
-                num: peak_bytes(way, {**sizes, "num_hidden_layers": num}, num_tokens) for num in few
+            few = way.num_layers_run if num_tokens == lengths[0] else way.num_layers_run[:2]
+            measured[num_tokens], on_host[num_tokens] = {}, {}
+            for num in few:
+                found = peak_bytes(way, {**sizes, "num_hidden_layers": num}, num_tokens)
+                measured[num_tokens][num], on_host[num_tokens][num] = found
+        peaks, host = (
+            {
+                length: _of_all_layers(by_layers, sizes["num_hidden_layers"])
+                for length, by_layers in of.items()
             }
-        _check_layers_are_alike(way, measured[lengths[0]])
-        peaks = {
-            num_tokens: _of_all_layers(peak, sizes["num_hidden_layers"])
-            for num_tokens, peak in measured.items()
-        }
+            for of in (measured, on_host)
+        )
         slope = (peaks[lengths[-1]] - peaks[lengths[0]]) / (lengths[-1] - lengths[0])
         figures[way.name] = {
             "bytes_per_token": slope,
             "peak_bytes": peaks,
+            "host_bytes": host,
             "peak_bytes_by_layers_run": measured,
         }
     model = {**sizes, "dtype": "bfloat16", "lora_rank": 8}
@@ -145,13 +162,13 @@ def measure(
 
 
 def _check_layers_are_alike(way: Way, peaks: dict[int, int]) -> None:
-    few, some, more = (peaks[num] for num in NUM_LAYERS_RUN)
+    few, some, more = (peaks[num] for num in sorted(peaks))
     if some - few != more - some:
         raise RuntimeError(f"{way.name}: layers do not add the same to the peak ({peaks}): run all of them")
 
 
 def _of_all_layers(peaks: dict[int, int], num_layers: int) -> int:
-    few, some = NUM_LAYERS_RUN[:2]
+    few, some = sorted(peaks)[:2]
     return peaks[few] + (peaks[some] - peaks[few]) * (num_layers - few) // (some - few)
 
 
@@ -163,6 +180,9 @@ def table(result: dict[str, Any]) -> str:
     for name, row in summary.items():
         peaks = "".join(f"{peak / 2**30:8.2f} GiB" for peak in row["peak_bytes"].values())
         lines.append(f"{name:42}{row['bytes_per_token'] / 1024:10.1f} KiB{peaks}")
+        if any(row["host_bytes"].values()):
+            on_host = "".join(f"{size / 2**30:8.2f} GiB" for size in row["host_bytes"].values())
+            lines.append(f"{'':12}{'on the host':44}{on_host}")
     lines += [
         "",
         "peak over the weights, by tokens of the sequence; a token: between the first and last length",
@@ -177,12 +197,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="chunkdist bench memory", description="Peak memory of a step, by sequence length."
     )
     parser.add_argument("--smoke", action="store_true", help="a tiny model, in seconds")
+    parser.add_argument("--only", default="", metavar="WORD", help="the ways whose names have it")
     parser.add_argument("--num-tokens", type=int, nargs="+", help="ascending; default: 16384 32768")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
     options = parser.parse_args(given)
     lengths = options.num_tokens or ([32, 64] if options.smoke else [2**14, 2**15])
     if len(lengths) < 2 or lengths != sorted(set(lengths)) or lengths[0] < 1:
         parser.error(f"--num-tokens {lengths}: write two or more lengths, ascending")
+    if not any(options.only in way.name for way in ways(1)):
+        parser.error(f"--only {options.only}: no way has it in its name")
     result = {
         **provenance("memory", given),
         "method": "live bytes under FakeTensorMode; no GPU",
@@ -190,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             SMALL if options.smoke else LLAMA_3_8B,
             lengths=lengths,
             chunk_size=16 if options.smoke else 2048,
+            only=options.only,
             report=lambda line: print(line, file=sys.stderr),
         ),
     }

@@ -4,7 +4,7 @@ A step is a forward with its loss and a backward, without the optimizer. All way
 tokens, with flash attention and the same tiled loss, in turn, in an order that rotates: what disturbs the
 machine disturbs all of them. A ratio is the median of the ratios of each round.
 
-    python -m chunkdist.bench.step [--smoke] [--json FILE] [--repetitions N] [--device cuda]
+    python -m chunkdist.bench.step [--smoke] [--json FILE] [--repetitions N] [--device cuda] [--offload]
 """
 
 from __future__ import annotations
@@ -110,18 +110,26 @@ class Step:
     peak_reserved_bytes: int | None
 
 
-def ways(chunk_size: int) -> dict[str, ChunkConfig | None]:
+def ways(chunk_size: int, *, offload: bool = False) -> dict[str, ChunkConfig | None]:
     """What is compared, by name; `None` is the baseline."""
+    offloaded = {"chunked, host offload": ChunkConfig(chunk_size=chunk_size, offload="host")}
     return {
         BASELINE: None,
         "chunked, K/V kept": ChunkConfig(chunk_size=chunk_size, rebuild_kv=False),
         "chunked, K/V rebuilt (default)": ChunkConfig(chunk_size=chunk_size),
         "chunked, one group of all layers": ChunkConfig(chunk_size=chunk_size, layers_per_group="all"),
+        **(offloaded if offload else {}),
     }
 
 
 def measure(
-    sizes: Sizes, *, device: str, dtype: torch.dtype, num_rounds: int, report: Callable[[str], None]
+    sizes: Sizes,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    num_rounds: int,
+    report: Callable[[str], None],
+    offload: bool = False,
 ) -> dict[str, Any]:
     """Runs every way once to warm up, then `num_rounds` times; returns what the JSON holds of it.
 
@@ -131,7 +139,7 @@ def measure(
     ids = torch.randint(
         0, sizes.vocab_size, (1, sizes.num_tokens), generator=torch.Generator().manual_seed(1)
     ).to(device)
-    contenders = ways(sizes.chunk_size)
+    contenders = ways(sizes.chunk_size, offload=offload)
     steps: list[Step] = []
     expected: dict[str, Tensor] = {}
     differences: dict[str, float] = {}
@@ -172,6 +180,9 @@ def _timed_step(
         same_loss: AbstractContextManager[None] = lazy_logits(model)
     else:
         chunk_model(model, config)
+        if config.offload == "host":  # its memory is pinned in the first step
+            model(input_ids=ids, labels=ids).loss.backward()
+            model.zero_grad(set_to_none=True)
         same_loss = nullcontext()  # a chunked model does it itself
     if on_gpu:
         torch.cuda.synchronize()
@@ -279,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunk-size", type=int, help="tokens of a chunk; default: the model's own")
     parser.add_argument("--repetitions", type=int, help="rounds; default: 7, with --smoke 2")
     parser.add_argument("--device", default="cpu", help="cpu (fp32) or cuda (bf16)")
+    parser.add_argument("--offload", action="store_true", help="host offload, too")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
     options = parser.parse_args(given)
@@ -301,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=options.device,
             dtype=dtype,
             num_rounds=num_rounds,
+            offload=options.offload,
             report=lambda line: print(line, file=sys.stderr),
         ),
     }

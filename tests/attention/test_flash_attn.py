@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from chunkdist.attention import varlen
 from chunkdist.attention.base import AttentionVariant
 from chunkdist.attention.flash_attn import FlashAttnBackend
 from chunkdist.attention.math import MathBackend
@@ -65,6 +66,17 @@ def test_half_precision(name: str, dtype: torch.dtype, monkeypatch: pytest.Monke
     assert got["lse"].dtype == torch.float32
     assert all(got[key].dtype == dtype for key in ("out", "dq", "dk", "dv"))
     assert_no_worse(got, dense(case, *(x.double() for x in tensors)), dense(case, *tensors))
+
+
+def test_heads_are_taken_in_parts_where_scratch_space_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FlashKernel((torch.float64,))
+    standins.flash_attn_in_place(monkeypatch, kernel)
+    tensors = CASES["segments"].tensors(torch.float64)
+    whole = run(BACKEND, CASES["segments"], *tensors)
+    kernel.keys_seen.clear()
+    monkeypatch.setattr(varlen, "SCRATCH_BYTES", 1)
+    assert_exact(run(BACKEND, CASES["segments"], *tensors), whole)
+    assert [keys.shape[1] for keys in kernel.keys_seen] == [2, 1, 1]
 
 
 def test_the_prefix_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

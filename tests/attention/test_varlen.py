@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from chunkdist.attention import varlen
 from chunkdist.attention.base import AttentionVariant
 from chunkdist.attention.math import MathBackend
 from chunkdist.attention.varlen import VarlenBackend, pack, simulated_workspace
@@ -226,3 +227,19 @@ def test_the_real_kernel(name: str, dtype: torch.dtype) -> None:
 def test_the_real_kernel_on_a_stream_in_chunks(window: int | None) -> None:
     case = replace(reference.LONG, prefix=0, foreign=0, window=window)
     reference.check_on_gpu(BACKEND, MathBackend(), case, torch.bfloat16, chunk_size=256)
+
+
+def test_heads_are_taken_in_parts_where_scratch_space_is_short(
+    install: Callable[..., FlashKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = install(FlashKernel((torch.float64,)))
+    case = reference.SEQUENCE
+    tensors = case.tensors(torch.float64)
+    num_kv_heads = tensors[1].shape[1]
+    whole = run(BACKEND, case, *tensors)
+    seen = {keys.shape[1] for keys in kernel.keys_seen}
+    assert seen == {num_kv_heads}
+    kernel.keys_seen.clear()
+    monkeypatch.setattr(varlen, "SCRATCH_BYTES", 1)
+    assert_exact(run(BACKEND, case, *tensors), whole)
+    assert [keys.shape[1] for keys in kernel.keys_seen] == [num_kv_heads] + [1] * num_kv_heads

@@ -12,9 +12,10 @@ from chunkdist.bench import step
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "step.json"
-    assert step.main(["--smoke", "--json", str(file)]) == 0
+    assert step.main(["--smoke", "--offload", "--json", str(file)]) == 0
     result = json.loads(file.read_text())
-    ways = list(step.ways(16))
+    ways = list(step.ways(16, offload=True))
+    assert "chunked, host offload" in ways
     assert result["command"].startswith("python -m chunkdist.bench.step --smoke")
     assert result["versions"]["torch"]
     assert result["hardware"]["cpu"]

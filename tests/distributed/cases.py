@@ -55,6 +55,7 @@ class Case:
     hybrid: str = ""
     mean_per_rank: bool = False
     chunked: bool = True
+    offload: Literal["none", "host"] = "none"
 
 
 class EveryOther:
@@ -130,6 +131,7 @@ def chunk_config(case: Case) -> ChunkConfig:
         layers_per_group=case.layers_per_group,
         retained_chunks=case.retained_chunks,
         attention=case.attention,
+        offload=case.offload,
         sampler=EveryOther() if case.spaco else None,
     )
 

@@ -60,6 +60,11 @@ def test_two_ranks(two_ranks: Ranks, case: Case) -> None:
     check(two_ranks, case)
 
 
+@pytest.mark.parametrize("retained", [0, 2])
+def test_host_offload(two_ranks: Ranks, retained: int) -> None:
+    check(two_ranks, Case(engine="fsdp2", offload="host", retained_chunks=retained, num_micro_batches=2))
+
+
 def draws() -> list[tuple[float, ...]]:
     """Weights of 40 chunks, drawn twice from one seed, and once more."""
     num_tokens = 40 * CHUNK_SIZE

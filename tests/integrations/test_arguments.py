@@ -44,6 +44,7 @@ def test_every_chunk_option_reaches_the_library(tmp_path: Path) -> None:
         chunk_kv_grad_dtype="model",
         chunk_attention="math",
         chunk_rebuild_kv=False,
+        chunk_offload="host",
     )
     assert check_options(given) == ChunkConfig(
         chunk_size=5,
@@ -52,6 +53,7 @@ def test_every_chunk_option_reaches_the_library(tmp_path: Path) -> None:
         kv_grad_dtype=None,
         attention="math",
         rebuild_kv=False,
+        offload="host",
     )
     assert check_options(options(tmp_path, chunk_size=5)) == ChunkConfig(
         chunk_size=5, kv_grad_dtype=torch.float32
@@ -131,7 +133,7 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"chunk_method": "none", "spaco_budget": 4}, "spaco_budget without chunk_method=spaco"),
         ({"chunk_method": "spaco", "spaco_budget": 0}, "budget=0 is less than one chunk"),
         ({"chunk_method": "spaco", "spaco_cap": 2.0}, "spaco_cap=2.0 with spaco_sampler=independent"),
-        ({"chunk_offload": "host"}, "offload='host' is not built yet"),
+        ({"chunk_offload": "auto"}, "offload='auto' is not built yet"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing=True: a chunked step is its own"),
         ({"activation_checkpointing": True}, "gradient_checkpointing=True"),
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
