@@ -12,7 +12,7 @@ from torch import Tensor
 from chunkdist.group_input import Hidden, HostInput, tokens_of
 from chunkdist.kv_store import KVStore
 from chunkdist.schedule import Chunk, Stream
-from chunkdist.state_relay import StateStore
+from chunkdist.state_relay import StateKey, StateStore
 
 if TYPE_CHECKING:
     from chunkdist.context import ChunkContext
@@ -38,6 +38,9 @@ class Kept:
         self._num_groups_on_host = num_above
         self._reads_retained = context.config.uses_control_variate
         self._stores: dict[range, Stores] = {}
+        self._places: list[tuple[int, int, StateKey]] = []
+        """Of the states that the node keeps: their layer in the group, the token before which they are, their
+        key."""
 
     def keep(self, run: range, stores: Stores) -> None:
         """The keys and values of a dependent run, which are not rebuilt."""
@@ -82,9 +85,17 @@ class Kept:
             self.host.settle()
 
     def leave_device(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """After the last chunk: what has been sent is on the host alone. Returns what the node is to keep."""
+        """After the last chunk: what has been sent is on the host alone. Returns what the node is to save:
+        input and states, of which autograd lets go after the backward."""
         if self.host is None:
-            return (hidden,)
+            taken = {
+                (number, position, key): x
+                for number, states in enumerate(self.states)
+                for (position, key), x in states.take().items()
+                if isinstance(x, Tensor)
+            }
+            self._places = list(taken)
+            return hidden, *taken.values()
         self.settle()
         for store in (store for stores in self._stores.values() for store in stores):
             if store is not None:
@@ -98,12 +109,20 @@ class Kept:
             tokens = tokens.clone()
         return tokens.detach().requires_grad_(hidden.requires_grad)
 
-    def take_input(self) -> HostInput:
-        """The input from the host, once.
+    def come_back(self, saved: Sequence[Tensor]) -> Hidden:
+        """Before the backward: the group's input, and states in their places.
+
+        Args:
+            saved: What `leave_device` returned.
 
         Raises:
-            RuntimeError: it has been taken.
+            RuntimeError: the input was on the host, from where it comes once, and has come.
         """
+        if saved:
+            hidden, *states = saved
+            for (number, position, key), x in zip(self._places, states, strict=True):
+                self.states[number].put(position, key, x)
+            return hidden
         if self.input is None:
             raise RuntimeError(
                 "a second backward through the same forward, but what waits on the host is given back after "
@@ -114,7 +133,7 @@ class Kept:
 
     @contextmanager
     def read_back(self, hidden: Hidden, kept: Sequence[int], *, rebuild: bool) -> Iterator[None]:
-        """Around the backward; afterwards nothing waits on the host.
+        """Around the backward; afterwards no state is held, and nothing waits on the host.
 
         Args:
             hidden: The group's input.
@@ -132,9 +151,9 @@ class Kept:
                 self.host.verify()
         finally:
             self.settle()
+            self.states = [StateStore() for _ in self.states]
             if self.host is not None:
                 self.host.forget_comparisons()
-                self.states = [StateStore() for _ in self.states]
                 self._stores = {}
 
     def _reading_order(self, kept: Sequence[int], rebuild: bool) -> Iterator[Chunk]:

@@ -340,5 +340,5 @@ class _GroupFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden,) = ctx.saved_tensors or (ctx.run.kept.take_input(),)
+        hidden = ctx.run.kept.come_back(ctx.saved_tensors)
         return None, *ctx.run.backward(hidden, grad_output)

@@ -31,7 +31,7 @@ from chunkdist.memory.retained import choose_retained_chunks
 from chunkdist.memory.state_sizes import StateSizes, state_sizes
 from chunkdist.model_layers import configs_of, find_layers, layer_states, refuse_known
 from chunkdist.offload import HostMemory
-from chunkdist.probe import LayerProbe, is_known
+from chunkdist.probe import LayerProbe, needs_probe
 from chunkdist.sampling import SampleReport
 from chunkdist.sharding.zero3 import Zero3Layers
 
@@ -167,7 +167,7 @@ class ChunkedModel:
                 "tokens: a dropped chunk cuts the chain of states, and weights for it grow with every "
                 "chunk; write sampler=None"
             )
-        probe = LayerProbe() if relays and not is_known(type(model)) else None
+        probe = LayerProbe() if needs_probe(model, has_state=relays) else None
         configs = configs_of([*entries, decoder, *layers])
         self.context = ChunkContext(config, configs, has_state=relays, probe=probe)
         self._zero3 = Zero3Layers(layers, height)

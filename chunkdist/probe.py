@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import transformers
@@ -27,14 +30,18 @@ from chunkdist.kv_store import KVStore
 from chunkdist.layer_arguments import SEGMENT_ARGUMENTS, slice_tokens
 from chunkdist.parameters import GroupParameters
 from chunkdist.replay import undisturbed_rng
-from chunkdist.schedule import Chunk, Stream, cut_segments
+from chunkdist.schedule import Chunk, Stream
 from chunkdist.state_relay import StateStore
 
-NUM_TOKENS = 12
-CHUNK_SIZE = 5
-"""More than one convolution's reach, so that some tokens see the state of a chunk before and some do not."""
-TOLERANCE = 1e-3
-"""Of the norm: rounding in fp32 is a hundredth of it, a state that is ignored hundred times it."""
+NUM_TOKENS = 150
+SMALL_CHUNK, LARGE_CHUNK = 5, 70
+"""More than one convolution's reach, so that some tokens see the state of a chunk before and some do not; and
+more than the 64 tokens in which kernels of linear attention and state spaces go through a chunk."""
+TOLERANCE = 1e-2
+"""Of the norm: rounding in fp32 is a thousandth of it, that of kernels in TF32 a tenth; a state that is
+ignored, ten times it."""
+KERNELS = ("fla", "causal_conv1d", "mamba_ssm")
+"""Packages whose kernels transformers' layers with state take in place of their torch code."""
 
 
 def is_known(model_class: type) -> bool:
@@ -43,20 +50,27 @@ def is_known(model_class: type) -> bool:
     return own and transformers.__version__ == TRANSFORMERS_VERSION and model_class.__name__ in CLASSES
 
 
+def needs_probe(model: nn.Module, *, has_state: bool) -> bool:
+    """Whether a model's layers are to be asked: the sweep has not seen its class, or not with the kernels of
+    its layers with state."""
+    other_kernels = any(find_spec(name) for name in KERNELS) or getattr(model, "use_kernels", False)
+    return not is_known(type(model)) or (has_state and other_kernels)
+
+
 class LayerProbe:
-    """Probes one layer of each kind, once."""
+    """Probes each layer once: layers of one class may differ in what is set on them."""
 
     def __init__(self) -> None:
-        self._passed: set[tuple[type, ...]] = set()
+        self.passed: WeakSet[nn.Module] = WeakSet()
 
     def check(self, layer: GroupLayer, hidden: Tensor, arguments: dict[str, Any], stream: Stream) -> None:
         """Raises `UnsupportedModelError` if the layer is not exact in chunks.
 
         Tensors without storage and streams of fewer than 4 tokens show nothing, and are let through.
         """
-        kind = tuple(type(module) for module in layer.layer.modules())
         tokens = Chunk(0, min(NUM_TOKENS, stream.num_tokens))
-        if kind in self._passed or tokens.num_tokens < 4 or hidden.is_meta or isinstance(hidden, FakeTensor):
+        shows_nothing = tokens.num_tokens < 4 or hidden.is_meta or isinstance(hidden, FakeTensor)
+        if layer.layer in self.passed or shows_nothing:
             return
         arguments = {key: x for key, x in arguments.items() if key not in SEGMENT_ARGUMENTS}
         arguments = _map_tensors(slice_tokens(arguments, tokens, stream.num_tokens), _in_fp32)
@@ -79,13 +93,16 @@ class LayerProbe:
             what = "output" if label == "output" else f"gradient of {label}"
             raise UnsupportedModelError(
                 f"{type(layer.layer).__name__} is not exact in chunks: with {tokens.num_tokens} tokens in "
-                f"chunks of {_chunk_size(tokens.num_tokens)}, the {what} is off by {error:.1e}"
+                f"{len(_chunks(tokens.num_tokens))} chunks, the {what} is off by {error:.1e}"
             )
-        self._passed.add(kind)
+        self.passed.add(layer.layer)
 
 
-def _chunk_size(num_tokens: int) -> int:
-    return min(CHUNK_SIZE, num_tokens // 2)
+def _chunks(num_tokens: int) -> tuple[Chunk, ...]:
+    """Two small ones, then large ones; none is a single token (see `cut_segments`)."""
+    small = min(SMALL_CHUNK, num_tokens // 2)
+    bounds = [0, small, *range(2 * small, num_tokens - 1, LARGE_CHUNK), num_tokens]
+    return tuple(Chunk(start, end) for start, end in pairwise(bounds))
 
 
 def _grad(x_BTH: Tensor) -> Tensor:
@@ -99,7 +116,7 @@ def _whole(
 ) -> list[Tensor | None]:
     """Output, gradient of the input, gradients of the parameters: as without chunks, and without a cache."""
     tokens = Chunk(0, x_BTH.shape[1])
-    stream = _stream(x_BTH, tokens.num_tokens)
+    stream = _stream(x_BTH, (tokens,))
     assert layer.state is not None
     layer.state.cell = Cell(tokens, stream, KVStore(tokens, None), AttentionChoice("math"))
     try:
@@ -116,13 +133,14 @@ def _chunked(
 ) -> list[Tensor | None]:
     """The same as a layer group computes it."""
     num_tokens = x_BTH.shape[1]
-    stream = _stream(x_BTH, _chunk_size(num_tokens))
+    stream = _stream(x_BTH, _chunks(num_tokens))
     store, states, choice = KVStore(Chunk(0, num_tokens), None), StateStore(), AttentionChoice("math")
 
     def run(chunk: Chunk, x: Tensor) -> CellGraph:
-        cell = Cell(chunk, stream, store, choice, relay=states.relay(chunk))
+        relay = None if layer.cache_argument is None else states.relay(chunk)
+        cell = Cell(chunk, stream, store, choice, relay=relay)
         output = layer.run(cell, x, slice_tokens(arguments, chunk, num_tokens))
-        return CellGraph(x, output, [cell.relay] if cell.relay is not None else [])
+        return CellGraph(x, output, [] if relay is None else [relay])
 
     outputs = []
     with torch.no_grad():
@@ -143,9 +161,8 @@ def _chunked(
     return [output, grad_x, *parameters.take_grads()]
 
 
-def _stream(x_BTH: Tensor, chunk_size: int) -> Stream:
+def _stream(x_BTH: Tensor, chunks: tuple[Chunk, ...]) -> Stream:
     num_rows, num_tokens = x_BTH.shape[:2]
-    chunks = cut_segments((0,), num_tokens, chunk_size)
     return Stream(num_tokens=num_tokens, chunks=chunks, segment_starts=((0,),) * num_rows)
 
 

@@ -61,6 +61,15 @@ class StateStore:
             if isinstance(x, HostTensor):
                 x.start()
 
+    def take(self) -> dict[tuple[int, StateKey], Tensor | HostTensor]:
+        """Lets go of all states: by the token before which they are, and their key."""
+        taken, self._states = self._states, {}
+        return {(position, key): x for position, states in taken.items() for key, x in states.items()}
+
+    def put(self, position: int, key: StateKey, x: Tensor) -> None:
+        """One that was taken comes back."""
+        self._states.setdefault(position, {})[key] = x
+
     def forget(self, position: int) -> None:
         """Lets go of the state before token `position`."""
         self._states.pop(position, None)

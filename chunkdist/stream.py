@@ -25,8 +25,8 @@ def read_stream(arguments: dict[str, Any], chunk_size: int, *, cut_at_segments: 
         cut_at_segments: Chunks end where segments do, too.
 
     Raises:
-        ValueError: left padding, or a mask of another shape; several rows with other segments, where chunks
-            end where segments do.
+        ValueError: left padding, or a mask of another shape; `seq_idx` with other segments; several rows with
+            different segments, where chunks end where segments do.
     """
     ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
     tokens = embeddings if ids is None else ids
@@ -44,6 +44,9 @@ def read_stream(arguments: dict[str, Any], chunk_size: int, *, cut_at_segments: 
         starts = _starts_from_lengths(cu_seq_lens, num_rows, num_tokens)
     elif position_ids is not None and mask is None and not isinstance(position_ids, FakeTensor):
         starts = _starts_from_positions(position_ids, num_rows)
+    seq_idx = arguments.get("seq_idx")
+    if isinstance(seq_idx, Tensor) and not isinstance(seq_idx, FakeTensor):
+        _check_sequence_numbers(seq_idx, starts)
     if not cut_at_segments:
         return Stream(num_tokens=num_tokens, chunks=cut(num_tokens, chunk_size), segment_starts=starts)
     if len(set(starts)) > 1:
@@ -85,10 +88,29 @@ def _starts_from_lengths(cu_seq_lens: Tensor, num_rows: int, num_tokens: int) ->
 
 
 def _starts_from_positions(position_ids: Tensor, num_rows: int) -> tuple[tuple[int, ...], ...]:
-    positions_BT = position_ids[0] if position_ids.ndim == 3 else position_ids  # 3: one plane a rotary axis
-    breaks = torch.diff(positions_BT, dim=-1) != 1
-    rows: list[list[int]] = [[0] for _ in range(positions_BT.shape[0])]
-    for row, before in breaks.nonzero().tolist():
-        rows[row].append(before + 1)
-    starts = tuple(tuple(row) for row in rows)
+    if (
+        position_ids.ndim == 3
+    ):  # a plane for each rotary axis, after one of plain positions, if there are four
+        if position_ids.shape[0] != 4:
+            return ((0,),) * num_rows
+        position_ids = position_ids[0]
+    starts = _starts_from_breaks(torch.diff(position_ids, dim=-1) != 1)
     return starts * num_rows if len(starts) == 1 else starts
+
+
+def _starts_from_breaks(breaks_BT: Tensor) -> tuple[tuple[int, ...], ...]:
+    """(B, T - 1): whether a sequence ends after a token."""
+    rows: list[list[int]] = [[0] for _ in range(breaks_BT.shape[0])]
+    for row, before in breaks_BT.nonzero().tolist():
+        rows[row].append(before + 1)
+    return tuple(tuple(row) for row in rows)
+
+
+def _check_sequence_numbers(seq_idx: Tensor, starts: tuple[tuple[int, ...], ...]) -> None:
+    """Kernels of some layers with state tell sequences apart by `seq_idx`, and attention does not."""
+    found = _starts_from_breaks(torch.diff(seq_idx, dim=-1) != 0)
+    if found != starts and found * len(starts) != starts:
+        raise ValueError(
+            f"seq_idx says that the first row's sequences begin at {found[0]}, position_ids or cu_seq_lens_q "
+            f"say {starts[0]}: pass position_ids that start again with each sequence"
+        )

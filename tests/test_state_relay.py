@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -188,6 +190,64 @@ class TestRefusals:
             model(**ids(12))
 
 
+def unknown(model: Any) -> Any:
+    """The same model, of a class that transformers does not have."""
+    model = model.float()
+    model.__class__ = type("Mine", (type(model),), {"__module__": "mine"})
+    return model
+
+
+def test_states_do_not_outlive_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the loss does, and with it the graph; and a second backward through it is right."""
+    states: list[weakref.ref[Tensor]] = []
+    keep = StateStore.keep
+
+    def noted(self: StateStore, position: int, given: Any) -> None:
+        states.extend(weakref.ref(x) for x in given.values())
+        keep(self, position, given)
+
+    monkeypatch.setattr(StateStore, "keep", noted)
+    model = chunk_model(tiny_model("Qwen3_5ForCausalLM").float(), ChunkConfig(chunk_size=7))
+    loss = model(**ids(NUM_TOKENS), use_cache=False).loss
+    loss.backward(retain_graph=True)
+    assert any(x() is not None for x in states)
+    first = {name: p.grad.clone() for name, p in model.named_parameters()}
+    loss.backward()
+    gc.collect()
+    assert states
+    assert all(x() is None for x in states)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * first[name])
+
+
+def test_planes_of_positions_are_no_packing() -> None:
+    """Three planes, as of an image in the text: only before those is there one of plain positions."""
+    temporal = torch.tensor([*range(8), *[8] * 8, *range(16, 24)])
+    planes = torch.stack([temporal, torch.arange(24), torch.arange(24)])[:, None]
+    packed = torch.cat([torch.arange(10), torch.arange(14)])[None, None]
+
+    def found(position_ids: Tensor, chunk_size: int | None) -> dict[str, Tensor]:
+        model = tiny_model("Qwen3_5ForCausalLM")
+        if chunk_size is not None:
+            chunk_model(model, ChunkConfig(chunk_size=chunk_size))
+        return gradients(model, {**ids(24), "position_ids": position_ids})
+
+    with double_precision():
+        truth = found(planes, None)
+        assert largest_difference(found(planes, 7), truth) < 1e-9
+        packs = found(torch.cat([packed, planes]), 7)
+    assert not torch.allclose(packs["loss"], truth["loss"], rtol=1e-4), "the first of four planes does"
+
+
+def test_sequence_numbers_that_say_something_else() -> None:
+    model = chunk_model(tiny_model("Qwen3_5ForCausalLM").float(), ChunkConfig(chunk_size=7))
+    seq_idx = torch.tensor([[0] * 10 + [1] * 14])
+    with pytest.raises(ValueError, match=r"seq_idx says .* begin at \(0, 10\).* say \(0,\)"):
+        model(**ids(24), seq_idx=seq_idx, use_cache=False)
+    position_ids = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    assert model(**ids(24), seq_idx=seq_idx, position_ids=position_ids, use_cache=False).loss.isfinite()
+
+
 class TestProbe:
     """For classes that the record does not have."""
 
@@ -197,9 +257,9 @@ class TestProbe:
         check = probe.LayerProbe.check
 
         def noted(self: probe.LayerProbe, layer: Any, *args: Any) -> None:
-            before = len(self._passed)
+            before = len(self.passed)
             check(self, layer, *args)
-            asked.extend([type(layer.layer).__name__] * (len(self._passed) - before))
+            asked.extend([type(layer.layer).__name__] * (len(self.passed) - before))
 
         monkeypatch.setattr(probe.LayerProbe, "check", noted)
         model = tiny_model("Qwen3_5ForCausalLM").bfloat16()
@@ -233,6 +293,48 @@ class TestProbe:
         model = chunk_model(tiny_model("Qwen3_5ForCausalLM").float(), ChunkConfig(chunk_size=7))
         with pytest.raises(UnsupportedModelError, match="is not exact in chunks"):
             model(**ids(NUM_TOKENS))
+
+    @pytest.mark.parametrize("mixer", ["shift", "mean"])
+    def test_mixers_that_have_no_known_name(self, mixer: str) -> None:
+        """Tokens that mix in plain code, in a layer that looks as if only its attention did."""
+
+        class Mixing(nn.Module):
+            def __init__(self, mlp: nn.Module) -> None:
+                super().__init__()
+                self.mlp = mlp
+
+            def forward(self, x: Tensor) -> Tensor:
+                if mixer == "shift":
+                    return self.mlp(x + torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1))
+                return self.mlp(x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None])
+
+        model = unknown(tiny_model("LlamaForCausalLM"))
+        for layer in model.model.layers:
+            layer.mlp = Mixing(layer.mlp)
+        chunk_model(model, ChunkConfig(chunk_size=7))
+        with pytest.raises(UnsupportedModelError, match="is not exact in chunks"):
+            model(**ids(NUM_TOKENS))
+
+    @pytest.mark.parametrize("fault", ["second layer", "long chunks"])
+    def test_what_some_layers_or_some_lengths_do(self, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = unknown(tiny_model("Qwen3_5ForCausalLM", ["linear_attention"] * 2))
+        given = StateRelay.get_recurrent_state
+
+        def faulty(self: StateRelay, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+            wrong = layer_idx == 1 if fault == "second layer" else self._chunk.num_tokens > 20
+            return None if wrong else given(self, layer_idx, state_idx)
+
+        monkeypatch.setattr(StateRelay, "get_recurrent_state", faulty)
+        chunk_model(model, ChunkConfig(chunk_size=50))
+        with pytest.raises(UnsupportedModelError, match="is not exact in chunks"):
+            model(**ids(100))
+
+    def test_kernels_that_the_sweep_has_not_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        hybrid, plain = tiny_model("Qwen3_5ForCausalLM"), tiny_model("LlamaForCausalLM")
+        assert not probe.needs_probe(hybrid, has_state=True)
+        monkeypatch.setattr(probe, "find_spec", lambda name: name == "fla")
+        assert probe.needs_probe(hybrid, has_state=True)
+        assert not probe.needs_probe(plain, has_state=False)
 
     def test_without_the_probe_the_sweep_says_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(probe.LayerProbe, "check", lambda *args: None)

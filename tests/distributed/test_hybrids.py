@@ -42,7 +42,7 @@ def test_probed(two_ranks: Ranks, case: Case) -> None:
     found = two_ranks.run(errors_of_unknown, case)
     for errors, _ in found:
         check(errors)
-    assert [num_kinds for _, num_kinds in found] == [0, 2], "the first rank's 3 tokens show nothing"
+    assert [num_layers for _, num_layers in found] == [0, 2], "the first rank's 3 tokens show nothing"
 
 
 def errors_of_unknown(case: Case) -> tuple[Errors, int]:
@@ -58,4 +58,4 @@ def errors_of_unknown(case: Case) -> tuple[Errors, int]:
         patch.setattr(probe, "CLASSES", frozenset())
         patch.setattr(probe.LayerProbe, "__init__", noted)
         errors = errors_of(case)
-    return errors, sum(len(one._passed) for one in probes)
+    return errors, sum(len(one.passed) for one in probes)
