@@ -234,7 +234,9 @@ def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
     """By sampler and budget: the mean loss over seeds at the best learning rate, and how far above exact."""
     runs, rows = found["runs"], []
     errors = {(row["sampler"], row["budget"]): row for row in found["gradient_errors"]}
-    for sampler, budget in dict.fromkeys((run["sampler"], run["budget"]) for run in runs):
+    places = {name: place for place, name in enumerate([EXACT, *SAMPLERS])}
+    contenders = {(run["sampler"], run["budget"]) for run in runs}
+    for sampler, budget in sorted(contenders, key=lambda which: (which[1] or 0, places[which[0]])):
         mine = [run for run in runs if (run["sampler"], run["budget"]) == (sampler, budget)]
         rate = min((run for run in mine if run["seed"] == 0), key=lambda run: run["loss"])["learning_rate"]
         losses = {run["seed"]: run["loss"] for run in mine if run["learning_rate"] == rate}
