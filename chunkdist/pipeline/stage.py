@@ -1,0 +1,186 @@
+"""A stage of a causal LM: the model itself, with the layers of other stages emptied.
+
+No code for any particular model: a stage calls the whole model's forward on one chunk. The layers of other
+stages pass on what they get; the stage's first layer takes what the stage before has sent, in the place of
+what the model made of it; its last one ends the forward. Names of parameters and modules stay.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from chunkdist.attention.function import LAYER_ATTRIBUTE, Cell, LayerState
+from chunkdist.config import ChunkConfig
+from chunkdist.context import ChunkContext
+from chunkdist.errors import UnsupportedModelError
+from chunkdist.group_layer import GroupLayer
+from chunkdist.kv_store import KVStore
+from chunkdist.layer_arguments import LayerSignature, refuse_arguments
+from chunkdist.lazy_logits import lazy_logits
+from chunkdist.model_layers import configs_of, find_layers, refuse_known
+from chunkdist.parameters import GroupParameters
+from chunkdist.pipeline.cell import StageCell
+from chunkdist.replay import undisturbed_rng
+from chunkdist.schedule import Chunk, Stream
+
+
+class StageOutput(Exception):
+    """Ends the forward of a model behind the stage's last layer, and carries the hidden states (1, C, H)."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class ModelStage(nn.Module):
+    """Takes a model for its own: parameters of other stages are let go.
+
+    Args:
+        model: A causal LM of transformers, in which PEFT may have put its adapters.
+        layers: Indices of the stage's layers, out of `cut_stages`.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: ChunkConfig, layers: range) -> None:
+        super().__init__()
+        entries, decoder, all_layers = find_layers(model)
+        refuse_known(model, entries[-1], all_layers)
+        if not layers or layers.start < 0 or layers.stop > len(all_layers):
+            raise ValueError(
+                f"layers={layers}, but the model has {len(all_layers)}: pass a part of cut_stages"
+            )
+        self.model = model
+        self.is_first, self.is_last = layers.start == 0, layers.stop == len(all_layers)
+        self.losses: list[Tensor] = []
+        """Of the micro-batches of the step, in the order of their backwards; on the last stage."""
+        self.parameters_of_step: GroupParameters
+        self._config = config
+        self._context = ChunkContext(config, configs_of([*entries, decoder, *all_layers]))
+        self._cell: StageCell | None = None
+        self._layers: list[GroupLayer] = []
+        self._knows_form = False
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.is_tied = head.weight is embeddings.weight
+        self.hidden_dtype: torch.dtype = embeddings.weight.dtype  # type: ignore[assignment]
+        self.hidden_size: int = model.config.get_text_config().hidden_size
+        for index, layer in enumerate(all_layers):
+            if index in layers:
+                self._take(layer, index, layer is all_layers[layers.stop - 1])
+            else:
+                _empty(layer)
+                layer.__dict__["forward"] = partial(self._pass_on, LayerSignature(layer))
+        if not self.is_first:
+            _empty(embeddings)
+        if not self.is_last:
+            _empty(head)
+            for name, module in decoder.named_children():
+                if "norm" in type(module).__name__.lower() or "norm" in name.lower():
+                    _empty(module)
+
+    @property
+    def num_layers(self) -> int:
+        """Of this stage."""
+        return len(self._layers)
+
+    def new_stores(self, tokens: Chunk) -> list[KVStore]:
+        """For the keys and values of one dependent run."""
+        return [KVStore(tokens, self._config.kv_grad_dtype) for _ in self._layers]
+
+    def begin_step(self) -> None:
+        self.losses = []
+        self.parameters_of_step = GroupParameters([self.model])
+
+    def run_layers(self, cell: StageCell) -> Tensor:
+        """The stage's layers on a chunk; on the first stage, what comes before them as well."""
+        inputs = cell.model_inputs
+        tokens = {"input_ids": inputs["input_ids"]} if cell.hidden is None else {"inputs_embeds": cell.hidden}
+        try:
+            self._call(cell, **tokens)
+        except StageOutput as output:
+            return output.hidden
+        raise UnsupportedModelError("the decoder did not call the last layer of the stage")
+
+    def run_head(self, cell: StageCell) -> Tensor:
+        """The loss of a chunk whose layers have run: what comes behind them, from `cell.result`."""
+        assert cell.result is not None
+        labels = cell.model_inputs["shift_labels"]
+        with lazy_logits(self.model):
+            output = self._call(
+                cell,
+                inputs_embeds=cell.result,
+                labels=labels,
+                shift_labels=labels,
+                num_items_in_batch=cell.model_inputs["num_items"],
+            )
+        loss: Tensor = output.loss
+        return loss
+
+    def _call(self, cell: StageCell, **arguments: Any) -> Any:
+        before, self._cell = self._cell, cell
+        try:
+            with self._context.attention_installed():
+                positions = cell.model_inputs["position_ids"]
+                return self.model(position_ids=positions, use_cache=False, **arguments)
+        finally:
+            self._cell = before
+
+    def _take(self, layer: nn.Module, index: int, is_last: bool) -> None:
+        state = LayerState(name=f"layer {index} ({type(layer).__name__})")
+        for submodule in layer.modules():
+            submodule.__dict__[LAYER_ATTRIBUTE] = state
+        own = GroupLayer(layer, state)
+        layer.__dict__["forward"] = partial(self._run, own, len(self._layers), is_last)
+        self._layers.append(own)
+
+    def _run(self, layer: GroupLayer, position: int, is_last: bool, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a layer of this stage."""
+        cell = self._running()
+        hidden, arguments = layer.signature.bind(args, kwargs)
+        refuse_arguments(layer.layer, hidden, arguments, _alone(cell.chunk))
+        if cell.result is not None:
+            return layer.wrap(cell.result)
+        if position == 0 and cell.hidden is not None:
+            hidden = cell.hidden  # some decoders scale what they get as embeddings
+        own = Cell(cell.chunk, cell.stream, cell.stores[position], self._context.attention)
+        output = layer.run(own, hidden, arguments)
+        if is_last:
+            raise StageOutput(output)
+        return layer.wrap(output)
+
+    def _pass_on(self, signature: LayerSignature, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a layer of another stage."""
+        hidden, arguments = signature.bind(args, kwargs)
+        if not self._knows_form:
+            self._learn_form(hidden, arguments)
+        return self._layers[0].wrap(hidden)
+
+    def _learn_form(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """Runs the stage's first layer, to see whether layers return a tensor or a tuple."""
+        stream = _alone(self._running().chunk)
+        (chunk,) = stream.chunks
+        store = KVStore(chunk, self._config.kv_grad_dtype)
+        with torch.no_grad(), undisturbed_rng(hidden):
+            self._layers[0].run(Cell(chunk, stream, store, self._context.attention), hidden, arguments)
+        self._knows_form = True
+
+    def _running(self) -> StageCell:
+        if self._cell is None:
+            raise UnsupportedModelError("a layer was called by something else than its stage of the pipeline")
+        return self._cell
+
+
+def _alone(chunk: Chunk) -> Stream:
+    """A stream of as many tokens."""
+    own = Chunk(0, chunk.num_tokens)
+    return Stream(num_tokens=own.end, chunks=(own,), segment_starts=((0,),))
+
+
+def _empty(module: nn.Module | None) -> None:
+    """Lets the parameters go; modules and their names stay."""
+    for submodule in () if module is None else module.modules():
+        for name in submodule._parameters:
+            submodule._parameters[name] = None

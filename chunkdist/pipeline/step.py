@@ -1,0 +1,207 @@
+"""A training step of a pipeline: sequences to chunks, chunks through the stages, in torch's pipeline runtime.
+
+Every rank is given all sequences, so each plans the same and no plan is sent. What is sent are hidden states
+of a chunk and their gradients, the loss, and the gradient of tied embeddings.
+
+torch (2.13) has no public way to run a schedule of one's own: `_PipelineScheduleRuntime` and `_Action` are
+private names, and used here only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from chunkdist.config import ChunkConfig
+from chunkdist.data.streams import NO_LABEL, join_sequences, stream_of
+from chunkdist.pipeline.cell import StageCell
+from chunkdist.pipeline.runs import Run, pack_runs
+from chunkdist.pipeline.schedule import PipelineSchedule, schedule_1f1b
+from chunkdist.pipeline.stage import ModelStage
+from chunkdist.schedule import Chunk
+
+Sample = Mapping[str, Any]
+
+
+class Pipeline:
+    """One rank's stage of a model, and the steps that it takes with the others.
+
+    Args:
+        model: The whole model; what other stages have is let go.
+        stages: Of all ranks, in their order, the layers: what `cut_stages` gives.
+        group: The ranks of the pipeline; `None`: all.
+        forwards_ahead: As in `schedule_1f1b`.
+
+    Raises:
+        ValueError: the numbers of stages and ranks differ, or the config asks for what a pipeline has not.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: ChunkConfig,
+        stages: Sequence[range],
+        *,
+        group: distributed.ProcessGroup | None = None,
+        forwards_ahead: int = 1,
+    ) -> None:
+        num_ranks, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
+        if len(stages) != num_ranks:
+            raise ValueError(
+                f"{len(stages)} stages for {num_ranks} ranks: cut the model into as many stages as there are "
+                "ranks"
+            )
+        if config.sampler is not None:
+            raise ValueError("sampler is set, and a pipeline backpropagates every chunk: leave it out")
+        for name in ("chunk_size", "retained_chunks"):
+            if getattr(config, name) == "auto":
+                raise ValueError(f"{name}='auto', but a pipeline has no choice of its own: write a number")
+        self.config = config
+        self.stage = ModelStage(model, config, stages[self.rank])
+        self._group = group
+        self._forwards_ahead = forwards_ahead
+
+    def schedule(self, runs: Sequence[Run]) -> PipelineSchedule:
+        return schedule_1f1b(
+            [run.num_chunks for run in runs],
+            num_stages=distributed.get_world_size(self._group),
+            retained_chunks=int(self.config.retained_chunks),
+            forwards_ahead=self._forwards_ahead,
+        )
+
+    def step(self, samples: Sequence[Sample]) -> Tensor:
+        """Forward and backward of one optimizer step. Gradients are added to those of the stage's parameters.
+
+        Args:
+            samples: The same on all ranks: `input_ids` and, unless all tokens are supervised, `labels`.
+
+        Returns:
+            The mean loss of the supervised tokens, on every rank.
+        """
+        runs = pack_runs([len(sample["input_ids"]) for sample in samples], int(self.config.chunk_size))
+        schedule = self.schedule(runs)
+        device = next(self.stage.parameters()).device
+        self.stage.begin_step()
+        cells = _Cells(self.stage, schedule, runs, samples, device)
+        count = len(schedule.micro_batches)
+        hidden = torch.empty(
+            (1, int(self.config.chunk_size), self.stage.hidden_size),
+            dtype=self.stage.hidden_dtype,
+            device="meta",
+            requires_grad=True,  # else torch sends no gradient
+        )
+        indices = torch.arange(count)
+        stage = PipelineStage(
+            cells,
+            self.rank,
+            schedule.num_stages,
+            device,
+            input_args=indices[:1] if self.stage.is_first else hidden,
+            output_args=torch.empty((), requires_grad=True) if self.stage.is_last else hidden,
+            group=self._group,
+        )
+        runtime = _PipelineScheduleRuntime([stage], count, loss_fn=_placeholder, scale_grads=False)
+        runtime._prepare_schedule_with_comms(
+            {rank: [_Action.from_str(name) for name in row] for rank, row in enumerate(schedule.rows())}
+        )
+        args = (indices,) if self.stage.is_first else ()
+        runtime.step(*args, index=indices, target=indices, return_outputs=False)
+        self._add_tied_grads()
+        return self._loss(device)
+
+    def _loss(self, device: torch.device) -> Tensor:
+        losses = self.stage.losses
+        total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
+        total = total.float()
+        last = distributed.get_world_size(self._group) - 1
+        distributed.broadcast(total, group_src=last, group=self._group)
+        return total
+
+    def _add_tied_grads(self) -> None:
+        """Embeddings and head are one parameter, of which the first and the last stage have a copy each."""
+        if not self.stage.is_tied or self.stage.is_first == self.stage.is_last:
+            return
+        model = self.stage.model
+        owner: Any = model.get_input_embeddings() if self.stage.is_first else model.get_output_embeddings()
+        parameter: nn.Parameter = owner.weight
+        if not parameter.requires_grad:
+            return
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        other = distributed.get_world_size(self._group) - 1 - self.rank
+        theirs = torch.empty_like(grad)
+        operations = [
+            distributed.P2POp(distributed.isend, grad, group=self._group, group_peer=other),
+            distributed.P2POp(distributed.irecv, theirs, group=self._group, group_peer=other),
+        ]
+        for work in distributed.batch_isend_irecv(operations):
+            work.wait()
+        parameter.grad = grad + theirs
+
+
+class _Cells(nn.Module):
+    """What torch calls with a micro-batch's number: makes its cell, and runs it."""
+
+    def __init__(
+        self,
+        stage: ModelStage,
+        schedule: PipelineSchedule,
+        runs: Sequence[Run],
+        samples: Sequence[Sample],
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.stage = stage
+        self._schedule = schedule
+        self._runs = runs
+        self._last = schedule.stages[0][-1].micro_batch
+        inputs = [_inputs(run, [samples[index] for index in run.sequences]) for run in runs]
+        num_items = sum((own["shift_labels"] != NO_LABEL).sum() for own in inputs)
+        self._num_items = torch.as_tensor(num_items, device=device).clamp(min=1)
+        self._inputs = [{name: x.to(device) for name, x in own.items()} for own in inputs]
+        self._stores: dict[int, Any] = {}
+
+    def forward(self, received: Tensor, *, index: Tensor) -> Tensor:
+        number = int(index)
+        run_number, chunk_number, retained = self._schedule.micro_batches[number]
+        run = self._runs[run_number]
+        stream = stream_of([*run.lengths, run.num_empty], run.chunk_size)
+        chunk = stream.chunks[chunk_number]
+        if chunk_number == 0:
+            self._stores[run_number] = self.stage.new_stores(Chunk(0, stream.num_tokens))
+        stores = self._stores[run_number]
+        if chunk_number == run.num_chunks - 1:
+            del self._stores[run_number]  # from here on, the run's cells keep them
+        own = {name: x[:, chunk.start : chunk.end] for name, x in self._inputs[run_number].items()}
+        cell = StageCell(
+            stage=self.stage,
+            chunk=chunk,
+            stream=stream,
+            stores=stores,
+            model_inputs={**own, "num_items": self._num_items},
+            retained=retained,
+            is_last_backward=number == self._last,
+        )
+        return cell.run(None if self.stage.is_first else received)
+
+
+def _inputs(run: Run, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Of a run, (1, T) each, filled up to whole chunks by a sequence of its own, without labels."""
+    joined = join_sequences(samples)
+    labels = F.pad(joined["labels"], (0, run.num_empty), value=NO_LABEL)
+    return {
+        "input_ids": F.pad(joined["input_ids"], (0, run.num_empty)),
+        "position_ids": torch.cat([joined["position_ids"], torch.arange(run.num_empty)[None]], dim=1),
+        "shift_labels": F.pad(labels, (0, 1), value=NO_LABEL)[:, 1:],
+    }
+
+
+def _placeholder(output: Tensor, target: Tensor) -> Tensor:
+    """The last stage computes its losses in the backward: what comes out of its forward only starts it."""
+    return output

@@ -1,0 +1,82 @@
+"""Gradients of a pipeline are those of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.distributed.ranks import Ranks
+from tests.pipeline.pipeline_steps import PipelineCase, StepResult, one_process, pipeline_step
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(4, timeout_s=300)
+    yield ranks
+    ranks.stop()
+
+
+MIXED = (70, 30, 16, 9, 5, 3, 3, 2)
+"""1 to 9 chunks of 8 tokens; the short ones fill the last chunks of the long ones, or share one."""
+
+
+def _check(case: PipelineCase, ranks: Ranks) -> list[StepResult]:
+    expected, results = one_process(case), ranks.run(pipeline_step, case)
+    assert {name for result in results for name in result.grads} == set(expected.grads)
+    for result in results:
+        assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+        for name, grad in result.grads.items():
+            assert ((grad - expected.grads[name]).norm() / expected.grads[name].norm()).item() < 1e-10, name
+    return results
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        PipelineCase(lengths=MIXED, retained_chunks=0),
+        PipelineCase(lengths=MIXED, retained_chunks=1, num_steps=2),
+        PipelineCase(lengths=MIXED, retained_chunks=2, forwards_ahead=2),
+        PipelineCase(lengths=MIXED, lora=True),
+        PipelineCase(lengths=MIXED, tied=True),
+        PipelineCase(lengths=(5,)),
+        PipelineCase(lengths=(17,), retained_chunks=0, chunk_size=32),
+    ],
+    ids=str,
+)
+def test_two_stages_have_the_gradients_of_one_process(case: PipelineCase, two_ranks: Ranks) -> None:
+    first, last = _check(case, two_ranks)
+    shared = {"model.embed_tokens.weight"} if case.tied else set()
+    assert first.grads.keys() & last.grads.keys() == shared
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        PipelineCase(lengths=MIXED, num_layers=5, tied=True),
+        PipelineCase(lengths=MIXED, num_layers=4, lora=True, retained_chunks=2, forwards_ahead=2),
+    ],
+    ids=str,
+)
+def test_four_stages_have_the_gradients_of_one_process(case: PipelineCase, four_ranks: Ranks) -> None:
+    _check(case, four_ranks)
+
+
+def test_a_rerun_draws_the_dropout_of_its_forward(two_ranks: Ranks) -> None:
+    """Nothing retained, and everything: the same numbers are drawn in the forwards, and no others count."""
+    found = []
+    for retained in (0, 9):
+        case = PipelineCase(lengths=MIXED, lora=True, lora_dropout=0.3, retained_chunks=retained)
+        found.append(two_ranks.run(pipeline_step, case))
+    for rerun, kept in zip(*found, strict=True):
+        assert rerun.grads.keys() == kept.grads.keys()
+        for name, grad in rerun.grads.items():
+            torch.testing.assert_close(grad, kept.grads[name], rtol=1e-10, atol=1e-14)
