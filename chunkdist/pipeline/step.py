@@ -37,6 +37,8 @@ class Pipeline:
         model: The whole model; what other stages have is let go.
         stages: Of all ranks, in their order, the layers: what `cut_stages` gives.
         group: The ranks of the pipeline; `None`: all.
+        replicas: The ranks that have the same stage in other pipelines, which train on other sequences;
+            `None`: there are none. A step ends with collectives in it.
         forwards_ahead: As in `schedule_1f1b`.
 
     Raises:
@@ -50,6 +52,7 @@ class Pipeline:
         stages: Sequence[range],
         *,
         group: distributed.ProcessGroup | None = None,
+        replicas: distributed.ProcessGroup | None = None,
         forwards_ahead: int = 1,
     ) -> None:
         num_ranks, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
@@ -65,7 +68,7 @@ class Pipeline:
                 raise ValueError(f"{name}='auto', but a pipeline has no choice of its own: write a number")
         self.config = config
         self.stage = ModelStage(model, config, stages[self.rank])
-        self._group = group
+        self._group, self._replicas = group, replicas
         self._forwards_ahead = forwards_ahead
 
     def schedule(self, runs: Sequence[Run]) -> PipelineSchedule:
@@ -80,16 +83,22 @@ class Pipeline:
         """Forward and backward of one optimizer step. Gradients are added to those of the stage's parameters.
 
         Args:
-            samples: The same on all ranks: `input_ids` and, unless all tokens are supervised, `labels`.
+            samples: The same on all ranks of the pipeline: `input_ids` and, unless all tokens are supervised,
+                `labels`.
 
         Returns:
-            The mean loss of the supervised tokens, on every rank.
+            The mean loss of the supervised tokens, those of other replicas included, on every rank.
         """
         runs = pack_runs([len(sample["input_ids"]) for sample in samples], int(self.config.chunk_size))
         schedule = self.schedule(runs)
         device = next(self.stage.parameters()).device
         self.stage.begin_step()
-        cells = _Cells(self.stage, schedule, runs, samples, device)
+        earlier = self._take_grads()
+        inputs = [_inputs(run, [samples[index] for index in run.sequences], device) for run in runs]
+        num_items = torch.stack([(own["shift_labels"] != NO_LABEL).sum() for own in inputs]).sum()
+        if self._replicas is not None:
+            distributed.all_reduce(num_items, group=self._replicas)
+        cells = _Cells(self.stage, schedule, runs, inputs, num_items.clamp(min=1))
         count = len(schedule.micro_batches)
         hidden = torch.empty(
             (1, int(self.config.chunk_size), self.stage.hidden_size),
@@ -114,7 +123,17 @@ class Pipeline:
         args = (indices,) if self.stage.is_first else ()
         runtime.step(*args, index=indices, target=indices, return_outputs=False)
         self._add_tied_grads()
+        self._reduce_grads()
+        for parameter, grad in earlier.items():
+            parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         return self._loss(device)
+
+    def _take_grads(self) -> dict[nn.Parameter, Tensor]:
+        """Of earlier steps: what is summed over ranks at a step's end is its own."""
+        found = {p: p.grad for p in self.stage.parameters() if p.grad is not None}
+        for parameter in found:
+            parameter.grad = None
+        return found
 
     def _loss(self, device: torch.device) -> Tensor:
         losses = self.stage.losses
@@ -122,7 +141,25 @@ class Pipeline:
         total = total.float()
         last = distributed.get_world_size(self._group) - 1
         distributed.broadcast(total, group_src=last, group=self._group)
+        if self._replicas is not None:
+            distributed.all_reduce(total, group=self._replicas)
         return total
+
+    def _reduce_grads(self) -> None:
+        """Sums gradients over the replicas, of the parameters that have one on any of them."""
+        if self._replicas is None:
+            return
+        parameters = [p for p in self.stage.parameters() if p.requires_grad]
+        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+        used = used.to(parameters[0].device) if parameters else used
+        distributed.all_reduce(used, op=distributed.ReduceOp.MAX, group=self._replicas)
+        works = []
+        for parameter in (p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            works.append(distributed.all_reduce(parameter.grad, group=self._replicas, async_op=True))
+        for work in works:
+            work.wait()
 
     def _add_tied_grads(self) -> None:
         """Embeddings and head are one parameter, of which the first and the last stage have a copy each."""
@@ -153,18 +190,15 @@ class _Cells(nn.Module):
         stage: ModelStage,
         schedule: PipelineSchedule,
         runs: Sequence[Run],
-        samples: Sequence[Sample],
-        device: torch.device,
+        inputs: Sequence[dict[str, Tensor]],
+        num_items: Tensor,
     ) -> None:
         super().__init__()
         self.stage = stage
         self._schedule = schedule
         self._runs = runs
         self._last = schedule.stages[0][-1].micro_batch
-        inputs = [_inputs(run, [samples[index] for index in run.sequences]) for run in runs]
-        num_items = sum((own["shift_labels"] != NO_LABEL).sum() for own in inputs)
-        self._num_items = torch.as_tensor(num_items, device=device).clamp(min=1)
-        self._inputs = [{name: x.to(device) for name, x in own.items()} for own in inputs]
+        self._inputs, self._num_items = inputs, num_items
         self._stores: dict[int, Any] = {}
 
     def forward(self, received: Tensor, *, index: Tensor) -> Tensor:
@@ -191,15 +225,16 @@ class _Cells(nn.Module):
         return cell.run(None if self.stage.is_first else received)
 
 
-def _inputs(run: Run, samples: Sequence[Sample]) -> dict[str, Tensor]:
+def _inputs(run: Run, samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor]:
     """Of a run, (1, T) each, filled up to whole chunks by a sequence of its own, without labels."""
     joined = join_sequences(samples)
     labels = F.pad(joined["labels"], (0, run.num_empty), value=NO_LABEL)
-    return {
+    inputs = {
         "input_ids": F.pad(joined["input_ids"], (0, run.num_empty)),
         "position_ids": torch.cat([joined["position_ids"], torch.arange(run.num_empty)[None]], dim=1),
         "shift_labels": F.pad(labels, (0, 1), value=NO_LABEL)[:, 1:],
     }
+    return {name: x.to(device) for name, x in inputs.items()}
 
 
 def _placeholder(output: Tensor, target: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from chunkdist import ChunkConfig
+from chunkdist.memory import LiveBytes
 from chunkdist.pipeline.stage_cut import cut_stages
 from chunkdist.pipeline.step import Pipeline
 from tests.models import VOCAB_SIZE, norms_in_fp64, tiny_llama, with_lora
@@ -23,8 +25,17 @@ class PipelineCase:
     num_layers: int = 3
     num_steps: int = 1
     lora: bool = False
+    lora_targets: str | tuple[str, ...] = "all-linear"
     lora_dropout: float = 0.0
     tied: bool = False
+    num_replicas: int = 1
+    """Pipelines; each trains on every so many sequences."""
+    intermediate_size: int = 48
+
+    def __str__(self) -> str:
+        """What is not as usual."""
+        own = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        return " ".join(f"{name} {value}" for name, value, default in own if value != default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +62,59 @@ def one_process(case: PipelineCase) -> StepResult:
 
 def pipeline_step(case: PipelineCase) -> StepResult:
     """This rank's stage."""
+    pipeline, model, replica = _pipeline(case)
+    for _ in range(case.num_steps):
+        loss = pipeline.step(_samples(case)[replica :: case.num_replicas])
+    return StepResult(grads=_grads(model), loss=loss.item())
+
+
+def peak_bytes(cases: list[PipelineCase]) -> list[int]:
+    """What this rank's stage holds at the peak of a step, beside weights."""
+    peaks = []
+    for case in cases:
+        pipeline, model, _ = _pipeline(case)
+        pipeline.step(_samples(case))
+        model.zero_grad()
+        with LiveBytes(exclude=model.parameters()) as live:
+            pipeline.step(_samples(case))
+        peaks.append(live.peak_bytes)
+    return peaks
+
+
+def _pipeline(case: PipelineCase) -> tuple[Pipeline, Any, int]:
+    """This rank's stage, its model, and the number of its replica."""
     _, model = _model(case)
     config = ChunkConfig(chunk_size=case.chunk_size, retained_chunks=case.retained_chunks, attention="math")
-    stages = cut_stages([1.0] * case.num_layers, distributed.get_world_size(), head_cost=0.5)
+    num_stages = distributed.get_world_size() // case.num_replicas
+    mesh = init_device_mesh("cpu", (case.num_replicas, num_stages), mesh_dim_names=("replica", "stage"))
+    pipeline = Pipeline(
+        model,
+        config,
+        cut_stages([1.0] * case.num_layers, num_stages, head_cost=0.5),
+        group=mesh.get_group("stage"),
+        replicas=mesh.get_group("replica") if case.num_replicas > 1 else None,
+        forwards_ahead=case.forwards_ahead,
+    )
     torch.manual_seed(distributed.get_rank())
-    pipeline = Pipeline(model, config, stages, forwards_ahead=case.forwards_ahead)
-    for _ in range(case.num_steps):
-        loss = pipeline.step(_samples(case))
-    return StepResult(grads=_grads(model), loss=loss.item())
+    return pipeline, model, mesh.get_local_rank("replica")
 
 
 def _model(case: PipelineCase) -> tuple[Any, Any]:
     """The model or its PEFT wrapper, and the causal LM inside."""
-    model = norms_in_fp64(tiny_llama(num_layers=case.num_layers, tie_word_embeddings=case.tied))
-    whole: Any = with_lora(model, lora_dropout=case.lora_dropout) if case.lora else model
+    model = norms_in_fp64(
+        tiny_llama(
+            num_layers=case.num_layers,
+            tie_word_embeddings=case.tied,
+            intermediate_size=case.intermediate_size,
+        )
+    )
+    whole: Any = _with_lora(model, case) if case.lora else model
     return whole, model
+
+
+def _with_lora(model: Any, case: PipelineCase) -> Any:
+    targets = case.lora_targets if isinstance(case.lora_targets, str) else list(case.lora_targets)
+    return with_lora(model, lora_dropout=case.lora_dropout, target_modules=targets)
 
 
 def _samples(case: PipelineCase) -> list[dict[str, Tensor]]:

@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from tests.distributed.ranks import Ranks
 from tests.pipeline.pipeline_steps import PipelineCase, StepResult, one_process, pipeline_step
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(4, timeout_s=300)
-    yield ranks
-    ranks.stop()
-
 
 MIXED = (70, 30, 16, 9, 5, 3, 3, 2)
 """1 to 9 chunks of 8 tokens; the short ones fill the last chunks of the long ones, or share one."""
@@ -43,10 +26,10 @@ def _check(case: PipelineCase, ranks: Ranks) -> list[StepResult]:
     "case",
     [
         PipelineCase(lengths=MIXED, retained_chunks=0),
-        PipelineCase(lengths=MIXED, retained_chunks=1, num_steps=2),
+        PipelineCase(lengths=MIXED, retained_chunks=1),
         PipelineCase(lengths=MIXED, retained_chunks=2, forwards_ahead=2),
         PipelineCase(lengths=MIXED, lora=True),
-        PipelineCase(lengths=MIXED, tied=True),
+        PipelineCase(lengths=MIXED, tied=True, num_steps=2),
         PipelineCase(lengths=(5,)),
         PipelineCase(lengths=(17,), retained_chunks=0, chunk_size=32),
     ],
@@ -63,10 +46,12 @@ def test_two_stages_have_the_gradients_of_one_process(case: PipelineCase, two_ra
     [
         PipelineCase(lengths=MIXED, num_layers=5, tied=True),
         PipelineCase(lengths=MIXED, num_layers=4, lora=True, retained_chunks=2, forwards_ahead=2),
+        PipelineCase(lengths=MIXED, num_replicas=2, tied=True, num_steps=2),
+        PipelineCase(lengths=MIXED, num_replicas=2, lora=True, retained_chunks=0),
     ],
     ids=str,
 )
-def test_four_stages_have_the_gradients_of_one_process(case: PipelineCase, four_ranks: Ranks) -> None:
+def test_four_ranks_have_the_gradients_of_one_process(case: PipelineCase, four_ranks: Ranks) -> None:
     _check(case, four_ranks)
 
 
