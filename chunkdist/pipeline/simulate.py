@@ -50,6 +50,7 @@ class CellCosts:
         runs: Sequence[Run],
         stages: Sequence[SequenceCost],
         *,
+        head_per_token: float = 0.0,
         backward_ratio: float = 2.0,
     ) -> CellCosts:
         """From what a token and a pair of positions cost on each stage, forward and backward together.
@@ -58,20 +59,25 @@ class CellCosts:
 
         Args:
             runs: What the schedule was made of.
+            stages: Without the output layer.
+            head_per_token: Of the output layer: it runs in the backwards of the last stage, and never again.
         """
         if len(stages) != schedule.num_stages:
             raise ValueError(f"costs of {len(stages)} stages for {schedule.num_stages}: pass one of each")
         spans = [_spans(run) for run in runs]
-        forward = tuple(
-            tuple(
+        by_stage = {
+            stage: tuple(
                 _chunk_cost(stage, runs[batch.run].chunk_size, spans[batch.run][batch.chunk])
                 / (1 + backward_ratio)
                 for batch in schedule.micro_batches
             )
-            for stage in stages
-        )
-        backward = tuple(tuple(backward_ratio * cost for cost in costs) for costs in forward)
-        return cls(forward=forward, backward=backward)
+            for stage in dict.fromkeys(stages)  # stages that are alike are computed once
+        }
+        forward = tuple(by_stage[stage] for stage in stages)
+        head = [head_per_token * runs[batch.run].chunk_size for batch in schedule.micro_batches]
+        backward = [tuple(backward_ratio * cost for cost in costs) for costs in forward]
+        backward[-1] = tuple(cost + own for cost, own in zip(backward[-1], head, strict=True))
+        return cls(forward=forward, backward=tuple(backward))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from chunkdist import ChunkConfig
 from chunkdist.memory import LiveBytes
@@ -22,6 +29,7 @@ class PipelineCase:
     chunk_size: int = 8
     retained_chunks: int = 1
     forwards_ahead: int = 1
+    model: str = "llama"
     num_layers: int = 3
     num_steps: int = 1
     lora: bool = False
@@ -101,15 +109,50 @@ def _pipeline(case: PipelineCase) -> tuple[Pipeline, Any, int]:
 
 def _model(case: PipelineCase) -> tuple[Any, Any]:
     """The model or its PEFT wrapper, and the causal LM inside."""
-    model = norms_in_fp64(
-        tiny_llama(
-            num_layers=case.num_layers,
-            tie_word_embeddings=case.tied,
-            intermediate_size=case.intermediate_size,
+    model = (
+        _OTHERS[case.model]()
+        if case.model in _OTHERS
+        else norms_in_fp64(
+            tiny_llama(
+                num_layers=case.num_layers,
+                tie_word_embeddings=case.tied,
+                intermediate_size=case.intermediate_size,
+            )
         )
     )
     whole: Any = _with_lora(model, case) if case.lora else model
     return whole, model
+
+
+def _granite() -> PreTrainedModel:
+    """Its decoder scales what it gets as embeddings."""
+    return _from_config(GraniteConfig(**_SIZES, embedding_multiplier=3.0, logits_scaling=2.0))
+
+
+def _gemma3() -> PreTrainedModel:
+    """Layers differ in window and rotary embeddings, which the decoder gives them by their index."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    return _from_config(Gemma3TextConfig(**_SIZES, head_dim=8, sliding_window=11, layer_types=kinds))
+
+
+def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config._attn_implementation = "plain"
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(torch.float64)
+    return model.train()
+
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}
+_OTHERS = {"granite": _granite, "gemma3": _gemma3}
 
 
 def _with_lora(model: Any, case: PipelineCase) -> Any:

@@ -75,6 +75,10 @@ def test_cells_cost_by_their_tokens_and_by_the_pairs_of_their_prefix() -> None:
     # in a window of 2, a token after the first of its sequence has 2 pairs
     assert costs.forward[1] == (4 + 3, 4 + 4, 4 + 3, 4 + 3)
     assert costs.backward[0] == tuple(2 * cost for cost in costs.forward[0])
+    with_head = CellCosts.of_runs(schedule, runs, stages, head_per_token=50.0)
+    assert with_head.forward == costs.forward
+    assert with_head.backward[0] == costs.backward[0]
+    assert with_head.backward[1] == tuple(100 + cost for cost in costs.backward[1])
     with pytest.raises(ValueError, match="costs of 1 stages for 2"):
         CellCosts.of_runs(schedule, runs, stages[:1])
 
