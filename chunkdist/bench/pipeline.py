@@ -23,9 +23,9 @@ from chunkdist.pipeline.simulate import CellCosts, Timeline, simulate
 from chunkdist.pipeline.stage_cut import cut_stages
 
 PUBLISHED = {"1f1b": 0.571, "K=1": 0.541, "K=2": 0.478}
-"""Of ChunkFlow's example. 47.8 % is 11 / 23: a step that takes 23 forwards of a chunk, 12 of them work. 54.1 %
-is no fraction of that kind; if K=1 is 8 % faster than 1F1B, as said there, it takes 26, and 53.8 % is no work,
-reruns counted as bubble."""
+"""Of ChunkFlow's example. 47.8 % is 11 / 23: a step that takes 23 forwards of a chunk, of which 12 are work.
+54.1 % is no fraction of that kind; if K=1 is 8 % faster than 1F1B, as said there, it takes 26, and 53.8 % is
+no work, with reruns counted as bubble."""
 UNITS = (4, 2, 1, 1)
 NUM_SEQUENCES, BATCH_SEQUENCES, NUM_STAGES = 100_000, 256, 8
 CHUNK_SIZES = (512, 1024, 2048)

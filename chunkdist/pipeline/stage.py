@@ -23,6 +23,7 @@ from chunkdist.kv_store import KVStore
 from chunkdist.layer_arguments import LayerSignature, refuse_arguments
 from chunkdist.lazy_logits import lazy_logits
 from chunkdist.model_layers import configs_of, find_layers, refuse_known
+from chunkdist.modeling import _HANDLE
 from chunkdist.parameters import GroupParameters
 from chunkdist.pipeline.cell import StageCell
 from chunkdist.replay import undisturbed_rng
@@ -47,6 +48,13 @@ class ModelStage(nn.Module):
 
     def __init__(self, model: PreTrainedModel, config: ChunkConfig, layers: range) -> None:
         super().__init__()
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"{type(model).__name__} is not a transformers model: pass the causal LM itself, of PEFT "
+                "its get_base_model()"
+            )
+        if _HANDLE in model.__dict__:
+            raise ValueError("the model is chunked already: call unchunk_model(model) first")
         entries, decoder, all_layers = find_layers(model)
         refuse_known(model, entries[-1], all_layers)
         if not layers or layers.start < 0 or layers.stop > len(all_layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -33,3 +34,16 @@ def test_stages_of_whole_layers_have_all_layers_and_the_head() -> None:
     assert total == pytest.approx(6 * (32 * 218_103_808 + 128_256 * 4096))
     assert sum(stage.per_pair[0][1] for stage in stages) == 12 * 4096 * 32
     assert stages[-1].per_token + head < 5.1 * 6 * 218_103_808
+
+
+def test_the_page_has_the_committed_figures() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    spec = importlib.util.spec_from_file_location("make_pipeline_tables", docs / "make_pipeline_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (docs / "pipeline.md").read_text(encoding="utf-8")
+    result = json.loads((docs / "benchmarks" / "pipeline.json").read_text(encoding="utf-8"))
+    assert script.page_with_tables(page, result) == page
+    assert {row["num_batches"] for row in result["long_tailed"]} == {390}

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from chunkdist import ChunkConfig
+from chunkdist import ChunkConfig, IndependentSampler, chunk_model
 from chunkdist.memory import LiveBytes
 from chunkdist.pipeline.stage_cut import cut_stages
 from chunkdist.pipeline.step import Pipeline
@@ -74,6 +74,30 @@ def pipeline_step(case: PipelineCase) -> StepResult:
     for _ in range(case.num_steps):
         loss = pipeline.step(_samples(case)[replica :: case.num_replicas])
     return StepResult(grads=_grads(model), loss=loss.item())
+
+
+def refusals() -> dict[str, str]:
+    """What is said to settings that no pipeline has, by what was set."""
+    config = ChunkConfig(chunk_size=8)
+    sampled = ChunkConfig(chunk_size=8, sampler=IndependentSampler(budget=2))
+    auto = ChunkConfig(chunk_size=8, retained_chunks="auto")
+    two = [range(2), range(2, 3)]
+    chunked = chunk_model(tiny_llama(num_layers=3), config)
+    tries: dict[str, tuple[Any, ChunkConfig, list[range]]] = {
+        "three stages": (tiny_llama(num_layers=3), config, [range(1), range(1, 2), range(2, 3)]),
+        "other layers": (tiny_llama(num_layers=2), config, [range(2, 3), range(2, 3)]),
+        "sampler": (tiny_llama(num_layers=3), sampled, two),
+        "retained_chunks": (tiny_llama(num_layers=3), auto, two),
+        "chunked": (chunked, config, two),
+        "peft": (with_lora(tiny_llama(num_layers=3)), config, two),
+    }
+    said = {}
+    for name, arguments in tries.items():
+        try:
+            Pipeline(*arguments)
+        except ValueError as error:
+            said[name] = str(error)
+    return said
 
 
 def peak_bytes(cases: list[PipelineCase]) -> list[int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import Ranks
-from tests.pipeline.pipeline_steps import PipelineCase, StepResult, one_process, pipeline_step
+from tests.pipeline.pipeline_steps import PipelineCase, StepResult, one_process, pipeline_step, refusals
 
 MIXED = (70, 30, 16, 9, 5, 3, 3, 2)
 """1 to 9 chunks of 8 tokens; the short ones fill the last chunks of the long ones, or share one."""
@@ -72,3 +72,13 @@ def test_a_rerun_draws_the_dropout_of_its_forward(two_ranks: Ranks) -> None:
         assert rerun.grads.keys() == kept.grads.keys()
         for name, grad in rerun.grads.items():
             torch.testing.assert_close(grad, kept.grads[name], rtol=1e-10, atol=1e-14)
+
+
+def test_settings_without_a_pipeline_are_refused(two_ranks: Ranks) -> None:
+    _, said = two_ranks.run(refusals)
+    assert said["three stages"].startswith("3 stages for 2 ranks: cut the model into as many stages")
+    assert said["other layers"].startswith("layers=range(2, 3), but the model has 2")
+    assert said["sampler"].startswith("sampler is set, and a pipeline backpropagates every chunk")
+    assert said["retained_chunks"].startswith("retained_chunks='auto', but a pipeline")
+    assert said["chunked"].startswith("the model is chunked already")
+    assert said["peft"].startswith("PeftModelForCausalLM is not a transformers model")
