@@ -120,7 +120,7 @@ def check_gradients(
     sample = short_sample(batch, max_tokens=max_tokens, device=device)
     num_tokens = sample["input_ids"].shape[1]
     chunk_size = check_chunk_size(num_tokens, int(config.chunk_size))
-    check_config = dataclasses.replace(config, chunk_size=chunk_size, sampler=None)
+    check_config = dataclasses.replace(config, chunk_size=chunk_size, sampler=None, control_variate="auto")
     dtype = _working_dtype(model, device)
     steps = _Steps(model, parameters, sample, check_config)
     with untouched(model), _unchunked(model, config):

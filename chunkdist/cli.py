@@ -97,7 +97,9 @@ def _preview(arguments: argparse.Namespace, options_given: list[str]) -> int:
     for name in ("streams", "tokens", "num_ranks"):
         if (value := getattr(arguments, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} shows nothing: write at least 1")
-    trainer, config = _trainer(arguments.config, [*options_given, "--use_cpu", "true"], has_weights=False)
+    trainer, config = _trainer(
+        arguments.config, [*options_given, "--use_cpu", "true", "--tf32", "false"], has_weights=False
+    )
     if config is None:
         raise ValueError("chunk_method=none has no chunks to show: write seco")
     console = Console(highlight=False)
@@ -116,7 +118,8 @@ def _trainer(
     from chunkdist.integrations.trl import build_trainer
 
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder, and nothing is to be written
-        silent = ["--output_dir", folder, "--report_to", "none"]
+        silent = ["--output_dir", folder, "--report_to", "none", "--push_to_hub", "false"]
+        silent += ["--resume_from_checkpoint", "false"]  # there is nothing in that folder
         options = parse_options(["--config", config, *options_given, *silent])
         return build_trainer(options, has_weights=has_weights)
 

@@ -19,7 +19,8 @@ class ChunkConfig:
     """The schedule of a chunked model.
 
     Args:
-        chunk_size: Tokens of a chunk. A sequence of T tokens runs as ceil(T / chunk_size) chunks.
+        chunk_size: Tokens of a chunk. A sequence of T tokens runs as ceil(T / chunk_size) chunks; in models
+            with state other than K/V, chunks also end where sequences do, and 1 means 2.
         layers_per_group: Consecutive decoder layers that form one autograd node; `"all"` is the schedule of
             SeCO (arXiv 2505.16710), 1 keeps the least K/V, and is what DeepSpeed ZeRO-3 needs.
         retained_chunks: The last chunks of a stream, whose graphs are kept from the forward instead of being

@@ -18,12 +18,14 @@ from chunkdist.attention import AttentionChoice
 from chunkdist.attention.function import ATTENTION_NAME
 from chunkdist.config import ChunkConfig
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.packed_models import refuse_segments
 from chunkdist.sampling import ChunkSample
 from chunkdist.schedule import Stream
 from chunkdist.stream import read_stream
 
 if TYPE_CHECKING:
     from chunkdist.layer_group import GroupRun
+    from chunkdist.probe import LayerProbe
 
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
@@ -33,10 +35,21 @@ class ChunkContext:
 
     Args:
         model_configs: The config objects that the model's attention modules read their implementation from.
+        has_state: Whether layers keep state other than K/V: then chunks end where segments do.
+        probe: Run on the layers before their first pass; `None`: they are known to be exact.
     """
 
-    def __init__(self, config: ChunkConfig, model_configs: Sequence[PreTrainedConfig]) -> None:
+    def __init__(
+        self,
+        config: ChunkConfig,
+        model_configs: Sequence[PreTrainedConfig],
+        *,
+        has_state: bool = False,
+        probe: LayerProbe | None = None,
+    ) -> None:
         self.config = config
+        self.has_state = has_state
+        self.probe = probe
         self.attention = AttentionChoice(config.attention)
         self.stream: Stream | None = None
         """The tokens of the forward that runs; `None` outside of one, and in one that is not chunked."""
@@ -108,7 +121,9 @@ class ChunkContext:
         if "use_cache" in signature.parameters and "use_cache" not in list(signature.parameters)[: len(args)]:
             kwargs = {**kwargs, "use_cache": False}
         try:
-            self.stream = read_stream(arguments, int(self.config.chunk_size))
+            self.stream = read_stream(arguments, int(self.config.chunk_size), cut_at_segments=self.has_state)
+            if self.stream.longest_segment < self.stream.num_tokens:
+                refuse_segments(decoder, self.stream.longest_segment)
             sampler = self.config.sampler
             self.sample = None if sampler is None else ChunkSample(sampler, self.stream)
             with self.attention_installed():

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from chunkdist.attention.function import Cell, LayerState
 from chunkdist.errors import UnsupportedModelError
-from chunkdist.layer_arguments import LayerSignature
+from chunkdist.layer_arguments import SEGMENT_ARGUMENTS, LayerSignature
+from chunkdist.state_relay import StateKey
 
 if TYPE_CHECKING:
     from chunkdist.layer_group import LayerGroup
@@ -24,7 +25,13 @@ class GroupLayer:
         self.state = state
         self.original_forward: Callable[..., Any] = layer.forward
         self.signature = LayerSignature(layer)
-        self.returns_tuple: bool | None = None
+        self.cache_argument = self.signature.cache if state is not None and state.relays else None
+        self.tuple_length: int | None = None
+        """Of what the layer returns, 0 for a tensor; known once it has run."""
+        self.attends = True
+        """Whether the layer calls the attention function; known once it has run."""
+        self.state_shapes: dict[StateKey, tuple[torch.Size, torch.dtype]] = {}
+        """Of the state that it hands on; known once it has run."""
         self.group: LayerGroup
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,17 +51,17 @@ class GroupLayer:
         """The layer itself on one chunk (B, T, H)."""
         if self.state is not None:
             self.state.cell = cell
+        if cell is not None and cell.relay is not None and self.cache_argument is not None:
+            arguments = {key: x for key, x in arguments.items() if key not in SEGMENT_ARGUMENTS}
+            arguments[self.cache_argument] = cell.relay
         try:
             output = self.original_forward(hidden, **arguments)
         finally:
             if self.state is not None:
                 self.state.cell = None
-        if cell is not None and cell.num_calls != 1:
-            raise UnsupportedModelError(
-                f"{type(self.layer).__name__} called the attention function {cell.num_calls} times in a "
-                "pass, not once: it keeps state between tokens that is not in its keys and values"
-            )
-        self.returns_tuple = isinstance(output, tuple)
+        if cell is not None:
+            self._check(cell)
+        self.tuple_length = len(output) if isinstance(output, tuple) else 0
         if isinstance(output, tuple):
             output, *others = output
             if any(x is not None for x in others):
@@ -65,6 +72,24 @@ class GroupLayer:
             )
         return output
 
+    def _check(self, cell: Cell) -> None:
+        """Raises where a pass has connected tokens in a way that is not seen."""
+        assert self.state is not None
+        name, relayed = type(self.layer).__name__, cell.relay is not None and cell.relay.used
+        self.attends = cell.num_calls == 1
+        if cell.relay is not None:
+            self.state_shapes = {key: (x.shape, dtype) for key, (x, dtype) in cell.relay.ends.items()}
+        if cell.num_calls > 1 or not (self.attends or relayed or self.state.tokenwise):
+            raise UnsupportedModelError(
+                f"{name} called the attention function {cell.num_calls} times in a "
+                "pass, not once: it keeps state between tokens that is not in its keys and values"
+            )
+        if self.state.mixes and not relayed:
+            raise UnsupportedModelError(
+                f"{name} has layers that look at other tokens, and keeps no state in its cache: it cannot be "
+                "handed on from chunk to chunk"
+            )
+
     def wrap(self, hidden: Tensor) -> Any:
         """`hidden`, in the form in which the layer returns it."""
-        return (hidden,) if self.returns_tuple else hidden
+        return (hidden, *(None,) * (self.tuple_length - 1)) if self.tuple_length else hidden

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.schedule import Chunk, Stream
+from chunkdist.state_relay import CACHE_ARGUMENTS
 
-_TOKEN_DIM = {"position_ids": -1, "cache_position": -1, "position_embeddings": -2}
+_TOKEN_DIM = {"position_ids": -1, "cache_position": -1, "position_embeddings": -2, "attention_mask": -1}
 """The token dim of the arguments that all models have; for others it is the one dim as long as the stream."""
+
+SEGMENT_ARGUMENTS = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"))
+"""Where a stream's segments begin. Layers with state do not get them: their cells begin where segments do."""
 
 
 class LayerSignature:
@@ -22,6 +26,8 @@ class LayerSignature:
         self._signature = inspect.signature(layer.forward)
         self._hidden, *_ = self._signature.parameters
         by_kind = {parameter.kind: name for name, parameter in self._signature.parameters.items()}
+        self.cache = next((name for name in CACHE_ARGUMENTS if name in self._signature.parameters), None)
+        """The name of the layer's cache, if it takes one."""
         self._var_keyword = by_kind.get(inspect.Parameter.VAR_KEYWORD)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -52,10 +58,7 @@ def refuse_arguments(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]
             f"{stream.num_tokens} tokens, hidden) as the model's input"
         )
     for key, argument in arguments.items():
-        if (
-            key in ("past_key_values", "past_key_value", "layer_past", "cache_params")
-            and argument is not None
-        ):
+        if key in CACHE_ARGUMENTS and argument is not None:
             raise UnsupportedModelError(
                 f"{name} gets a cache ({key}) from a decoder that was told not to make one"
             )

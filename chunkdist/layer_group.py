@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from chunkdist.attention.function import Cell, KeysAndValues
+from chunkdist.cell_graph import CellGraph
 from chunkdist.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.group_input import GroupInput, tokens_of
 from chunkdist.group_layer import GroupLayer
 from chunkdist.kv_store import KVStore
 from chunkdist.layer_arguments import refuse_arguments, slice_tokens
@@ -33,6 +35,7 @@ from chunkdist.replay import AutocastState, RngState, undisturbed_rng
 from chunkdist.schedule import Chunk, Stream
 from chunkdist.sharding import zero3
 from chunkdist.sharding.fsdp2 import GroupUnits, refuse_inner_units
+from chunkdist.state_relay import StateRelay, StateStore
 
 
 class LayerGroup:
@@ -66,7 +69,7 @@ class LayerGroup:
         refuse_inner_units(layer.layer)
         run.add(hidden, arguments)
         if layer is not self.layers[-1]:
-            if layer.returns_tuple is None:
+            if layer.tuple_length is None:
                 run.learn_output_form(layer)
             return layer.wrap(hidden)
         self.context.open_run = None
@@ -85,7 +88,7 @@ class GroupRun:
             zero3.check_group(modules)
         self.units = GroupUnits(modules)
         self.units.keep()
-        self._input: tuple[Tensor, int] | None = None
+        self._input = GroupInput(len(modules))
         self._stores: list[KVStore | None] = []
         """By layer, of the dependent run at hand."""
         self._kept_stores: dict[range, list[KVStore | None]] = {}
@@ -93,20 +96,13 @@ class GroupRun:
         self._rng: list[RngState] = []
         self._autocast: AutocastState
         self._sample = group.context.sample
-        self._retained: dict[int, tuple[Tensor, Tensor]] = {}
-        """Chunk index -> the leaf and the output of a cell whose graph is kept."""
+        self._retained: dict[int, CellGraph] = {}
+        """By chunk index, of the cells whose graph is kept."""
+        self._states = [StateStore() for _ in group.layers]
 
     def add(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Records one layer's arguments; all layers must get the same hidden states."""
-        if self._input is None:
-            self._input = hidden, _version_of(hidden)
-        first, version = self._input
-        same_storage = hidden.untyped_storage()._cdata == first.untyped_storage()._cdata
-        if not same_storage or hidden.shape != first.shape or _version_of(hidden) != version:
-            raise UnsupportedModelError(
-                "the decoder changes the hidden states between its layers: write layers_per_group=1, not "
-                f"{len(self.group.layers)}"
-            )
+        self._input.add(hidden)
         self.arguments.append(arguments)
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -116,29 +112,32 @@ class GroupRun:
             self.units.release()
 
     def _call(self, hidden: Tensor) -> Tensor:
-        self._input = None
+        self._input.release()
+        if (probe := self.group.context.probe) is not None:
+            for layer, arguments in zip(self.group.layers, self.arguments, strict=True):
+                if layer.state is not None:
+                    probe.check(layer, hidden, arguments, self.stream)
         self.parameters = GroupParameters(layer.layer for layer in self.group.layers)
         if torch.is_grad_enabled() and (hidden.requires_grad or self.parameters.trainable):
             output: Tensor = _GroupFunction.apply(self, hidden, *self.parameters.trainable)  # type: ignore[no-untyped-call]
             return output
         with torch.no_grad():
-            return self.forward(hidden, retained=())
+            return self.forward(hidden, retained=(), for_backward=False)
 
     def learn_output_form(self, layer: GroupLayer) -> None:
         """Runs `layer` on the first token alone, to see whether it returns a tensor or a tuple."""
-        assert self._input is not None
-        hidden = self._input[0]
+        hidden = self._input.hidden
         token = Chunk(0, 1)
         stream = Stream(num_tokens=1, chunks=(token,), segment_starts=((0,),) * hidden.shape[0])
         with torch.no_grad(), undisturbed_rng(hidden):
-            cell = self._cell(layer, token, stream, self._new_store(layer, token))
+            cell = self._cell(layer, token, stream, self._new_store(layer, token), StateStore())
             layer.run(
                 cell,
-                _tokens_of(hidden, token),
+                tokens_of(hidden, token),
                 slice_tokens(self.arguments[-1], token, self.stream.num_tokens),
             )
 
-    def forward(self, hidden: Tensor, retained: Collection[int]) -> Tensor:
+    def forward(self, hidden: Tensor, retained: Collection[int], *, for_backward: bool = True) -> Tensor:
         """Runs all chunks without a graph, but those of the indices `retained`. (B, T, H) to (B, T, H)."""
         chunks = self.stream.chunks
         self._autocast = AutocastState.capture(hidden.device.type)
@@ -151,9 +150,14 @@ class GroupRun:
                 if len(run) > 1 and not self.group.context.config.rebuilds_kv:
                     self._kept_stores[run] = self._stores  # one chunk alone stores its own again when rerun
             if index in retained:
-                part = self._retain(index, hidden)
+                part, relays = self._retain(index, hidden)
             else:
-                part = self._run_layers(chunk, _tokens_of(hidden, chunk))
+                part, relays = self._run_layers(chunk, tokens_of(hidden, chunk))
+            for relay in relays:
+                if relay.used and self.stream.is_read_later(index, range(len(chunks))):
+                    relay.hand_on()
+                if not for_backward:
+                    relay.forget()
             if len(chunks) == 1:
                 output = part
                 break
@@ -198,13 +202,11 @@ class GroupRun:
         cell = self._retained.pop(index, None)
         if not weight:
             return
-        leaf, output = cell or self._rerun(index, hidden)
-        del cell
-        if output.requires_grad:
-            grad = grad_output[:, chunk.start : chunk.end]
-            torch.autograd.backward(output, grad * weight if self.group.is_last else grad)
-        if grad_hidden is not None and leaf.grad is not None:
-            grad_hidden[:, chunk.start : chunk.end] = leaf.grad
+        cell = cell or self._rerun(index, hidden)
+        grad = grad_output[:, chunk.start : chunk.end]
+        grad_leaf = cell.backward(grad * weight if self.group.is_last else grad)
+        if grad_hidden is not None and grad_leaf is not None:
+            grad_hidden[:, chunk.start : chunk.end] = grad_leaf
 
     def _chunk_weights(self, grad_output: Tensor) -> tuple[float, ...]:
         """SpaCO's weight of each chunk; all 1 without a sampler, and for modules that treat each token
@@ -242,33 +244,41 @@ class GroupRun:
             if x.requires_grad:
                 torch.autograd.backward(x, grads.to(x.dtype), retain_graph=x is found[0])
 
-    def _retain(self, index: int, hidden: Tensor) -> Tensor:
+    def _retain(self, index: int, hidden: Tensor) -> tuple[Tensor, list[StateRelay]]:
         with torch.enable_grad(), self.parameters.saved_as_reference():
-            self._retained[index] = self._run_with_graph(index, hidden)
-        return self._retained[index][1].detach()
+            cell = self._retained[index] = self._run_with_graph(index, hidden)
+        return cell.output.detach(), cell.relays
 
-    def _rerun(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _rerun(self, index: int, hidden: Tensor) -> CellGraph:
         self._rng[index].restore()
         with torch.enable_grad(), self._autocast.apply():
             return self._run_with_graph(index, hidden)
 
-    def _run_with_graph(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_with_graph(self, index: int, hidden: Tensor) -> CellGraph:
         chunk = self.stream.chunks[index]
-        leaf = _tokens_of(hidden, chunk).detach().requires_grad_(hidden.requires_grad)
+        leaf = tokens_of(hidden, chunk).detach().requires_grad_(hidden.requires_grad)
         with self.parameters.aliased():
-            return leaf, self._run_layers(chunk, leaf)
+            return CellGraph(leaf, *self._run_layers(chunk, leaf))
 
-    def _run_layers(self, chunk: Chunk, hidden: Tensor, *, stop_at_kv: bool = False) -> Tensor:
-        for layer, arguments, store in zip(self.group.layers, self.arguments, self._stores, strict=True):
-            cell = self._cell(layer, chunk, self.stream, store, stop_at_kv=stop_at_kv)
+    def _run_layers(
+        self, chunk: Chunk, hidden: Tensor, *, stop_at_kv: bool = False
+    ) -> tuple[Tensor, list[StateRelay]]:
+        """The layers on one chunk, and the caches through which those with state have got theirs."""
+        relays = []
+        for layer, arguments, store, states in zip(
+            self.group.layers, self.arguments, self._stores, self._states, strict=True
+        ):
+            cell = self._cell(layer, chunk, self.stream, store, states, stop_at_kv=stop_at_kv)
             hidden = layer.run(cell, hidden, slice_tokens(arguments, chunk, self.stream.num_tokens))
-        return hidden
+            if cell is not None and cell.relay is not None:
+                relays.append(cell.relay)
+        return hidden, relays
 
     def _keys_and_values(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Of a one-layer group: runs a chunk up to its attention."""
         chunk = self.stream.chunks[index]
         try:
-            self._run_layers(chunk, _tokens_of(hidden, chunk).detach(), stop_at_kv=True)
+            self._run_layers(chunk, tokens_of(hidden, chunk).detach(), stop_at_kv=True)
         except KeysAndValues as found:
             return found.k_BTKD, found.v_BTKD
         raise AssertionError("the layer ran to its end without attending")
@@ -291,8 +301,8 @@ class GroupRun:
             self._rng[index].restore()
             with torch.no_grad(), self._autocast.apply():
                 if len(self.group.layers) > 1:
-                    self._run_layers(chunk, _tokens_of(hidden, chunk))
-                elif (store := self._stores[0]) is not None:
+                    self._run_layers(chunk, tokens_of(hidden, chunk))
+                elif (store := self._stores[0]) is not None and self.group.layers[0].attends:
                     store.write(chunk, *self._keys_and_values(index, hidden))
 
     def _new_store(self, layer: GroupLayer, tokens: Chunk) -> KVStore | None:
@@ -304,23 +314,14 @@ class GroupRun:
         chunk: Chunk,
         stream: Stream,
         store: KVStore | None,
+        states: StateStore,
         *,
         stop_at_kv: bool = False,
     ) -> Cell | None:
         if layer.state is None:
             return None
-        return Cell(chunk, stream, store, self.group.context.attention, stop_at_kv)
-
-
-def _tokens_of(hidden: Tensor, chunk: Chunk) -> Tensor:
-    """A chunk's hidden states, contiguous as a layer gets them without chunks: some call `.view`. One row: no
-    copy."""
-    return hidden[:, chunk.start : chunk.end].contiguous()
-
-
-def _version_of(x: Tensor) -> int:
-    """How often `x` was changed in place; tensors of `torch.inference_mode` do not count that."""
-    return 0 if x.is_inference() else x._version
+        relay = None if layer.cache_argument is None else states.relay(chunk)
+        return Cell(chunk, stream, store, self.group.context.attention, stop_at_kv, relay)
 
 
 class _GroupFunction(torch.autograd.Function):

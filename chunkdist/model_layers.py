@@ -8,9 +8,14 @@ import re
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from chunkdist.attention.function import LayerState
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.layer_arguments import LayerSignature
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_STATE_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+_TOKENWISE_LAYERS = {"mlp", "moe"}
+"""Kinds of layers, as transformers' configs name them."""
 _MIXERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCellBase, nn.ZeroPad2d)
 """Modules that look at neighbouring tokens; the last one is how token shifts are written."""
 _MIXER_NAMES = re.compile(
@@ -69,18 +74,19 @@ def refuse_known(model: PreTrainedModel, decoder: nn.Module, layers: list[nn.Mod
         raise UnsupportedModelError(
             f"{name} does not call transformers' AttentionInterface: its attention cannot be chunked"
         )
-    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
+    kinds = set(_kinds_of(config)) - _ATTENTION_LAYERS - _STATE_LAYERS - _TOKENWISE_LAYERS
     if kinds:
         raise UnsupportedModelError(f"{name} has layers of type {', '.join(sorted(map(str, kinds)))}")
     if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(f"{name} shares keys and values between layers")
     if getattr(config, "is_decoder", True) is False and hasattr(config, "add_cross_attention"):
         raise UnsupportedModelError(f"{name} is set up as an encoder (is_decoder=False): it is not causal")
-    for path, module in (item for layer in layers for item in layer.named_modules()):
-        if isinstance(module, _MIXERS) or _MIXER_NAMES.search(type(module).__name__):
+    for layer in layers:
+        mixer = mixer_of(layer)
+        if mixer is not None and ("Indexer" in mixer or LayerSignature(layer).cache is None):
             raise UnsupportedModelError(
-                f"{name} has {type(module).__name__} ({path}) in its layers: state between tokens other than "
-                "keys and values"
+                f"{name} has {mixer} in its layers: state between tokens other than keys and values, and not "
+                "in a cache from which it could be handed on"
             )
     for kind in dict.fromkeys(type(module) for layer in layers for module in layer.modules()):
         if _counts_tokens(kind):
@@ -88,6 +94,34 @@ def refuse_known(model: PreTrainedModel, decoder: nn.Module, layers: list[nn.Mod
                 f"{name}: {kind.__name__} takes its tokens' positions from their number, and a chunk does "
                 "not begin at 0"
             )
+
+
+def layer_states(config: PreTrainedConfig, layers: list[nn.Module]) -> list[LayerState]:
+    """What is known of each layer before it has run."""
+    kinds = _kinds_of(config)
+    kinds = kinds if len(kinds) == len(layers) else [""] * len(layers)
+    relays = any(mixer_of(layer) is not None for layer in layers)
+    return [
+        LayerState(
+            name=f"layer {index} ({type(layer).__name__})",
+            relays=relays,
+            mixes=any(isinstance(module, _MIXERS) for module in layer.modules()),
+            tokenwise=kind in _TOKENWISE_LAYERS,
+        )
+        for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True))
+    ]
+
+
+def mixer_of(layer: nn.Module) -> str | None:
+    """The class of a module inside a layer that looks at other tokens and is not attention."""
+    for module in layer.modules():
+        if isinstance(module, _MIXERS) or _MIXER_NAMES.search(type(module).__name__):
+            return type(module).__name__
+    return None
+
+
+def _kinds_of(config: PreTrainedConfig) -> list[str]:
+    return list(getattr(config, "layer_types", None) or ())
 
 
 def _counts_tokens(kind: type[nn.Module]) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, LayerState, attend
+from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, attend
 from chunkdist.attention.mask import chunk_mask
 from chunkdist.config import ChunkConfig
 from chunkdist.context import ChunkContext
@@ -28,7 +28,9 @@ from chunkdist.layer_group import LayerGroup
 from chunkdist.lazy_logits import lazy_logits, tiled_head
 from chunkdist.loss import tile_tokens
 from chunkdist.memory.retained import choose_retained_chunks
-from chunkdist.model_layers import configs_of, find_layers, refuse_known
+from chunkdist.memory.state_sizes import StateSizes, state_sizes
+from chunkdist.model_layers import configs_of, find_layers, layer_states, refuse_known
+from chunkdist.probe import LayerProbe, is_known
 from chunkdist.sampling import SampleReport
 from chunkdist.sharding.zero3 import Zero3Layers
 
@@ -62,6 +64,8 @@ class ChunkReport:
     attention: str
     attention_reason: str
     head_tile_tokens: int | None
+    state: StateSizes | None
+    """`None`: layers have no state other than K/V."""
     sample: SampleReport | None
     """SpaCO's last sample."""
 
@@ -110,6 +114,15 @@ def chunk_report(model: nn.Module) -> ChunkReport:
     return _handle(_causal_lm(model)).report()
 
 
+def layers_of(model: nn.Module) -> list[GroupLayer]:
+    """The decoder's layers, as they stand in their groups.
+
+    Raises:
+        ValueError: the model is not chunked.
+    """
+    return [layer for group in _handle(_causal_lm(model)).groups for layer in group.layers]
+
+
 def resolve_retained_chunks(model: nn.Module, **sizes: Any) -> None:
     """Puts a number in the place of `retained_chunks="auto"`; where there is one, does nothing. The first
     training forward does it by its own tokens, unless it has been done.
@@ -136,9 +149,20 @@ class ChunkedModel:
             raise ValueError(f"layers_per_group={height}, but the model has {num_layers} layers: write 'all'")
         self.model = model
         self.entries = entries
-        self.context = ChunkContext(config, configs_of([*entries, decoder, *layers]))
+        self._states = layer_states(model.config.get_text_config(), layers)
+        relays = any(state.relays for state in self._states)
+        if relays and config.sampler is not None:
+            raise ValueError(
+                f"sampler={config.sampler!r}, but {type(model).__name__} has layers with state between "
+                "tokens: a dropped chunk cuts the chain of states, and weights for it grow with every "
+                "chunk; write sampler=None"
+            )
+        probe = LayerProbe() if relays and not is_known(type(model)) else None
+        configs = configs_of([*entries, decoder, *layers])
+        self.context = ChunkContext(config, configs, has_state=relays, probe=probe)
         self._zero3 = Zero3Layers(layers, height)
         self.groups: list[LayerGroup] = []
+        self._state_sizes: StateSizes | None = None
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
         for start in range(0, num_layers, height):
             self.groups.append(self._group(layers[start : start + height], start))
@@ -184,6 +208,8 @@ class ChunkedModel:
         raise TypeError("a chunked model cannot be pickled: call unchunk_model first, or save_pretrained")
 
     def report(self) -> ChunkReport:
+        if self.context.has_state and self._state_sizes is None:
+            self._state_sizes = state_sizes(self.model)
         head = tiled_head(self.model)
         reasons, config = self.context.attention.reasons, self.context.config
         return ChunkReport(
@@ -199,6 +225,7 @@ class ChunkedModel:
             head_tile_tokens=None
             if head is None
             else tile_tokens(head.out_features, head.weight.element_size()),
+            state=self._state_sizes,
             sample=None if self.context.sample is None else self.context.sample.report,
         )
 
@@ -208,8 +235,7 @@ class ChunkedModel:
         for offset, module in enumerate(modules):
             state = None
             if first_index is not None:
-                index = first_index + offset
-                state = LayerState(name=f"layer {index} ({type(module).__name__})")
+                state = self._states[first_index + offset]
                 for submodule in module.modules():
                     submodule.__dict__[LAYER_ATTRIBUTE] = state
             layer = GroupLayer(module, state)

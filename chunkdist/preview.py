@@ -111,5 +111,9 @@ def _texts(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[s
         held.append(token)
         text = str(tokenizer.decode(held))
         is_part = text.endswith("\N{REPLACEMENT CHARACTER}") and len(held) < 4
-        yield "" if is_part else text
+        yield (
+            ""
+            if is_part
+            else "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        )
         held = held if is_part else []

@@ -48,6 +48,7 @@ class ChunkSample:
         self.relays: list[list[float]] | None = None
         """(k, k): [j][i], of what chunk j leaves for the keys and values of chunk i; `None`: all 1."""
         self.report: SampleReport | None = None
+        """`None` until drawn, and where no gradient has come in."""
 
     def draw(self, grad_output: Tensor) -> None:
         """Draws from the norms of the chunks' output gradients (B, T, H). The GPU is waited for once."""
@@ -70,6 +71,8 @@ class ChunkSample:
             )
         self.weights = tuple(weights.tolist())
         self.relays = None if torch.equal(earlier, torch.ones_like(earlier).tril(-1)) else relays.tolist()
+        if not bool(scores.any()):  # nothing comes in: a stream that fills up, or has no supervised token
+            return
         kept = tuple(chunk for chunk, weight in zip(chunks, self.weights, strict=True) if weight)
         noise = (weights * (weights - 1) * scores**2).sum() / (scores**2).sum().clamp(
             min=torch.finfo(torch.float64).tiny

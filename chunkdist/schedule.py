@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,21 @@ def cut(num_tokens: int, chunk_size: int) -> tuple[Chunk, ...]:
     )
 
 
+def cut_segments(starts: Sequence[int], num_tokens: int, chunk_size: int) -> tuple[Chunk, ...]:
+    """Chunks of `chunk_size` tokens that end where segments do, too.
+
+    None continues a segment by a single token: such a token goes with the chunk before it (and `chunk_size=1`
+    means 2). For one token, layers with state take the path of generation, which changes states in place.
+    """
+    chunks: list[Chunk] = []
+    for start, end in zip(starts, (*starts[1:], num_tokens), strict=True):
+        first = len(chunks)
+        chunks += [Chunk(start + c.start, start + c.end) for c in cut(end - start, max(2, chunk_size))]
+        if len(chunks) - first > 1 and chunks[-1].num_tokens == 1:
+            chunks[-2:] = [Chunk(chunks[-2].start, end)]
+    return tuple(chunks)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """The tokens of one forward.
@@ -39,6 +55,15 @@ class Stream:
     num_tokens: int
     chunks: tuple[Chunk, ...]
     segment_starts: tuple[tuple[int, ...], ...]
+
+    @property
+    def longest_segment(self) -> int:
+        """In tokens, of all rows."""
+        return max(
+            end - start
+            for starts in self.segment_starts
+            for start, end in pairwise((*starts, self.num_tokens))
+        )
 
     def first_visible(self, chunk: Chunk) -> int:
         """The first token, of any row, that a query of the chunk sees: where its first segment starts."""

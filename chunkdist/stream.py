@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from chunkdist.schedule import Stream, cut
+from chunkdist.schedule import Stream, cut, cut_segments
 
 
-def read_stream(arguments: dict[str, Any], chunk_size: int) -> Stream:
+def read_stream(arguments: dict[str, Any], chunk_size: int, *, cut_at_segments: bool = False) -> Stream:
     """The stream of a decoder's arguments.
 
     Segments come from `cu_seq_lens_q` (N + 1,), or from `position_ids` (B, T) that do not go on by one, as in
     transformers' packing; with an `attention_mask` (B, T) rows are padded, not packed.
 
+    Args:
+        cut_at_segments: Chunks end where segments do, too.
+
     Raises:
-        ValueError: left padding, or a mask of another shape.
+        ValueError: left padding, or a mask of another shape; several rows with other segments, where chunks
+            end where segments do.
     """
     ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
     tokens = embeddings if ids is None else ids
@@ -40,7 +44,18 @@ def read_stream(arguments: dict[str, Any], chunk_size: int) -> Stream:
         starts = _starts_from_lengths(cu_seq_lens, num_rows, num_tokens)
     elif position_ids is not None and mask is None and not isinstance(position_ids, FakeTensor):
         starts = _starts_from_positions(position_ids, num_rows)
-    return Stream(num_tokens=num_tokens, chunks=cut(num_tokens, chunk_size), segment_starts=starts)
+    if not cut_at_segments:
+        return Stream(num_tokens=num_tokens, chunks=cut(num_tokens, chunk_size), segment_starts=starts)
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"{num_rows} rows were passed whose packed sequences begin at different tokens: a model with "
+            "state between tokens needs one row, with all sequences one after another in it"
+        )
+    return Stream(
+        num_tokens=num_tokens,
+        chunks=cut_segments(starts[0], num_tokens, chunk_size),
+        segment_starts=starts,
+    )
 
 
 def _refuse_mask(mask: object, num_tokens: int) -> None:

@@ -54,6 +54,7 @@ _SIZES = {
     "local_attention_window_len keep_window_size": WINDOW,
     "n_group topk_group num_expert_group n_shared_experts num_shared_experts moe_num_shared_experts "
     "first_k_dense_replace num_dense_layers max_window_layers n_groups mamba_n_groups": 1,
+    "mamba_chunk_size chunk_size": 8,
     "max_position_embeddings n_positions n_ctx max_seq_len model_max_length "
     "original_max_position_embeddings max_source_positions max_target_positions rel_extent": 128,
 }
@@ -76,6 +77,9 @@ _SWITCHES = {
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    # by default, the attention layers are beyond the second one
+    "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     # the default config has no rope parameters for its layer types
     "CohereCompassForCausalLM": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     # rope_theta is read from the sub-config, whose default has none; its clamp has no default bound
@@ -92,6 +96,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 8,
         "swa_v_head_dim": 8,
     },
+    # by default, all its layers keep state
+    "GraniteMoeHybridForCausalLM": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_hidden_layers": 2,
+    },
     # widths that must multiply to each other
     "FalconH1ForCausalLM": {"mamba_d_ssm": 64},
     "Mamba2ForCausalLM": {"head_dim": 16},
@@ -103,6 +112,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2,
         "intermediate_size": 48,
         "activation_sparsity_pattern": [0.0] * 4,
+    },
+    # one layer of each kind, not two of the slow one
+    "BailingHybridForCausalLM": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_hidden_layers": 2,
+    },
+    "KimiLinearForCausalLM": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_hidden_layers": 2,
     },
     # layer types have no default
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
@@ -169,6 +189,9 @@ def other_layer_types(class_name: str) -> list[str]:
         for kind in ALLOWED_LAYER_TYPES
         if f'"{kind}"' in source and kind not in ("moe", "sparse", "dense")
     ]
+    name = model_class.config_class.attribute_map.get("layer_types", "layer_types")
+    if isinstance(getattr(model_class.config_class, name, None), property):  # follows from other settings
+        return []
     return [] if default is None or set(known) <= set(default) else list(dict.fromkeys([*default, *known]))
 
 

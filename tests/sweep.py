@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model, unchunk_model
+from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model, exact_classes, unchunk_model
 from chunkdist.modeling import chunk_report
 from tests.model_zoo import (
     AUDIO_CODES,
@@ -46,6 +46,7 @@ SEGMENTS = (12, 20, 5)
 TOLERANCE = 1e-9
 
 MODELS_MD = Path(__file__).parents[1] / "docs" / "models.md"
+EXACT_CLASSES = Path(exact_classes.__file__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +97,15 @@ def run_class(name: str) -> Record:
 
 
 def _compare(name: str, model: PreTrainedModel) -> Record:
-    rows = _codes() if name in AUDIO_CODES else _rows()
-    packed = _packed() if "position_ids" in inspect.signature(model.forward).parameters else None
+    rows = _codes() if name in AUDIO_CODES else padded_rows()
+    packed = packed_row() if "position_ids" in inspect.signature(model.forward).parameters else None
     cases = [("", rows, 1), ("groups of several layers", rows, "all")]
     cases += [] if packed is None else [("packed streams", packed, 1)]
     notes = ["no packed streams: it takes no position_ids"] if packed is None else []
     references: dict[int, Step] = {}
     for case, inputs, height in cases:
         try:
-            step = _chunked_step(
+            step = chunked_step(
                 model, inputs, ChunkConfig(chunk_size=CHUNK_SIZE, layers_per_group=height, attention="math")
             )
         except UnsupportedModelError as error:
@@ -113,7 +114,7 @@ def _compare(name: str, model: PreTrainedModel) -> Record:
             notes.append(f"no {case}: {error}")
             continue
         if id(inputs) not in references:
-            references[id(inputs)] = _step(model, _segments(inputs) if inputs is packed else [inputs])
+            references[id(inputs)] = plain_step(model, segments(inputs) if inputs is packed else [inputs])
         difference = _difference(references[id(inputs)], step)
         if difference is not None:
             return Record(name=name, outcome="wrong", reason=f"{case or 'groups of one layer'}: {difference}")
@@ -123,18 +124,19 @@ def _compare(name: str, model: PreTrainedModel) -> Record:
     return Record(name=name, outcome="exact", reason="; ".join(notes))
 
 
-def _chunked_step(model: PreTrainedModel, inputs: dict[str, Tensor], config: ChunkConfig) -> Step:
+def chunked_step(model: PreTrainedModel, inputs: dict[str, Tensor], config: ChunkConfig) -> Step:
     chunk_model(model, config)
     try:
-        step = _step(model, [inputs])
-        assert chunk_report(model).attention == "math", "nothing ran in chunks"
-        assert chunk_report(model).attention_reason == "as configured", "nothing ran in chunks"
+        step = plain_step(model, [inputs])
+        if any(layer.attends for group in model._chunkdist_model.groups for layer in group.layers):
+            assert chunk_report(model).attention == "math", "nothing ran in chunks"
+            assert chunk_report(model).attention_reason == "as configured", "nothing ran in chunks"
         return step
     finally:
         unchunk_model(model)
 
 
-def _rows() -> dict[str, Tensor]:
+def padded_rows() -> dict[str, Tensor]:
     """Two rows, the second one padded on the right."""
     input_ids = torch.randint(FIRST_PLAIN_TOKEN, VOCAB_SIZE, (2, NUM_TOKENS))
     attention_mask = torch.ones_like(input_ids)
@@ -146,7 +148,7 @@ def _rows() -> dict[str, Tensor]:
     }
 
 
-def _packed() -> dict[str, Tensor]:
+def packed_row() -> dict[str, Tensor]:
     """One row of several segments."""
     assert sum(SEGMENTS) == NUM_TOKENS
     input_ids = torch.randint(FIRST_PLAIN_TOKEN, VOCAB_SIZE, (1, NUM_TOKENS))
@@ -162,12 +164,12 @@ def _codes() -> dict[str, Tensor]:
     return {"input_ids": input_ids, "labels": input_ids.reshape(2, 4, NUM_TOKENS).transpose(1, 2)}
 
 
-def _segments(packed: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def segments(packed: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     parts = {key: x.split(SEGMENTS, dim=1) for key, x in packed.items()}
     return [{key: x[index] for key, x in parts.items()} for index in range(len(SEGMENTS))]
 
 
-def _step(model: PreTrainedModel, parts: Iterable[dict[str, Tensor]]) -> Step:
+def plain_step(model: PreTrainedModel, parts: Iterable[dict[str, Tensor]]) -> Step:
     """One step; the loss of several parts is the mean over all of their labels."""
     parts = list(parts)
     counts = [int((part["labels"][:, 1:] != -100).sum()) for part in parts]
@@ -199,7 +201,7 @@ def _difference(expected: Step, actual: Step) -> str | None:
 
 def _insensitive(model: PreTrainedModel) -> str | None:
     """Says so if an error in the attention would not show: then the comparison proves nothing."""
-    input_ids = _rows()["input_ids"]
+    input_ids = padded_rows()["input_ids"]
     changed = input_ids.clone()
     changed[:, 0] = FIRST_PLAIN_TOKEN + (changed[:, 0] + 1 - FIRST_PLAIN_TOKEN) % (
         VOCAB_SIZE - FIRST_PLAIN_TOKEN
@@ -258,6 +260,17 @@ Written by `python -m tests.sweep --write docs/models.md`; `tests/test_sweep.py`
 {rows}"""
 
 
+def exact_classes_module(records: Iterable[Record]) -> str:
+    """chunkdist/exact_classes.py."""
+    names = sorted(record.name for record in records if record.outcome == "exact")
+    lines = "".join(f'        "{name}",\n' for name in names)
+    docstring = (EXACT_CLASSES.read_text()).partition("\n")[0]
+    return (
+        f'{docstring}\n\nTRANSFORMERS_VERSION = "{transformers.__version__}"\n\n'
+        f"CLASSES = frozenset(\n    (\n{lines}    )\n)\n"
+    )
+
+
 def read_table(path: Path = MODELS_MD) -> tuple[str, dict[str, Record]]:
     """The version of transformers that was swept, and the records by class."""
     text = path.read_text()
@@ -279,7 +292,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", help="classes; default: all")
-    parser.add_argument("--write", type=Path, help="write the table of all classes to this file")
+    parser.add_argument(
+        "--write", type=Path, help=f"write the table of all classes to this file, and {EXACT_CLASSES.name}"
+    )
     options = parser.parse_args()
     if options.write and options.names:
         parser.error("--write takes all classes: leave the names out")
@@ -294,6 +309,7 @@ def main() -> None:
         raise SystemExit("some classes are neither exact nor refused")
     if options.write:
         options.write.write_text(table(records))
+        EXACT_CLASSES.write_text(exact_classes_module(records))
 
 
 if __name__ == "__main__":

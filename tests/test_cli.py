@@ -17,6 +17,7 @@ from chunkdist import ChunkConfig, chunk_model
 from chunkdist.cli import main
 from chunkdist.integrations.arguments import parse_options
 from chunkdist.integrations.trl import build_trainer
+from chunkdist.preview import _texts
 from tests.tiny_run import TEXTS, command_line, make_model_folder
 
 
@@ -170,6 +171,21 @@ class TestPreview:
         assert "sample 0: 1 sequences" in out
         assert "more tokens]" in out
         assert "sample 1" not in out
+
+    def test_of_a_config_for_another_machine(self, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """That resumes, and whose model will be sent to the Hub."""
+        options = ["--push_to_hub", "true", "--resume_from_checkpoint", "true", "--tf32", "true"]
+        options += ["--attn_implementation", "flash_attention_2"]
+        assert main(["preview", str(config), "--streams", "1", *options]) == 0
+        assert "sample 0: 1 sequences" in capsys.readouterr().out
+
+    def test_control_characters_of_the_data_do_not_reach_the_terminal(self) -> None:
+        class Bytes:
+            def decode(self, ids: list[int]) -> str:
+                return bytes(ids).decode()
+
+        shown = "".join(_texts(b"a\x1b[31m\tb\n", Bytes()))  # type: ignore[arg-type]
+        assert shown == "a\N{REPLACEMENT CHARACTER}[31m\tb\n"
 
     @pytest.mark.parametrize(
         ("options", "words"),

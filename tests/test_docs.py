@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,8 +12,8 @@ import torch
 
 from chunkdist import ChunkConfig
 from tests.models import tiny_llama
+from tests.tiny_run import ROOT, load_script
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.S)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
@@ -73,13 +71,7 @@ def test_defaults_are_those_of_the_code() -> None:
 
 
 def figures_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_figures", ROOT / "docs" / "make_figures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "docs" / "make_figures.py")
 
 
 @pytest.fixture(scope="module")

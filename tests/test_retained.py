@@ -153,12 +153,16 @@ def test_the_peak_is_set_by_the_longest_sequence_and_the_chunk(retained: int) ->
 
 
 class TestAuto:
-    def chosen(self, available_bytes: int, model: Any = None) -> tuple[int, str]:
+    def chosen(self, available_bytes: int | None, model: Any = None) -> tuple[int, str]:
         model = model or chunk_model(tiny_llama(), ChunkConfig(chunk_size=16, retained_chunks="auto"))
         config = ChunkConfig(chunk_size=16, retained_chunks="auto")
         return choose_retained_chunks(
             model, config, chunk_report(model), num_tokens=160, available_bytes=available_bytes
         )
+
+    def test_on_a_cpu_it_is_half_of_what_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("chunkdist.memory.retained.free_host_bytes", lambda: 3000 * 1024)
+        assert 0 < self.chosen(None)[0] == self.chosen(1500 * 1024)[0] < self.chosen(3000 * 1024)[0]
 
     def test_follows_from_the_memory(self) -> None:
         assert self.chosen(0)[0] == 0

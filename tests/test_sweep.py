@@ -11,12 +11,13 @@ import transformers
 
 import chunkdist.attention.function as attention_function
 import chunkdist.model_layers as model_layers
-import chunkdist.modeling as modeling
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
 from chunkdist.attention.function import Cell
 from chunkdist.context import ChunkContext
+from chunkdist.exact_classes import CLASSES, TRANSFORMERS_VERSION
 from chunkdist.kv_store import KVStore
 from chunkdist.schedule import Chunk
+from chunkdist.state_relay import StateStore
 from tests.model_zoo import OVERRIDES, class_names, tiny_model
 from tests.sweep import CHUNK_SIZE, read_table, run_class
 
@@ -58,7 +59,9 @@ def test_table_is_complete() -> None:
     assert set(DOCUMENTED) == set(class_names())
     exact = [record for record in DOCUMENTED.values() if record.outcome == "exact"]
     not_built = [record for record in DOCUMENTED.values() if record.outcome == "not built"]
-    assert len(exact) >= 63
+    assert len(exact) >= 75
+    assert {record.name for record in exact} == CLASSES
+    assert TRANSFORMERS_VERSION == VERSION
     assert len(not_built) <= 5
 
 
@@ -116,8 +119,8 @@ def test_sees_a_lost_gradient_of_the_prefix(monkeypatch: pytest.MonkeyPatch) -> 
     assert run_class("LlamaForCausalLM").outcome == "wrong"
 
 
-def test_sees_state_beside_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modeling, "refuse_known", lambda *args: None)
+def test_sees_state_that_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StateStore, "keep", lambda self, position, states: None)
     assert run_class("FalconH1ForCausalLM").outcome == "wrong"  # attention and an SSM in each layer
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -16,6 +19,17 @@ CHAT_TEMPLATE = (
 )
 USER, ASSISTANT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi there"}
 TEXTS = [{"text": "def f():\n    return 1\n" * count} for count in (1, 2, 7, 3)]
+
+
+def load_script(path: Path) -> ModuleType:
+    """A file that is no module of a package, as one."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_model_folder(folder: Path, **config_values: Any) -> Path:

@@ -20,6 +20,7 @@ from chunkdist.attention.mask import ChunkMask
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.kv_store import KVStore
 from chunkdist.schedule import Chunk, Stream
+from chunkdist.state_relay import StateRelay
 
 ATTENTION_NAME = "chunkdist"
 """The name under which `attend` is registered with transformers' `AttentionInterface`."""
@@ -53,6 +54,7 @@ class Cell:
         chunk: The tokens.
         store: K/V of the layer; `None` where no attention is expected.
         stop_at_kv: Raise `KeysAndValues` instead of attending.
+        relay: The layer's cache, where layers keep state other than K/V.
     """
 
     chunk: Chunk
@@ -60,6 +62,7 @@ class Cell:
     store: KVStore | None
     choice: AttentionChoice
     stop_at_kv: bool = False
+    relay: StateRelay | None = None
     num_calls: int = 0
 
     def visible(self, row: int, window: int | None, block: int | None) -> tuple[int, tuple[Span, ...]]:
@@ -87,9 +90,18 @@ class Cell:
 
 @dataclass
 class LayerState:
-    """What the modules of one layer share: the cell that runs now, if any."""
+    """What the modules of one layer share: the cell that runs now, if any.
+
+    Args:
+        relays: Whether the layer gets a cache: one of the model's layers keeps state other than K/V.
+        mixes: Whether it has modules that look at other tokens and are not attention.
+        tokenwise: Whether each token passes through it alone.
+    """
 
     name: str
+    relays: bool = False
+    mixes: bool = False
+    tokenwise: bool = False
     cell: Cell | None = None
 
 

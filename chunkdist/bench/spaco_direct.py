@@ -1,4 +1,4 @@
-"""What no sampler of whole chunks gets below: the error of a sampled sum over chunks, relays being exact."""
+"""The error of independent draws, if only the sum over chunks were sampled, and all relays were exact."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def direct_errors(
     """By budget, the relative rms error of the gradient if only the sum over chunks is sampled.
 
     Returns:
-        `equal`, with the same probability for each chunk, and `best`, with those that make the error least,
-        in proportion to the norm of the chunk's share, which no sampler knows before the backward.
+        `equal`, with the same probability for each chunk, and `best`, with probabilities in proportion to the
+        norm of the chunk's share (at most 1), which no sampler knows before the backward.
     """
     squares, whole = chunk_gradients(model, row, num_chunks)
     norms, rows = squares.sqrt(), []

@@ -267,7 +267,7 @@ def table(found: dict[str, Any]) -> str:
     for row in summary(found):
         error = "-" if row["rms_error"] is None else f"{row['rms_error']:.2f}"
         lines.append(
-            f"{row['sampler']:26}{row['budget'] or '-':>7}{error:>11}{row['learning_rate']:9.0e}"
+            f"{row['sampler']:26}{row['budget'] or '-':>7}{error:>11}{row['learning_rate']:9g}"
             f"{len(row['losses']):7}{row['loss']:9.4f}{row['above_exact']:13.4f}"
         )
     return "\n".join(lines)

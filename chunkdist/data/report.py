@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from chunkdist.data.assignment import BatchPlan
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.streams import stream_of
+from chunkdist.figures import save_figure
 
 Table = tuple[tuple[float, ...], ...]
 
@@ -104,9 +104,4 @@ def draw_lengths(lengths: Sequence[int], path: Path) -> None:
         f"{len(values):,} sequences, {values.sum():,} tokens; median {np.median(values):,.0f}, "
         f"longest {values.max():,}"
     )
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        figure.savefig(unfinished, format="png", dpi=120)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    save_figure(figure, path)

@@ -18,7 +18,14 @@ from chunkdist.config import ChunkConfig
 from chunkdist.data.samples import LongSamples
 from chunkdist.integrations.chunk_arguments import ChunkArguments, option
 from chunkdist.integrations.packing import check_packing
-from chunkdist.sharding.launch import needs_gloo, skip_shm_build, start_gloo, tell_ranks
+from chunkdist.sharding.launch import (
+    allow_fsdp,
+    launcher_wants_fsdp,
+    needs_gloo,
+    skip_shm_build,
+    start_gloo,
+    tell_ranks,
+)
 
 
 @dataclass
@@ -54,6 +61,8 @@ class TrainArguments(SFTConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.deepspeed and needs_gloo():
             tell_ranks(self.distributed_state)
+        elif needs_gloo() and (launcher_wants_fsdp() or self.fsdp):
+            allow_fsdp(self.distributed_state)
 
     def _validate_args(self) -> None:
         """For transformers, bf16 without a GPU needs `use_cpu`, which DeepSpeed must not be given."""

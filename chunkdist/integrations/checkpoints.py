@@ -14,10 +14,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from chunkdist.integrations.checkpoint_files import (
+    engine_of,
+    fault_of,
+    list_files,
+    num_ranks_of,
+    zero_states,
+)
 from chunkdist.integrations.saving import whole_or_absent
+from chunkdist.sharding.launch import engine_name, num_launched_ranks
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -46,6 +53,8 @@ def whole_checkpoint(
         wait_for_everyone()
         written = parent / target.name
         if moves and written.exists():
+            if args.process_index == 0:
+                list_files(written, args.world_size)
             _flush(written)
         wait_for_everyone()
     if moves:
@@ -57,50 +66,62 @@ def whole_checkpoint(
     wait_for_everyone()
 
 
-def checkpoint_to_resume(option: str | bool | None, output_dir: str | None, num_ranks: int) -> Path | None:
+def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` means: for `true` the last complete one of `output_dir`.
 
     Raises:
-        ValueError: it is not complete, there is none, or DeepSpeed has cut it for another number of ranks.
+        ValueError: it is not complete, there is none, another engine has saved it, or DeepSpeed has cut it
+            for another number of ranks.
     """
+    option: str | bool | None = args.resume_from_checkpoint
     word = str(option).lower()
     if option is None or word == "false":
         return None
-    folder = Path(output_dir or ".")
+    folder = Path(args.output_dir or ".")
     if word == "true":
-        found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(path)]
-        if not found:
+        newest_first = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step, reverse=True)
+        faults = {path: _fault(path) for path in newest_first}
+        checkpoint = next((path for path, fault in faults.items() if fault is None), None)
+        if checkpoint is None:
+            reasons = "; ".join(f"{path.name}: {fault}" for path, fault in faults.items())
             raise ValueError(
-                f"resume_from_checkpoint=true, but {folder} holds no complete checkpoint: leave the "
-                "option out to begin afresh"
+                f"resume_from_checkpoint=true, but {folder} holds no complete checkpoint"
+                f"{f' ({reasons})' if reasons else ''}: leave the option out to begin afresh"
             )
-        checkpoint = max(found, key=_step)
     else:
         checkpoint = Path(str(option))
-        if not _is_complete(checkpoint):
+        fault = _fault(checkpoint)
+        if fault is not None:
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint} is no complete checkpoint: it has no "
-                f"{TRAINER_STATE_NAME}, or was still being written; write "
-                "true for the last complete one of output_dir"
+                f"resume_from_checkpoint={checkpoint} is no complete checkpoint: {fault}; write true for the "
+                "last complete one of output_dir"
             )
-    _refuse_other_ranks(checkpoint, num_ranks)
+    _refuse_other_engine(checkpoint, engine_name(args))
+    _refuse_other_ranks(checkpoint, num_launched_ranks())
     return checkpoint
 
 
-def resume_line(checkpoint: Path, num_ranks: int) -> str:
+def resume_line(checkpoint: Path) -> str:
     """What is resumed, and what cannot be as it was."""
-    saved = max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
+    saved, num_ranks = num_ranks_of(checkpoint), num_launched_ranks()
+    newer = [
+        path
+        for path in checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if _step(path) > _step(checkpoint)
+    ]
+    faults = [f"{path.name}: {fault}" for path in sorted(newer, key=_step) if (fault := _fault(path))]
+    passed_over = f" (newer, but not complete: {'; '.join(faults)})" if faults else ""
     if saved == num_ranks:
-        return f"resuming from {checkpoint}"
+        return f"resuming from {checkpoint}{passed_over}"
     return (
-        f"resuming from {checkpoint} of {saved} ranks on {num_ranks}: random draws begin afresh, and a step "
-        "has the same samples only if ranks x per_device_train_batch_size x gradient_accumulation_steps is "
-        "what it was"
+        f"resuming from {checkpoint}{passed_over} of {saved} ranks on {num_ranks}: random draws begin "
+        "afresh, and a step has the same samples only if ranks x per_device_train_batch_size x "
+        "gradient_accumulation_steps is what it was"
     )
 
 
-def _is_complete(path: Path) -> bool:
-    return (path / TRAINER_STATE_NAME).is_file() and UNFINISHED not in path.absolute().parts
+def _fault(path: Path) -> str | None:
+    return "it was still being written" if UNFINISHED in path.absolute().parts else fault_of(path)
 
 
 def _step(path: Path) -> int:
@@ -108,12 +129,25 @@ def _step(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
+def _refuse_other_engine(checkpoint: Path, engine: str) -> None:
+    """The trainer looks for the files of its own engine only: without them the optimizer's states and the
+    learning rate would begin afresh."""
+    saved = engine_of(checkpoint)
+    if engine != saved:
+        raise ValueError(
+            f"{checkpoint} was saved under {saved}, and this job runs under {engine}, which cannot read its "
+            f"optimizer's states: start it under {saved}, or train on from the saved model without "
+            "resume_from_checkpoint"
+        )
+
+
 def _refuse_other_ranks(checkpoint: Path, num_ranks: int) -> None:
     """ZeRO's optimizer states are cut into as many pieces as there were ranks."""
-    saved = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_mp_rank_00_optim_states.pt")))
-    if saved in (0, num_ranks) or (checkpoint / "latest_universal").exists():
+    states = zero_states(checkpoint)
+    saved = num_ranks_of(checkpoint)
+    if not states or saved == num_ranks or (checkpoint / "latest_universal").exists():
         return
-    (folder,) = {path.name for path in checkpoint.glob("global_step*")}
+    folder = states[0].parent.name
     raise ValueError(
         f"{checkpoint} was saved by {saved} ranks of DeepSpeed ZeRO, and this job has {num_ranks}: start "
         f"{saved} ranks, or convert it: python -m deepspeed.checkpoint.ds_to_universal --input_folder "

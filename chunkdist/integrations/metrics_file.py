@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from chunkdist.figures import save_figure
+
 Record = dict[str, Any]
 
 
@@ -93,12 +95,7 @@ def draw(records: list[Record], path: Path) -> None:
         axes.grid(alpha=0.3)
     memory_axes.set_ylim(bottom=0)
     memory_axes.set_xlabel("optimizer step")
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        figure.savefig(unfinished, format="png", dpi=120)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    save_figure(figure, path)
 
 
 def _line(record: Record) -> str:

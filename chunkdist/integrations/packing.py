@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.data_loader import DataLoaderShard  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers.trainer_utils import seed_worker
@@ -33,6 +34,7 @@ from chunkdist.data.streams import NO_LABEL, join_sequences
 from chunkdist.integrations.metrics_file import MetricsFile
 from chunkdist.integrations.stream_order import StreamOrder
 from chunkdist.modeling import chunk_report
+from chunkdist.packed_models import refuse_segments
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,14 +64,16 @@ def check_packing(options: TrainingOptions) -> None:
         "packing": training.packing,
         "padding_free": training.padding_free,
         "dataloader_drop_last": training.dataloader_drop_last,
+        "eval_packing": training.eval_packing,
+        "ignore_data_skip": training.ignore_data_skip,
         "auto_find_batch_size": training.auto_find_batch_size,
         "pad_to_multiple_of": training.pad_to_multiple_of,
     }
     for name, value in refused.items():
         if value:
             raise ValueError(
-                f"{name}={value} with chunk_packing=True: streams are neither padded, cut nor dropped; leave "
-                f"{name} out"
+                f"{name}={value} with chunk_packing=True: sequences are neither padded, cut, dropped nor "
+                f"repeated, and evaluated one a row; leave {name} out"
             )
     if training.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
@@ -122,6 +126,8 @@ class StreamTrainer(SFTTrainer):
         self._chunk_config = chunk_config
         super().__init__(**kwargs)
         self._lengths = sample_lengths(self.train_dataset)
+        base: Any = self.model
+        refuse_segments(base.get_base_model() if isinstance(base, PeftModel) else base, max(self._lengths))
         self._packing_file = MetricsFile(Path(self.args.output_dir or ".") / "packing.jsonl")
         self._last_reported_step: int | None = None
         self._has_warned = False

@@ -22,6 +22,8 @@ _FULL_TEXTS = (
     "Disk quota exceeded",
     "File too large",
     "PytorchStreamWriter failed writing",
+    "unexpected pos ",
+    "iostream error",
 )
 _WEIGHT_ENDINGS = {".safetensors", ".bin"}
 _LAST = {"config.json", "adapter_config.json"}

@@ -25,7 +25,7 @@ from chunkdist.integrations.arguments import TrainingOptions, check_options
 from chunkdist.integrations.checkpoints import checkpoint_to_resume, resume_line, whole_checkpoint
 from chunkdist.integrations.packing import StreamTrainer
 from chunkdist.integrations.stream_order import refuse_other_order
-from chunkdist.sharding.launch import check_engine, check_ranks, num_launched_ranks
+from chunkdist.sharding.launch import check_engine, check_ranks, leave_offloaded_unpinned
 from chunkdist.sharding.zero3 import whole_weights
 
 if TYPE_CHECKING:
@@ -130,8 +130,8 @@ def build_trainer(
     """
     chunk_config = check_options(options)
     training, model_options = options.training, options.model
-    num_ranks = num_launched_ranks()
-    checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir, num_ranks)
+    check_engine(training)
+    checkpoint = checkpoint_to_resume(training)
     train_dataset, eval_dataset = _datasets(options)
     tokenizer = _tokenizer(options)
     for dataset in (train_dataset, eval_dataset):
@@ -151,6 +151,7 @@ def build_trainer(
     model: Any = model_options.model_name_or_path
     adapters, quantization = get_peft_config(model_options), get_quantization_config(model_options)
     if not has_weights:
+        model_options.attn_implementation = None  # nothing will attend
         with torch.device("meta"):
             model = _model_from_scratch(options)
             model = model if adapters is None else get_peft_model(model, adapters)
@@ -186,12 +187,12 @@ def build_trainer(
         raise ValueError(
             f"model_name_or_path={model_options.model_name_or_path!r}: {_first_line(error)}"
         ) from error
-    check_ranks(trainer.accelerator.num_processes)
-    check_engine(training)
+    check_ranks(trainer.accelerator)
+    leave_offloaded_unpinned(trainer.accelerator)
     if checkpoint is not None:
         refuse_other_order(checkpoint, getattr(trainer, "order", None))
         trainer.resumes_from = str(checkpoint)
-        print_once(resume_line(checkpoint, num_ranks))
+        print_once(resume_line(checkpoint))
     return trainer, chunk_config
 
 

@@ -6,6 +6,7 @@ what a kernel or an allocator takes for itself; `LiveBytes` counts a given model
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ from torch.distributed.tensor import DTensor
 if TYPE_CHECKING:
     from chunkdist.config import ChunkConfig
     from chunkdist.modeling import ChunkReport
+
+_MIXER_BYTES = 40
+"""Of a token in the graph of a layer with state, for each number that passes through its convolution; by
+measurement of gated delta rules as transformers' torch code computes them, in fp32."""
 
 # States of an optimizer, in numbers of the parameter's own dtype, by the name that TrainingArguments gives
 # it.
@@ -29,7 +34,8 @@ class MemoryEstimate:
         weights_bytes: Parameters, as they lie here: a rank's shard, quantised ones packed.
         gradients_bytes: Gradients of the trainable parameters.
         optimizer_bytes: The optimizer's states; `None` where they are not known.
-        sequence_bytes_per_token: What grows with the sequence: group inputs, K/V and their gradients.
+        sequence_bytes_per_token: What grows with the sequence: group inputs, K/V and their gradients, states
+            at the chunks' starts.
         sequence_bytes: The same for all tokens of a micro-batch.
         cell_bytes: The graph of one cell, and of the retained ones.
         head_bytes: The logits of one tile.
@@ -72,19 +78,24 @@ def estimate_memory(
     text = model_config.get_text_config(decoder=True)
     parameters = list(model.parameters())
     trainable_bytes = sum(_local_bytes(p) for p in parameters if p.requires_grad)
-    element = activation_bytes or max(
-        (p.element_size() for p in parameters if p.is_floating_point()), default=2
-    )
+    element = activation_bytes or _usual_bytes(parameters)
     hidden = text.hidden_size
     kv = 2 * _kv_width(text)
     grad_element = element if config.kv_grad_dtype is None else max(element, config.kv_grad_dtype.itemsize)
-    stored_layers = report.layers_per_group if report.rebuilds_kv else report.num_layers
+    state = report.state
+    num_attention_layers = report.num_layers if state is None else state.num_attention_layers
+    attending = min(report.layers_per_group, num_attention_layers)  # of a group
+    stored_layers = attending if report.rebuilds_kv else num_attention_layers
+    kv_per_token = (
+        stored_layers * kv * element
+        + attending * kv * grad_element
+        + min(attending, 1) * kv * element  # what the attention's backward returns for the prefix
+    )
     per_token = (
         report.num_groups * hidden * element  # the groups' inputs
-        + stored_layers * kv * element
-        + report.layers_per_group * kv * grad_element
-        + kv * element  # what the attention's backward returns for the prefix
+        + kv_per_token
         + 3 * hidden * element  # hidden states in and out, and their gradient
+        + (0 if state is None else -(-state.state_bytes // report.chunk_size))
     )
     # Measured on Llama layers: 6 numbers a unit of the MLP, 8 of the hidden size, and norms that compute in
     # fp32.
@@ -92,6 +103,20 @@ def estimate_memory(
     chunk_tokens = min(report.chunk_size, num_tokens) * num_rows
     retained_tokens = min(report.retained_chunks * report.chunk_size, num_tokens) * num_rows
     graph_tokens = max(report.layers_per_group * chunk_tokens, report.num_layers * retained_tokens)
+    cell_bytes = layer_per_token * graph_tokens
+    if state is not None:
+        mixer_tokens = max(
+            min(report.layers_per_group, state.num_state_layers) * chunk_tokens,
+            state.num_state_layers * retained_tokens,
+        )
+        mixer_bytes = _MIXER_BYTES * state.convolved_width * mixer_tokens
+        if (
+            report.rebuilds_kv
+            and report.layers_per_group == 1
+            and state.num_attention_layers < report.num_layers
+        ):
+            mixer_bytes -= kv_per_token * num_tokens * num_rows  # there are none while such a layer runs
+        cell_bytes += max(0, mixer_bytes)
     head_tokens = num_tokens * num_rows
     if report.head_tile_tokens is not None:
         head_tokens = min(report.head_tile_tokens, head_tokens)
@@ -102,9 +127,18 @@ def estimate_memory(
         optimizer_bytes=None if states is None else states * trainable_bytes,
         sequence_bytes_per_token=per_token,
         sequence_bytes=per_token * num_tokens * num_rows,
-        cell_bytes=layer_per_token * graph_tokens,
+        cell_bytes=cell_bytes,
         head_bytes=2 * head_tokens * text.vocab_size * (element + 4),
     )
+
+
+def _usual_bytes(parameters: list[nn.Parameter]) -> int:
+    """Of a number, in most of the parameters: a few are kept in fp32 in models of another dtype."""
+    counts: Counter[int] = Counter()
+    for parameter in parameters:
+        if parameter.is_floating_point():
+            counts[parameter.element_size()] += _local_bytes(parameter)
+    return counts.most_common(1)[0][0] if counts else 2
 
 
 def _kv_width(text: Any) -> int:

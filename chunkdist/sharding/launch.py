@@ -8,9 +8,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+UNSHARDED, FSDP, ZERO12, ZERO3 = "DDP or one process", "FSDP2", "ZeRO-1 or ZeRO-2", "ZeRO-3"
+"""What `engine_name` says."""
 
 
 def num_launched_ranks() -> int:
@@ -18,13 +23,19 @@ def num_launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launcher_wants_fsdp() -> bool:
+    """Whether `accelerate launch` was given a config with FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def needs_gloo() -> bool:
     """Whether ranks have no accelerator.
 
     Accelerate (1.15) then makes no process group unless told to use the CPU: each rank would train alone, on
-    the same data.
+    the same data. FSDP needs one for a single rank, too.
     """
-    return num_launched_ranks() > 1 and not torch.accelerator.is_available()
+    ranks_are_joined = num_launched_ranks() > 1 or (launcher_wants_fsdp() and "LOCAL_RANK" in os.environ)
+    return ranks_are_joined and not torch.accelerator.is_available()
 
 
 def start_gloo(timeout: timedelta) -> None:
@@ -59,17 +70,51 @@ def tell_ranks(state: Any) -> None:
     state.local_process_index = int(os.environ["LOCAL_RANK"])
 
 
-def check_ranks(num_processes: int) -> None:
-    """Raises where the trainer has other ranks than the launcher started.
+def allow_fsdp(state: Any) -> None:
+    """Tells Accelerate's `PartialState` to shard without an accelerator.
+
+    Accelerate (1.15) turns to FSDP only from the kinds of ranks that have one; of CPU ranks it makes DDP, and
+    says nothing.
+    """
+    state.distributed_type = DistributedType.MULTI_GPU
+
+
+def leave_offloaded_unpinned(accelerator: Any) -> None:
+    """FSDP2's offloaded weights stay in ordinary memory where no accelerator could copy from pinned memory:
+    torch (2.13) would raise."""
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy) and needs_gloo():
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+
+
+def check_ranks(accelerator: Any) -> None:
+    """Raises where the trainer has other ranks than the launcher started, or does not shard as it was told.
 
     Raises:
-        RuntimeError: each process would train alone.
+        RuntimeError: each process would train alone, or hold all weights.
     """
+    num_processes = accelerator.num_processes
     if num_processes != num_launched_ranks():
         raise RuntimeError(
             f"the launcher started {num_launched_ranks()} processes, the trainer knows of {num_processes}: "
             "no process group was made; without a GPU write use_cpu: true, with one see that torch finds it"
         )
+    kind = accelerator.distributed_type
+    if launcher_wants_fsdp() and kind != DistributedType.FSDP:
+        raise RuntimeError(
+            f"ACCELERATE_USE_FSDP=true, and Accelerate has made distributed_type={kind.value}, which does "
+            "not shard: start with `accelerate launch --config_file configs/accelerate/fsdp2.yaml`, without "
+            "--deepspeed, or unset ACCELERATE_USE_FSDP"
+        )
+
+
+def engine_name(args: TrainingArguments) -> str:
+    """Of the sharding engine that the options and the launcher's environment ask for; ZeRO-1 and ZeRO-2 have
+    one name, as they have one format of checkpoints."""
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    if deepspeed is not None:
+        return ZERO3 if deepspeed.is_zero3() else ZERO12
+    return FSDP if launcher_wants_fsdp() or args.fsdp else UNSHARDED
 
 
 def check_engine(args: TrainingArguments) -> None:
@@ -88,6 +133,16 @@ def check_engine(args: TrainingArguments) -> None:
             "stage3_gather_16bit_weights_on_model_save is not true, with zero_optimization.stage=3: the "
             "trained model could not be saved, each rank has a part of it; write true"
         )
+    if _fsdp_version(args) == 1:
+        raise ValueError(
+            "fsdp_version=1 in Accelerate's config, and chunkdist shards with fsdp_version=2 only: its "
+            "groups are kept whole by FSDP2's units; write fsdp_version: 2"
+        )
+    if num_launched_ranks() > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            f"average_tokens_across_devices=False with {num_launched_ranks()} ranks: losses would be divided "
+            "by the supervised tokens of one rank, not by those of the global batch: write true"
+        )
     accelerator: Any = args.accelerator_config
     if num_launched_ranks() > 1 and not accelerator.even_batches and not args.dataloader_drop_last:
         raise ValueError(
@@ -95,3 +150,12 @@ def check_engine(args: TrainingArguments) -> None:
             "dataloader_drop_last=False: a rank without data at the end would leave the others waiting: "
             "write one of them as true"
         )
+
+
+def _fsdp_version(args: TrainingArguments) -> int | None:
+    if getattr(args, "hf_deepspeed_config", None) is not None:
+        return None
+    if args.fsdp:
+        settings: Any = args.fsdp_config
+        return int((settings or {}).get("version", 2))
+    return int(os.environ.get("FSDP_VERSION", "1")) if launcher_wants_fsdp() else None

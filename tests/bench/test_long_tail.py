@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from itertools import product
 from pathlib import Path
@@ -16,17 +15,11 @@ from chunkdist.bench.long_tail_simulation import MOST, fewest_chunks
 from chunkdist.bench.long_tail_ways import BASELINE, segment_attention
 from chunkdist.data.cost import SequenceCost
 from tests.models import packed_batch, plain_attention
-
-ROOT = Path(__file__).parents[2]
+from tests.tiny_run import ROOT, load_script
 
 
 def tables_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_data_tables", ROOT / "docs" / "make_data_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "docs" / "make_data_tables.py")
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

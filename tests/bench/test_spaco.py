@@ -4,10 +4,36 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 from chunkdist.bench import spaco, spaco_study
+from chunkdist.bench.spaco_direct import chunk_gradients
+from tests.models import tiny_llama
+from tests.tiny_run import ROOT, load_script
+
+
+def tables_script() -> ModuleType:
+    return load_script(ROOT / "docs" / "make_spaco_tables.py")
+
+
+def test_the_pages_tables_are_those_of_the_results() -> None:
+    script = tables_script()
+    page = script.PAGE.read_text()
+    assert page == script.page_of_results(page), "run python docs/make_spaco_tables.py"
+
+
+def test_shares_of_chunks_add_up_to_the_gradient() -> None:
+    model, row = tiny_llama(dtype=torch.float64), torch.arange(12) % 7
+    squares, whole = chunk_gradients(model, row, 4)
+    linear = [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert float(whole) == pytest.approx(sum(float(w.grad.square().sum()) for w in linear), rel=1e-5)
+    only, same = chunk_gradients(model, row, 1)
+    assert float(only) == pytest.approx(float(whole), rel=1e-5)
+    assert float(same) == pytest.approx(float(whole), rel=1e-5)
+    assert float(squares.sum()) > float(whole) / 4, "chunks that point the same way: at least this"
 
 
 def test_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

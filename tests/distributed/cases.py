@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.sharding.launch import skip_shm_build
+from tests.hybrids import model_of
 from tests.models import batch, tiny_llama, with_lora
 
 EngineName = Literal["ddp", "fsdp2", "fsdp2 groups", "fsdp2 head", "zero1", "zero2", "zero3"]
@@ -37,6 +38,7 @@ class Case:
         mean_per_rank: Each rank's loss is its own mean; else all are divided by the tokens of all ranks.
         chunked: False: the plain model under the same engine.
         spaco: Every other chunk, so that one process can draw the same sample.
+        hybrid: A class of tests/hybrids.py instead of Llama.
     """
 
     engine: EngineName
@@ -50,6 +52,7 @@ class Case:
     tied: bool = False
     attention: Literal["math", "cpu_flash"] = "math"
     spaco: bool = False
+    hybrid: str = ""
     mean_per_rank: bool = False
     chunked: bool = True
 
@@ -113,7 +116,11 @@ def errors_of(case: Case) -> Errors:
 
 
 def build(case: Case, dtype: torch.dtype) -> nn.Module:
-    model: nn.Module = tiny_llama(dtype=dtype, tie_word_embeddings=case.tied, initializer_range=0.2)
+    model: nn.Module
+    if case.hybrid:
+        model = model_of(case.hybrid).to(dtype)
+    else:
+        model = tiny_llama(dtype=dtype, tie_word_embeddings=case.tied, initializer_range=0.2)
     return with_lora(model) if case.lora else model  # type: ignore[arg-type]
 
 

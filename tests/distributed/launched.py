@@ -6,7 +6,6 @@ The environment is the one that Accelerate itself makes of a preset.
 from __future__ import annotations
 
 import gc
-import importlib.util
 import io
 import json
 import os
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor
 
-from tests.tiny_run import ROOT, command_line
+from tests.tiny_run import ROOT, command_line, load_script
 
 PRESETS = ROOT / "configs"
 Death = Literal["in a step", "in a save"]
@@ -44,17 +44,55 @@ def train(engine: str, arguments: list[str]) -> int:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     launcher = load_launcher()
+    seen: list[str] = []
     destroy, distributed.destroy_process_group = distributed.destroy_process_group, lambda: None
     try:
-        with environment_of(engine):
+        with environment_of(engine), engines_seen(seen):
             status: int = launcher.main(arguments)
     finally:
         distributed.destroy_process_group = destroy
         unset_hf_deepspeed_config()
         AcceleratorState._reset_state(True)
         gc.collect()
+    assert set(seen) <= {engine.removesuffix("-offload")}, f"{engine} was asked for, {set(seen)} has trained"
+    assert seen or status, "no step was taken"
     distributed.barrier()
     return status
+
+
+@contextmanager
+def engines_seen(seen: list[str]) -> Iterator[None]:
+    """Collects by what the model was wrapped in each step."""
+    from chunkdist.integrations.trl import CheckedSFTTrainer
+
+    real = CheckedSFTTrainer.training_step
+
+    def training_step(self: Any, *given: Any, **values: Any) -> Any:
+        seen.append(wrapping_engine(self))
+        return real(self, *given, **values)
+
+    CheckedSFTTrainer.training_step = training_step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CheckedSFTTrainer.training_step = real  # type: ignore[method-assign]
+
+
+def wrapping_engine(trainer: Any) -> str:
+    """Named as its preset."""
+    from deepspeed import DeepSpeedEngine
+    from torch.distributed.fsdp import FSDPModule
+
+    wrapped = trainer.model_wrapped
+    if isinstance(wrapped, DeepSpeedEngine):
+        return f"zero{wrapped.zero_optimization_stage()}"
+    layers = [module for module in wrapped.modules() if type(module).__name__.endswith("DecoderLayer")]
+    if isinstance(wrapped, FSDPModule) and all(isinstance(layer, FSDPModule) for layer in layers):
+        whole = [name for name, p in wrapped.named_parameters() if not isinstance(p, DTensor)]
+        assert layers
+        assert not whole, f"not sharded: {whole}"
+        return "fsdp2"
+    return "ddp" if isinstance(wrapped, nn.parallel.DistributedDataParallel) else type(wrapped).__name__
 
 
 def train_in_vain(engine: str, arguments: list[str]) -> tuple[int, str]:
@@ -64,12 +102,7 @@ def train_in_vain(engine: str, arguments: list[str]) -> tuple[int, str]:
 
 
 def load_launcher() -> Any:
-    spec = importlib.util.spec_from_file_location("launcher", ROOT / "launchers" / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "launchers" / "train.py")
 
 
 @contextmanager

@@ -17,9 +17,10 @@ CHUNK_SIZE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Bytes: between steps, and at the peak of a step for each sequence."""
+    """Bytes: between steps; what a backward leaves beside that; at the peak of a step for each sequence."""
 
     between_steps: int
+    after_backward: int
     peaks: tuple[int, ...]
 
 
@@ -41,24 +42,26 @@ def held_by(engine: str, lengths: tuple[int, ...]) -> Held:
             step = _plain_step(model)
         del model
         peaks = []
-        between_steps = 0
+        between_steps = after_backward = 0
         for _ in range(2):  # the first makes the optimizer's states; DeepSpeed records its trace in two
-            step(CHUNK_SIZE)
+            step(CHUNK_SIZE, live)
         for length in lengths:
             between_steps = live.current_bytes
             live.reset_peak()
-            step(length)
+            after_backward = step(length, live) - between_steps
             peaks.append(live.peak_bytes)
-    return Held(between_steps=between_steps, peaks=tuple(peaks))
+    return Held(between_steps=between_steps, after_backward=after_backward, peaks=tuple(peaks))
 
 
 def _plain_step(model: nn.Module):  # type: ignore[no-untyped-def]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
 
-    def step(length: int) -> None:
+    def step(length: int, live: LiveBytes) -> int:
         model(**batch(num_tokens=length), use_cache=False).loss.backward()
+        after_backward = live.current_bytes
         optimizer.step()
         optimizer.zero_grad()
+        return after_backward
 
     return step
 
@@ -77,8 +80,10 @@ def _zero3_step(model: nn.Module):  # type: ignore[no-untyped-def]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
-    def step(length: int) -> None:
+    def step(length: int, live: LiveBytes) -> int:
         engine.backward(engine(**batch(num_tokens=length), use_cache=False).loss)
+        after_backward = live.current_bytes
         engine.step()
+        return after_backward
 
     return step

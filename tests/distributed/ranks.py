@@ -33,10 +33,12 @@ class Ranks:
     Args:
         num_ranks: How many.
         timeout_s: For one case; each rank then writes its stack to stderr and is killed.
+        may_die: Ranks whose death is no failure; their result is then `None`.
     """
 
-    def __init__(self, num_ranks: int, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, num_ranks: int, timeout_s: float = TIMEOUT_S, may_die: tuple[int, ...] = ()) -> None:
         self.num_ranks = num_ranks
+        self.may_die = may_die
         self.timeout_s = timeout_s
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
@@ -69,7 +71,9 @@ class Ranks:
                     ok, result = pipe.recv()
                 except EOFError:
                     self._processes[rank].join(5)
-                    ok, result = False, f"died with exit code {self._processes[rank].exitcode}"
+                    ok, result = rank in self.may_die, None
+                if not ok and result is None:
+                    result = f"died with exit code {self._processes[rank].exitcode}"
                 if not ok:
                     self.stop()
                     raise RankError(f"rank {rank} failed:\n{result}")

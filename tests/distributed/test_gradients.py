@@ -6,7 +6,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
+from chunkdist import IndependentSampler
+from chunkdist.sampling import ChunkSample
+from chunkdist.schedule import Stream, cut
 from tests.distributed.cases import CHUNK_SIZE, Case, EngineName, errors_of
 from tests.distributed.ranks import Ranks
 
@@ -54,3 +58,25 @@ def check(ranks: Ranks, case: Case) -> None:
 @pytest.mark.parametrize("case", list(cases((*FP64, *FP32))))
 def test_two_ranks(two_ranks: Ranks, case: Case) -> None:
     check(two_ranks, case)
+
+
+def draws() -> list[tuple[float, ...]]:
+    """Weights of 40 chunks, drawn twice from one seed, and once more."""
+    num_tokens = 40 * CHUNK_SIZE
+    stream = Stream(num_tokens=num_tokens, chunks=cut(num_tokens, CHUNK_SIZE), segment_starts=((0,),))
+    sample = ChunkSample(IndependentSampler(budget=20), stream)
+    found = []
+    for seed in (3, 3, None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        sample.draw(torch.ones(1, num_tokens, 2))
+        found.append(sample.weights)
+    return found
+
+
+def test_every_rank_draws_its_own_sample(two_ranks: Ranks) -> None:
+    """Trainers give all ranks one seed."""
+    of_ranks = two_ranks.run(draws)
+    for first, again, another in of_ranks:
+        assert first == again != another
+    assert of_ranks[0][0] != of_ranks[1][0]

@@ -67,7 +67,7 @@ def assert_trained(folder: Path) -> None:
 
 @pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
 def test_a_launcher_trains(launcher: str, tmp_path: Path) -> None:
-    port, options = str(free_port()), options_for(tmp_path)
+    port, options = str(free_port()), options_for(tmp_path, save_strategy="steps", save_steps=2)
     if launcher == "deepspeed":
         command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, LAUNCHER, *options]
         command += ["--deepspeed", str(DEEPSPEED / "zero3.json")]
@@ -79,6 +79,13 @@ def test_a_launcher_trains(launcher: str, tmp_path: Path) -> None:
     (said,) = ended([process])
     assert process.returncode == 0, said[-5000:]
     assert_trained(tmp_path)
+    of_engine = {
+        "accelerate": "pytorch_model_fsdp_0/__1_0.distcp",
+        "deepspeed": "global_step2/*rank_1*states.pt",
+    }
+    assert list((tmp_path / "out" / "checkpoint-2").glob(of_engine[launcher])), (
+        "rank 1 has saved no part of it"
+    )
 
 
 def nodes(options: list[str], script: str = LAUNCHER) -> list[subprocess.Popen[str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import time
 from datetime import timedelta
 
@@ -108,6 +110,25 @@ def test_the_harness_names_a_failing_rank() -> None:
         ranks.run(fail_on, 1)
     with pytest.raises(RankError, match="rank 0 failed:\ndied with exit code 3"):
         ranks.run(die_on, 0)
+
+
+def be_killed(rank: int) -> str:
+    """What the other rank says."""
+    watch = FailureWatch()
+    distributed.barrier()
+    if distributed.get_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RankFailure) as failure, named_failures(watch):
+        distributed.all_reduce(torch.ones(1))
+    return str(failure.value)
+
+
+def test_a_rank_that_is_killed_is_named() -> None:
+    ranks = Ranks(2, may_die=(1,))
+    said, of_the_killed = ranks.run(be_killed, 1)
+    ranks.stop()
+    assert of_the_killed is None
+    assert re.fullmatch(r"rank 1 is gone \(process \d+ was killed, or has crashed\)", said)
 
 
 def come_late(rank: int) -> str | None:

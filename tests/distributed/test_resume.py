@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from torch import distributed
 from transformers import AutoModelForCausalLM
 
+from chunkdist.integrations import checkpoints
+from chunkdist.integrations.checkpoint_files import FILE_LIST
 from tests.distributed.launched import (
     arguments_of,
     figures,
@@ -129,6 +135,42 @@ def test_another_number_of_ranks_works_or_is_refused(two_ranks: Ranks, one_rank:
     assert status == 2
     assert "was saved by 2 ranks of DeepSpeed ZeRO, and this job has 1" in said
     assert "ds_to_universal" in said
+    other_engine = arguments_of("fsdp2", folder, ROWS, **{**OPTIONS, **exact, "resume_from_checkpoint": True})
+    for status, said in two_ranks.run(train_in_vain, *other_engine):
+        assert status == 2
+        assert not said or "was saved under ZeRO-3, and this job runs under FSDP2" in said
+
+
+def save_slowly(folder: Path) -> list[str]:
+    """Rank 1 is slow to write, and slow to flush: what it finds at both times, and what is listed. Both ranks
+    move, as on two machines that share a disk."""
+    rank, target, found = distributed.get_rank(), folder / "checkpoint-1", []
+    real = checkpoints._flush
+
+    def wait() -> None:
+        if rank == 1:
+            time.sleep(0.5)
+            found.extend(path.name for path in folder.glob("checkpoint-*"))
+
+    def flush(written: Path) -> None:
+        wait()
+        real(written)
+
+    checkpoints._flush = flush
+    try:
+        args: Any = SimpleNamespace(local_process_index=0, process_index=rank, world_size=2)
+        with checkpoints.whole_checkpoint(target, args, distributed.barrier) as parent:
+            wait()
+            (parent / target.name).mkdir(parents=True, exist_ok=True)
+            (parent / target.name / f"part-{rank}").write_text("part")
+    finally:
+        checkpoints._flush = real
+    return [*found, *json.loads((target / FILE_LIST).read_text())["bytes"]]
+
+
+def test_a_checkpoint_has_no_name_before_the_slowest_rank_is_done(two_ranks: Ranks, tmp_path: Path) -> None:
+    assert two_ranks.run(save_slowly, tmp_path) == [["part-0", "part-1"]] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 def test_a_rank_without_data_in_the_last_step_stops_nobody(two_ranks: Ranks, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from chunkdist.errors import UnsupportedModelError
 from chunkdist.integrations import packing
 from chunkdist.integrations.arguments import parse_options
 from chunkdist.integrations.callbacks import ChunkCallback
@@ -189,6 +190,29 @@ def test_a_run_that_cannot_go_on_is_refused(tiny_model: Path, values: dict[str, 
         trainer_of(tiny_model, rows(), **{**settings, **values})
     same = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     trainer_of(tiny_model, rows(), **{**settings, **same})
+
+
+def test_models_that_cannot_be_packed_are_refused(tiny_model: Path) -> None:
+    """By the longest sample of all, before the first step."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    limit = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config |= {"rope_parameters": limit, "max_position_embeddings": 40}
+    (tiny_model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="more than 40 tokens, and one here has 60"):
+        trainer_of(tiny_model, rows())
+
+
+@pytest.mark.parametrize("name", ["eval_packing", "ignore_data_skip"])
+def test_options_that_contradict_it_are_refused(tiny_model: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=True with chunk_packing=True"):
+        trainer_of(tiny_model, rows(), **{name: True})
+
+
+def test_streams_that_fill_up_are_in_no_figure_of_spaco(tiny_model: Path) -> None:
+    given = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12, "max_steps": 1}
+    trainer_of(tiny_model, rows(), chunk_method="spaco", spaco_budget=100, **given).train()
+    figures = json.loads((tiny_model.parent / "out" / "metrics.jsonl").read_text())
+    assert figures["spaco_tokens_kept"] == sum(LENGTHS)
 
 
 def test_auto_is_said_in_the_start_table(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from chunkdist.integrations.saving import DiskFullError, is_disk_full, removed_if_empty, whole_or_absent
 
@@ -54,6 +55,15 @@ def test_which_errors_mean_a_full_disk() -> None:
     assert is_disk_full(later)
     assert not is_disk_full(OSError(errno.EACCES, "no"))
     assert not is_disk_full(None)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("num_values", [4, 1000])
+def test_torch_on_a_full_disk(num_values: int) -> None:
+    """Its writer fails when it is closed, with a message of its own."""
+    with pytest.raises(RuntimeError) as refused:
+        torch.save(torch.ones(num_values), "/dev/full")
+    assert is_disk_full(RuntimeError(str(refused.value)))  # alone, as another process would tell it
 
 
 def test_folders_made_for_nothing_are_taken_away(tmp_path: Path) -> None:

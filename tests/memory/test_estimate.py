@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen3_5 import Qwen3_5TextConfig
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.memory import LiveBytes
@@ -49,6 +51,62 @@ def test_is_near_and_not_below(dtype: torch.dtype, settings: dict[str, Any]) -> 
             model(input_ids=ids, labels=ids).loss.backward()
     estimate = estimate_memory(model, config, chunk_report(model), num_tokens=num_tokens)
     assert 0.95 <= (estimate.peak_bytes - estimate.weights_bytes) / live.peak_bytes <= 1.3
+
+
+def qwen3_5(**settings: Any) -> Any:
+    """The proportions of Qwen3.5-9B, an eighth of its width."""
+    values = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 128,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "vocab_size": 32,
+        **settings,
+    }
+    model = AutoModelForCausalLM.from_config(Qwen3_5TextConfig(**values), dtype=torch.bfloat16)
+    model.model.layers.requires_grad_(False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> Iterator[tuple[Any, ChunkConfig, dict[int, int]]]:
+    """The model, its config, and the peaks by number of tokens."""
+    config = ChunkConfig(chunk_size=64)
+    mode = FakeTensorMode()
+    peaks = {}
+    with mode:
+        model = chunk_model(fake_model(qwen3_5, mode), config)
+        for num_tokens in (192, 384):
+            ids = torch.zeros(1, num_tokens, dtype=torch.long)
+            with LiveBytes(exclude=[*model.parameters(), ids]) as live:
+                model(input_ids=ids, labels=ids).loss.backward()
+            for parameter in model.parameters():
+                parameter.grad = None
+            peaks[num_tokens] = live.peak_bytes
+    return model, config, peaks
+
+
+def test_states_at_the_starts_of_chunks(hybrid: tuple[Any, ChunkConfig, dict[int, int]]) -> None:
+    model, config, peaks = hybrid
+    report = chunk_report(model)
+    assert report.state is not None
+    recurrent, convolution = 4 * 128 * 128 * 4, (2 * 2 + 4) * 128 * 4 * 2
+    assert report.state.state_bytes == recurrent + convolution
+    assert (report.state.num_attention_layers, report.state.num_state_layers) == (1, 1)
+    estimates = {n: estimate_memory(model, config, report, num_tokens=n) for n in peaks}
+    for num_tokens, peak in peaks.items():
+        assert 1 <= (estimates[num_tokens].peak_bytes - estimates[num_tokens].weights_bytes) / peak <= 1.3
+    (fewer, low), (more, high) = sorted(peaks.items())
+    inputs_and_grads = (
+        3 * 512 * 2
+    )  # docs/memory.md: n + 1 while a layer with state runs, here the first of two
+    expected = inputs_and_grads + report.state.state_bytes / config.chunk_size
+    assert (high - low) / (more - fewer) == pytest.approx(expected, rel=0.05)
 
 
 def test_llama_3_8b_per_token() -> None:
