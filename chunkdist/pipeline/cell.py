@@ -19,12 +19,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from chunkdist.cell_graph import CellGraph
 from chunkdist.kv_store import KVStore
 from chunkdist.replay import AutocastState, RngState, undisturbed_rng
 from chunkdist.schedule import Chunk, Stream
+from chunkdist.state_relay import StateRelay, StateStore
 
 if TYPE_CHECKING:
     from chunkdist.pipeline.stage import ModelStage
+
+
+@dataclass(frozen=True)
+class LayerStores:
+    """What one layer of a stage keeps of a dependent run: keys and values, and state other than these."""
+
+    kv: KVStore
+    states: StateStore
 
 
 @dataclass(kw_only=True)
@@ -33,7 +43,7 @@ class StageCell:
 
     Args:
         chunk: Its tokens, in the stream of its run.
-        stores: K/V of the run, by layer of the stage.
+        stores: Of the run, by layer of the stage.
         model_inputs: (1, C) each: `input_ids`, `position_ids`, `shift_labels`.
         is_last_backward: Whether the gradients of parameters come out with its own.
     """
@@ -41,7 +51,7 @@ class StageCell:
     stage: ModelStage
     chunk: Chunk
     stream: Stream
-    stores: list[KVStore]
+    stores: list[LayerStores]
     model_inputs: dict[str, Tensor]
     retained: bool
     is_last_backward: bool
@@ -49,7 +59,9 @@ class StageCell:
     """(1, C, H), what the layers begin with in the running pass; `None`: what the model makes of tokens."""
     result: Tensor | None = None
     """(1, C, H), what the layers end with in a pass that runs the head alone."""
-    _graph: tuple[Tensor | None, Tensor] | None = field(default=None, init=False)
+    relays: list[StateRelay] = field(default_factory=list, init=False)
+    """In the running pass, of the layers that get their state through one."""
+    _graph: CellGraph | None = field(default=None, init=False)
     _rng: RngState = field(init=False)
     _autocast: AutocastState = field(init=False)
 
@@ -70,10 +82,14 @@ class StageCell:
         if self.retained:
             with torch.enable_grad(), self.stage.parameters_of_step.saved_as_reference():
                 self._graph = self._run_layers(received)
-            output = self._graph[1].detach()
+            output = self._graph.output.detach()
         else:
-            self.hidden = received
+            self.hidden, self.relays = received, []
             output = self.stage.run_layers(self)
+        for relay in self.relays:
+            if relay.used and self.chunk.end < self.stream.num_tokens:
+                relay.hand_on()
+        self.relays = []
         return output.new_zeros(()) if self.stage.is_last else output
 
     def backward(self, received: Tensor | None, grad_output: Tensor) -> Tensor | None:
@@ -84,21 +100,21 @@ class StageCell:
             if graph is None:
                 self._rng.restore()
                 graph = self._run_layers(received)
-            leaf, output = graph
-            del graph
             if self.stage.is_last:
-                self._backward_of_loss(output)
-            elif output.requires_grad:
-                torch.autograd.backward(output, grad_output)
-        return None if leaf is None else leaf.grad
+                grad_output = self._backward_of_loss(graph.output)
+            grad = graph.backward(grad_output)
+            for relay in graph.relays:
+                relay.forget()
+        return grad
 
-    def _run_layers(self, received: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    def _run_layers(self, received: Tensor | None) -> CellGraph:
         leaf = self.hidden = None if received is None else received.detach().requires_grad_()
+        self.relays = []
         with self.stage.parameters_of_step.aliased():
-            return leaf, self.stage.run_layers(self)
+            return CellGraph(leaf, self.stage.run_layers(self), self.relays)
 
-    def _backward_of_loss(self, output: Tensor) -> None:
-        """The head's graph goes first, and is gone when that of the layers is needed."""
+    def _backward_of_loss(self, output: Tensor) -> Tensor:
+        """The gradient of what the layers end with. The head's graph is gone when theirs is needed."""
         self.result = output.detach().requires_grad_()
         with self.stage.parameters_of_step.aliased():
             loss = self.stage.run_head(self)
@@ -106,8 +122,7 @@ class StageCell:
             loss.backward()
         self.stage.losses.append(loss.detach())
         grad, self.result = self.result.grad, None
-        if output.requires_grad and grad is not None:
-            torch.autograd.backward(output, grad)
+        return torch.zeros_like(output) if grad is None else grad
 
 
 class _CellFunction(torch.autograd.Function):

@@ -41,11 +41,13 @@ class Run:
         return stream_of(self.lengths, self.chunk_size)
 
 
-def pack_runs(lengths: Sequence[int], chunk_size: int) -> tuple[Run, ...]:
+def pack_runs(lengths: Sequence[int], chunk_size: int, *, shares_chunks: bool = True) -> tuple[Run, ...]:
     """Best fit, the longest first: a sequence goes where it fills a last chunk best, else it begins a run.
 
     Args:
         lengths: Tokens of each sequence.
+        shares_chunks: Whether a sequence may follow another; else each is a run, and fills no chunk but its
+            own.
 
     Returns:
         The most chunks first. Each sequence is in one run.
@@ -62,7 +64,7 @@ def pack_runs(lengths: Sequence[int], chunk_size: int) -> tuple[Run, ...]:
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         fits = [run for run, space in enumerate(room) if space >= lengths[index]]
-        if fits:
+        if fits and shares_chunks:
             chosen = min(fits, key=lambda run: (room[run], run))
             runs[chosen].append(index)
             room[chosen] -= lengths[index]

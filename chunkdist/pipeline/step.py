@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 from torch.nn import functional as F
@@ -21,9 +22,11 @@ from transformers import PreTrainedModel
 
 from chunkdist.config import ChunkConfig
 from chunkdist.data.streams import NO_LABEL, join_sequences, stream_of
+from chunkdist.packed_models import refuse_segments
 from chunkdist.pipeline.cell import StageCell
 from chunkdist.pipeline.runs import Run, pack_runs
 from chunkdist.pipeline.schedule import PipelineSchedule, schedule_1f1b
+from chunkdist.pipeline.shards import StageShards
 from chunkdist.pipeline.stage import ModelStage
 from chunkdist.schedule import Chunk
 
@@ -37,8 +40,10 @@ class Pipeline:
         model: The whole model; what other stages have is let go.
         stages: Of all ranks, in their order, the layers: what `cut_stages` gives.
         group: The ranks of the pipeline; `None`: all.
-        replicas: The ranks that have the same stage in other pipelines, which train on other sequences;
-            `None`: there are none. A step ends with collectives in it.
+        replicas: One-dimensional: the ranks that have the same stage in other pipelines, which train on other
+            sequences; `None`: there are none. A step ends with collectives in it.
+        shards_weights: The replicas share a stage's weights, by FSDP2: parameters are `DTensor`s between
+            steps.
         forwards_ahead: As in `schedule_1f1b`.
 
     Raises:
@@ -52,7 +57,8 @@ class Pipeline:
         stages: Sequence[range],
         *,
         group: distributed.ProcessGroup | None = None,
-        replicas: distributed.ProcessGroup | None = None,
+        replicas: DeviceMesh | None = None,
+        shards_weights: bool = False,
         forwards_ahead: int = 1,
     ) -> None:
         num_ranks, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
@@ -68,7 +74,13 @@ class Pipeline:
                 raise ValueError(f"{name}='auto', but a pipeline has no choice of its own: write a number")
         self.config = config
         self.stage = ModelStage(model, config, stages[self.rank])
-        self._group, self._replicas = group, replicas
+        self._group = group
+        self._replicas = None if replicas is None else replicas.get_group()
+        if shards_weights and replicas is None:
+            raise ValueError("shards_weights=True without replicas: nobody is there to share them with")
+        self._shards = None
+        if shards_weights and replicas is not None:
+            self._shards = StageShards(model, self.stage.layers, replicas)
         self._forwards_ahead = forwards_ahead
 
     def schedule(self, runs: Sequence[Run]) -> PipelineSchedule:
@@ -89,11 +101,26 @@ class Pipeline:
         Returns:
             The mean loss of the supervised tokens, those of other replicas included, on every rank.
         """
-        runs = pack_runs([len(sample["input_ids"]) for sample in samples], int(self.config.chunk_size))
+        runs = self._runs([len(sample["input_ids"]) for sample in samples])
         schedule = self.schedule(runs)
+        earlier = self._take_grads()
+        if self._shards is None:
+            loss = self._run(samples, runs, schedule)
+        else:
+            try:
+                self._shards.gather()
+                loss = self._run(samples, runs, schedule)
+                self._shards.reduce()
+            finally:
+                self._shards.release()
+        for parameter, grad in earlier.items():
+            parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        return loss
+
+    def _run(self, samples: Sequence[Sample], runs: Sequence[Run], schedule: PipelineSchedule) -> Tensor:
+        """Forward and backward; the parameters are whole."""
         device = next(self.stage.parameters()).device
         self.stage.begin_step()
-        earlier = self._take_grads()
         inputs = [_inputs(run, [samples[index] for index in run.sequences], device) for run in runs]
         num_items = torch.stack([(own["shift_labels"] != NO_LABEL).sum() for own in inputs]).sum()
         if self._replicas is not None:
@@ -124,9 +151,17 @@ class Pipeline:
         runtime.step(*args, index=indices, target=indices, return_outputs=False)
         self._add_tied_grads()
         self._reduce_grads()
-        for parameter, grad in earlier.items():
-            parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         return self._loss(device)
+
+    def _runs(self, lengths: Sequence[int]) -> tuple[Run, ...]:
+        """Of sequences of so many tokens.
+
+        Raises:
+            UnsupportedModelError: the model's positions would depend on how the tokens are passed.
+        """
+        runs = pack_runs(lengths, int(self.config.chunk_size), shares_chunks=not self.stage.has_state)
+        refuse_segments(self.stage.model, max(lengths))  # a chunk is called by itself, as a segment is
+        return runs
 
     def _take_grads(self) -> dict[nn.Parameter, Tensor]:
         """Of earlier steps: what is summed over ranks at a step's end is its own."""
@@ -146,7 +181,8 @@ class Pipeline:
         return total
 
     def _reduce_grads(self) -> None:
-        """Sums gradients over the replicas, of the parameters that have one on any of them."""
+        """Sums gradients over the replicas, of the parameters that have one on any of them; where they share
+        weights, FSDP2 does, and here they are made to have gradients of the same parameters."""
         if self._replicas is None:
             return
         parameters = [p for p in self.stage.parameters() if p.requires_grad]
@@ -157,7 +193,8 @@ class Pipeline:
         for parameter in (p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            works.append(distributed.all_reduce(parameter.grad, group=self._replicas, async_op=True))
+            if self._shards is None:
+                works.append(distributed.all_reduce(parameter.grad, group=self._replicas, async_op=True))
         for work in works:
             work.wait()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -16,11 +19,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from chunkdist import ChunkConfig, IndependentSampler, chunk_model
+from chunkdist import ChunkConfig, IndependentSampler, UnsupportedModelError, chunk_model
 from chunkdist.memory import LiveBytes
+from chunkdist.pipeline import stage
+from chunkdist.pipeline.cell import StageCell
 from chunkdist.pipeline.stage_cut import cut_stages
 from chunkdist.pipeline.step import Pipeline
+from chunkdist.probe import LayerProbe
+from chunkdist.schedule import Chunk, Stream, cut
+from tests.model_zoo import tiny_model
 from tests.models import VOCAB_SIZE, norms_in_fp64, tiny_llama, with_lora
+from tests.sweep import double_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,7 @@ class PipelineCase:
     tied: bool = False
     num_replicas: int = 1
     """Pipelines; each trains on every so many sequences."""
+    shards_weights: bool = False
     intermediate_size: int = 48
 
     def __str__(self) -> str:
@@ -56,6 +66,11 @@ class StepResult:
 
 def one_process(case: PipelineCase) -> StepResult:
     """The sequences one at a time."""
+    with _precision(case):
+        return _one_process(case)
+
+
+def _one_process(case: PipelineCase) -> StepResult:
     whole, model = _model(case)
     num_items = sum(length - 1 for length in case.lengths)
     total = 0.0
@@ -70,10 +85,68 @@ def one_process(case: PipelineCase) -> StepResult:
 
 def pipeline_step(case: PipelineCase) -> StepResult:
     """This rank's stage."""
-    pipeline, model, replica = _pipeline(case)
-    for _ in range(case.num_steps):
-        loss = pipeline.step(_samples(case)[replica :: case.num_replicas])
+    with _precision(case):
+        pipeline, model, replica = _pipeline(case)
+        for _ in range(case.num_steps):
+            loss = pipeline.step(_samples(case)[replica :: case.num_replicas])
     return StepResult(grads=_grads(model), loss=loss.item())
+
+
+def probed_step(case: PipelineCase) -> tuple[StepResult, int]:
+    """As `pipeline_step`, of a class that is not known to be exact; how many kinds of layers were asked."""
+    made: list[LayerProbe] = []
+
+    class Noted(LayerProbe):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "LayerProbe", Noted)
+        patch.setattr(stage, "is_known", lambda model_class: False)
+        result = pipeline_step(case)
+    (probe,) = made
+    return result, len(probe._passed)
+
+
+def unsupported() -> dict[str, str]:
+    """What is said to models that a pipeline would compute wrongly, by what they do; on the last stage."""
+    said = {}
+    for name, plant in {"tokens": _pass_tokens, "dynamic": _make_dynamic}.items():
+        case = PipelineCase(lengths=(20,))
+        pipeline, model, _ = _pipeline(case)
+        plant(model)
+        if pipeline.stage.is_last:
+            cell = StageCell(
+                stage=pipeline.stage,
+                chunk=Chunk(0, 8),
+                stream=Stream(num_tokens=20, chunks=cut(20, 8), segment_starts=((0,),)),
+                stores=pipeline.stage.new_stores(Chunk(0, 20)),
+                model_inputs={"position_ids": torch.arange(8)[None]},
+                retained=False,
+                is_last_backward=False,
+                hidden=torch.randn(1, 8, 32, dtype=torch.float64),
+            )
+            try:
+                pipeline._runs([20])
+                pipeline.stage.run_layers(cell)
+            except UnsupportedModelError as error:
+                said[name] = str(error)
+    return said
+
+
+def _pass_tokens(model: Any) -> None:
+    def add(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        cos, sin = kwargs["position_embeddings"]
+        return args, {**kwargs, "position_embeddings": (cos + args[0].mean(), sin)}
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(add, with_kwargs=True)
+
+
+def _make_dynamic(model: Any) -> None:
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model.config.max_position_embeddings = 16
 
 
 def refusals() -> dict[str, str]:
@@ -113,6 +186,10 @@ def peak_bytes(cases: list[PipelineCase]) -> list[int]:
     return peaks
 
 
+def _precision(case: PipelineCase) -> AbstractContextManager[None]:
+    return double_precision() if case.model in HYBRIDS else nullcontext()
+
+
 def _pipeline(case: PipelineCase) -> tuple[Pipeline, Any, int]:
     """This rank's stage, its model, and the number of its replica."""
     _, model = _model(case)
@@ -122,9 +199,10 @@ def _pipeline(case: PipelineCase) -> tuple[Pipeline, Any, int]:
     pipeline = Pipeline(
         model,
         config,
-        cut_stages([1.0] * case.num_layers, num_stages, head_cost=0.5),
+        cut_stages([1.0] * model.config.get_text_config().num_hidden_layers, num_stages, head_cost=0.5),
         group=mesh.get_group("stage"),
-        replicas=mesh.get_group("replica") if case.num_replicas > 1 else None,
+        replicas=mesh["replica"] if case.num_replicas > 1 else None,
+        shards_weights=case.shards_weights,
         forwards_ahead=case.forwards_ahead,
     )
     torch.manual_seed(distributed.get_rank())
@@ -134,7 +212,9 @@ def _pipeline(case: PipelineCase) -> tuple[Pipeline, Any, int]:
 def _model(case: PipelineCase) -> tuple[Any, Any]:
     """The model or its PEFT wrapper, and the causal LM inside."""
     model = (
-        _OTHERS[case.model]()
+        tiny_model(*HYBRIDS[case.model])
+        if case.model in HYBRIDS
+        else _OTHERS[case.model]()
         if case.model in _OTHERS
         else norms_in_fp64(
             tiny_llama(
@@ -177,6 +257,10 @@ _SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _OTHERS = {"granite": _granite, "gemma3": _gemma3}
+HYBRIDS = {
+    "delta rule": ("Qwen3_5ForCausalLM", ["linear_attention", "full_attention", "linear_attention"]),
+    "convolution": ("Lfm2ForCausalLM", ["conv", "full_attention", "conv"]),
+}
 
 
 def _with_lora(model: Any, case: PipelineCase) -> Any:
@@ -193,7 +277,11 @@ def _samples(case: PipelineCase) -> list[dict[str, Tensor]]:
 
 def _grads(model: nn.Module) -> dict[str, Tensor]:
     """By name; where embeddings are tied, the last stage has them as the head."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     if model.config.tie_word_embeddings and "lm_head.weight" in found:  # type: ignore[union-attr]
         found["model.embed_tokens.weight"] = found.pop("lm_head.weight")
     return found
+
+
+def _whole(grad: Tensor) -> Tensor:
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from tests.distributed.ranks import Ranks
-from tests.pipeline.pipeline_steps import PipelineCase, StepResult, one_process, pipeline_step, refusals
+from tests.pipeline.pipeline_steps import (
+    PipelineCase,
+    StepResult,
+    one_process,
+    pipeline_step,
+    probed_step,
+    refusals,
+    unsupported,
+)
 
 MIXED = (70, 30, 16, 9, 5, 3, 3, 2)
 """1 to 9 chunks of 8 tokens; the short ones fill the last chunks of the long ones, or share one."""
@@ -49,6 +57,8 @@ def test_two_stages_have_the_gradients_of_one_process(case: PipelineCase, two_ra
         PipelineCase(lengths=MIXED, num_layers=4, lora=True, retained_chunks=2, forwards_ahead=2),
         PipelineCase(lengths=MIXED, num_replicas=2, tied=True, num_steps=2),
         PipelineCase(lengths=MIXED, num_replicas=2, lora=True, retained_chunks=0),
+        PipelineCase(lengths=MIXED, num_replicas=2, shards_weights=True, tied=True, num_steps=2),
+        PipelineCase(lengths=(70, 9), num_replicas=2, shards_weights=True, lora=True, retained_chunks=2),
     ],
     ids=str,
 )
@@ -60,6 +70,33 @@ def test_four_ranks_have_the_gradients_of_one_process(case: PipelineCase, four_r
 def test_stages_are_cut_without_code_for_the_model(model: str, two_ranks: Ranks) -> None:
     """Their norms compute in fp32, and so the comparison is one of fp32."""
     _check(PipelineCase(lengths=MIXED, model=model), two_ranks, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        PipelineCase(lengths=(30, 17, 9, 3), model="delta rule", retained_chunks=0),
+        PipelineCase(lengths=(30, 17, 9, 3), model="delta rule", retained_chunks=2, forwards_ahead=2),
+        PipelineCase(lengths=(30, 17, 9, 3), model="convolution"),
+    ],
+    ids=str,
+)
+def test_layers_hand_their_state_on_within_a_stage(case: PipelineCase, two_ranks: Ranks) -> None:
+    _check(case, two_ranks)
+
+
+def test_layers_of_an_unknown_class_are_probed(two_ranks: Ranks) -> None:
+    case = PipelineCase(lengths=(30, 17), model="delta rule")
+    expected = one_process(case)
+    for result, num_kinds in two_ranks.run(probed_step, case):
+        assert num_kinds == (2 if "model.layers.0.mlp.up_proj.weight" in result.grads else 1)
+        assert result.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+def test_models_that_a_pipeline_would_compute_wrongly_are_refused(two_ranks: Ranks) -> None:
+    _, said = two_ranks.run(unsupported)
+    assert said["tokens"].startswith("LlamaForCausalLM passes its layers position_embeddings, made of the")
+    assert "rope_type=dynamic" in said["dynamic"]
 
 
 def test_a_rerun_draws_the_dropout_of_its_forward(two_ranks: Ranks) -> None:
