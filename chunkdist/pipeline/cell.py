@@ -84,13 +84,30 @@ class StageCell:
                 self._graph = self._run_layers(received)
             output = self._graph.output.detach()
         else:
-            self.hidden, self.relays = received, []
-            output = self.stage.run_layers(self)
+            output = self._run_plainly(received)
+        self._hand_on()
+        return output.new_zeros(()) if self.stage.is_last else output
+
+    def evaluate(self, received: Tensor | None) -> Tensor:
+        """Without a backward to come: (1, C, H) to the same; on the last stage, to the loss."""
+        with torch.no_grad():
+            output = self._run_plainly(received)
+            self._hand_on()
+            if not self.stage.is_last:
+                return output
+            self.result = output
+            return self.stage.run_head(self)
+
+    def _run_plainly(self, received: Tensor | None) -> Tensor:
+        self.hidden, self.relays = received, []
+        return self.stage.run_layers(self)
+
+    def _hand_on(self) -> None:
+        """The state in which the chunk ends, to the next chunk of its run."""
         for relay in self.relays:
             if relay.used and self.chunk.end < self.stream.num_tokens:
                 relay.hand_on()
         self.relays = []
-        return output.new_zeros(()) if self.stage.is_last else output
 
     def backward(self, received: Tensor | None, grad_output: Tensor) -> Tensor | None:
         """Adds to the gradients of parameters and prefix; returns that of `received`, (1, C, H)."""

@@ -16,11 +16,12 @@ from typing import Literal, NamedTuple
 
 
 class MicroBatch(NamedTuple):
-    """One chunk: `chunk` counts within its run, `run` is an index of the caller's."""
+    """One chunk: `chunk` counts within its run, `num_after` of which come after it; `run` is an index of the
+    caller's."""
 
     run: int
     chunk: int
-    retained: bool
+    num_after: int
 
 
 class Action(NamedTuple):
@@ -37,14 +38,20 @@ class PipelineSchedule:
     Args:
         micro_batches: In the order of their forwards, which is the same on all stages.
         stages: By stage, its actions in their order.
+        retained_chunks: By stage, how many chunks at the end of each run keep their graphs.
     """
 
     micro_batches: tuple[MicroBatch, ...]
     stages: tuple[tuple[Action, ...], ...]
+    retained_chunks: tuple[int, ...]
 
     @property
     def num_stages(self) -> int:
         return len(self.stages)
+
+    def is_retained(self, stage: int, micro_batch: int) -> bool:
+        """Whether a stage keeps the graph of a micro-batch from its forward to its backward."""
+        return self.micro_batches[micro_batch].num_after < self.retained_chunks[stage]
 
     def rows(self) -> list[list[str]]:
         """By stage, the actions as torch's pipeline runtime writes them: `2F0` is stage 2, micro-batch 0."""
@@ -55,16 +62,16 @@ class PipelineSchedule:
 
     def peak_graphs(self) -> tuple[int, ...]:
         """By stage, how many cells have a graph at a time at most, the one that is run again included."""
-        return tuple(self._peak(actions, graphs_only=True) for actions in self.stages)
+        return tuple(self._peak(stage, graphs_only=True) for stage in range(self.num_stages))
 
     def peak_inputs(self) -> tuple[int, ...]:
         """By stage, how many cells wait for their backward at a time at most: their inputs are kept."""
-        return tuple(self._peak(actions, graphs_only=False) for actions in self.stages)
+        return tuple(self._peak(stage, graphs_only=False) for stage in range(self.num_stages))
 
-    def _peak(self, actions: Sequence[Action], *, graphs_only: bool) -> int:
+    def _peak(self, stage: int, *, graphs_only: bool) -> int:
         alive = peak = 0
-        for kind, index in actions:
-            counts = self.micro_batches[index].retained or not graphs_only
+        for kind, index in self.stages[stage]:
+            counts = self.is_retained(stage, index) or not graphs_only
             alive += counts and kind == "F"
             peak = max(peak, alive + (kind == "B" and not counts))
             alive -= counts and kind == "B"
@@ -72,7 +79,11 @@ class PipelineSchedule:
 
 
 def schedule_1f1b(
-    run_lengths: Sequence[int], *, num_stages: int, retained_chunks: int = 1, forwards_ahead: int = 1
+    run_lengths: Sequence[int],
+    *,
+    num_stages: int,
+    retained_chunks: int | Sequence[int] = 1,
+    forwards_ahead: int = 1,
 ) -> PipelineSchedule:
     """State-aware 1F1B. The longest run goes first, and while one goes back, the next goes forward.
 
@@ -84,7 +95,8 @@ def schedule_1f1b(
 
     Args:
         run_lengths: Chunks of each dependent run.
-        retained_chunks: The last so many of each run keep their graphs (ChunkFlow's K).
+        retained_chunks: The last so many of each run keep their graphs (ChunkFlow's K); of all stages, or by
+            stage: one with more layers than others makes up for it by fewer reruns.
         forwards_ahead: 1 is 1F1B's. 2 keeps stages busy where cells are unequal: some run again, some
             have longer prefixes.
 
@@ -95,9 +107,16 @@ def schedule_1f1b(
         raise ValueError(
             f"run_lengths={list(run_lengths)[:8]}: pass at least one run, and no run without chunks"
         )
+    of_stages = (
+        (retained_chunks,) * num_stages if isinstance(retained_chunks, int) else tuple(retained_chunks)
+    )
+    if num_stages > 0 and len(of_stages) != num_stages:
+        raise ValueError(
+            f"retained_chunks={of_stages} for {num_stages} stages: pass one number, or one of each stage"
+        )
     for name, value, least in (
         ("num_stages", num_stages, 1),
-        ("retained_chunks", retained_chunks, 0),
+        ("retained_chunks", min(of_stages, default=0), 0),
         ("forwards_ahead", forwards_ahead, 1),
     ):
         if value < least:
@@ -107,7 +126,7 @@ def schedule_1f1b(
     needed: list[int] = []  # by backward, how many forwards come before it on the last stage
     for run in sorted(range(len(run_lengths)), key=lambda run: (-run_lengths[run], run)):
         length, start = run_lengths[run], len(micro_batches)
-        micro_batches += [MicroBatch(run, c, c >= length - retained_chunks) for c in range(length)]
+        micro_batches += [MicroBatch(run, c, length - 1 - c) for c in range(length)]
         backwards += range(start + length - 1, start - 1, -1)
         needed += [start + length] * length
     for position in range(len(needed) - 2, -1, -1):
@@ -123,4 +142,6 @@ def schedule_1f1b(
             actions.append(Action("B", backward))
             done = max(done, target)
         stages.append(tuple(actions))
-    return PipelineSchedule(micro_batches=tuple(micro_batches), stages=tuple(stages))
+    return PipelineSchedule(
+        micro_batches=tuple(micro_batches), stages=tuple(stages), retained_chunks=of_stages
+    )

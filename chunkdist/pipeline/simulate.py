@@ -156,7 +156,7 @@ def simulate(schedule: PipelineSchedule, costs: CellCosts, *, transfer: float = 
                 if action.kind == "F":
                     end = start + costs.forward[stage][index]
                 else:
-                    if not schedule.micro_batches[index].retained:
+                    if not schedule.is_retained(stage, index):
                         rerun_end += costs.forward[stage][index]
                     end = rerun_end + costs.backward[stage][index]
                 ends[stage][action] = end

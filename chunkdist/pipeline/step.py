@@ -41,9 +41,11 @@ class Pipeline:
         stages: Of all ranks, in their order, the layers: what `cut_stages` gives.
         group: The ranks of the pipeline; `None`: all.
         replicas: One-dimensional: the ranks that have the same stage in other pipelines, which train on other
-            sequences; `None`: there are none. A step ends with collectives in it.
+            sequences; `None`: there are none. They begin with the weights of the first one, and a step ends
+            with collectives among them.
         shards_weights: The replicas share a stage's weights, by FSDP2: parameters are `DTensor`s between
             steps.
+        retained_chunks: By stage, in the place of the config's.
         forwards_ahead: As in `schedule_1f1b`.
 
     Raises:
@@ -59,6 +61,7 @@ class Pipeline:
         group: distributed.ProcessGroup | None = None,
         replicas: DeviceMesh | None = None,
         shards_weights: bool = False,
+        retained_chunks: Sequence[int] | None = None,
         forwards_ahead: int = 1,
     ) -> None:
         num_ranks, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
@@ -72,22 +75,28 @@ class Pipeline:
         for name in ("chunk_size", "retained_chunks"):
             if getattr(config, name) == "auto":
                 raise ValueError(f"{name}='auto', but a pipeline has no choice of its own: write a number")
+        if config.offload == "host":
+            raise ValueError("offload='host', but a stage keeps K/V and inputs on its device: write 'none'")
         self.config = config
+        self._retained_chunks = int(config.retained_chunks) if retained_chunks is None else retained_chunks
         self.stage = ModelStage(model, config, stages[self.rank])
-        self._group = group
-        self._replicas = None if replicas is None else replicas.get_group()
+        self.group = group
+        self.replicas = None if replicas is None else replicas.get_group()
+        if self.replicas is not None:  # new adapters are drawn on each rank
+            for parameter in (p for p in self.stage.parameters() if p.requires_grad):
+                distributed.broadcast(parameter.data, group_src=0, group=self.replicas)
         if shards_weights and replicas is None:
             raise ValueError("shards_weights=True without replicas: nobody is there to share them with")
-        self._shards = None
+        self.shards = None
         if shards_weights and replicas is not None:
-            self._shards = StageShards(model, self.stage.layers, replicas)
+            self.shards = StageShards(model, self.stage.layers, replicas)
         self._forwards_ahead = forwards_ahead
 
     def schedule(self, runs: Sequence[Run]) -> PipelineSchedule:
         return schedule_1f1b(
             [run.num_chunks for run in runs],
-            num_stages=distributed.get_world_size(self._group),
-            retained_chunks=int(self.config.retained_chunks),
+            num_stages=distributed.get_world_size(self.group),
+            retained_chunks=self._retained_chunks,
             forwards_ahead=self._forwards_ahead,
         )
 
@@ -101,18 +110,18 @@ class Pipeline:
         Returns:
             The mean loss of the supervised tokens, those of other replicas included, on every rank.
         """
-        runs = self._runs([len(sample["input_ids"]) for sample in samples])
+        runs = self.runs([len(sample["input_ids"]) for sample in samples])
         schedule = self.schedule(runs)
         earlier = self._take_grads()
-        if self._shards is None:
+        if self.shards is None:
             loss = self._run(samples, runs, schedule)
         else:
             try:
-                self._shards.gather()
+                self.shards.gather()
                 loss = self._run(samples, runs, schedule)
-                self._shards.reduce()
+                self.shards.reduce()
             finally:
-                self._shards.release()
+                self.shards.release()
         for parameter, grad in earlier.items():
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         return loss
@@ -121,11 +130,9 @@ class Pipeline:
         """Forward and backward; the parameters are whole."""
         device = next(self.stage.parameters()).device
         self.stage.begin_step()
-        inputs = [_inputs(run, [samples[index] for index in run.sequences], device) for run in runs]
-        num_items = torch.stack([(own["shift_labels"] != NO_LABEL).sum() for own in inputs]).sum()
-        if self._replicas is not None:
-            distributed.all_reduce(num_items, group=self._replicas)
-        cells = _Cells(self.stage, schedule, runs, inputs, num_items.clamp(min=1))
+        cells = self.cells(samples, runs, schedule)
+        if self.replicas is not None:
+            distributed.all_reduce(cells.num_items, group=self.replicas)
         count = len(schedule.micro_batches)
         hidden = torch.empty(
             (1, int(self.config.chunk_size), self.stage.hidden_size),
@@ -141,7 +148,7 @@ class Pipeline:
             device,
             input_args=indices[:1] if self.stage.is_first else hidden,
             output_args=torch.empty((), requires_grad=True) if self.stage.is_last else hidden,
-            group=self._group,
+            group=self.group,
         )
         runtime = _PipelineScheduleRuntime([stage], count, loss_fn=_placeholder, scale_grads=False)
         runtime._prepare_schedule_with_comms(
@@ -153,7 +160,13 @@ class Pipeline:
         self._reduce_grads()
         return self._loss(device)
 
-    def _runs(self, lengths: Sequence[int]) -> tuple[Run, ...]:
+    def cells(self, samples: Sequence[Sample], runs: Sequence[Run], schedule: PipelineSchedule) -> StageCells:
+        """Of this stage. Their losses are parts of the mean over the supervised tokens of `samples`."""
+        device = next(self.stage.parameters()).device
+        inputs = [_inputs(run, [samples[index] for index in run.sequences], device) for run in runs]
+        return StageCells(self.stage, self.rank, schedule, runs, inputs)
+
+    def runs(self, lengths: Sequence[int]) -> tuple[Run, ...]:
         """Of sequences of so many tokens.
 
         Raises:
@@ -174,27 +187,27 @@ class Pipeline:
         losses = self.stage.losses
         total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
         total = total.float()
-        last = distributed.get_world_size(self._group) - 1
-        distributed.broadcast(total, group_src=last, group=self._group)
-        if self._replicas is not None:
-            distributed.all_reduce(total, group=self._replicas)
+        last = distributed.get_world_size(self.group) - 1
+        distributed.broadcast(total, group_src=last, group=self.group)
+        if self.replicas is not None:
+            distributed.all_reduce(total, group=self.replicas)
         return total
 
     def _reduce_grads(self) -> None:
         """Sums gradients over the replicas, of the parameters that have one on any of them; where they share
         weights, FSDP2 does, and here they are made to have gradients of the same parameters."""
-        if self._replicas is None:
+        if self.replicas is None:
             return
         parameters = [p for p in self.stage.parameters() if p.requires_grad]
         used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         used = used.to(parameters[0].device) if parameters else used
-        distributed.all_reduce(used, op=distributed.ReduceOp.MAX, group=self._replicas)
+        distributed.all_reduce(used, op=distributed.ReduceOp.MAX, group=self.replicas)
         works = []
         for parameter in (p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if self._shards is None:
-                works.append(distributed.all_reduce(parameter.grad, group=self._replicas, async_op=True))
+            if self.shards is None:
+                works.append(distributed.all_reduce(parameter.grad, group=self.replicas, async_op=True))
         for work in works:
             work.wait()
 
@@ -208,39 +221,45 @@ class Pipeline:
         if not parameter.requires_grad:
             return
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        other = distributed.get_world_size(self._group) - 1 - self.rank
+        other = distributed.get_world_size(self.group) - 1 - self.rank
         theirs = torch.empty_like(grad)
         operations = [
-            distributed.P2POp(distributed.isend, grad, group=self._group, group_peer=other),
-            distributed.P2POp(distributed.irecv, theirs, group=self._group, group_peer=other),
+            distributed.P2POp(distributed.isend, grad, group=self.group, group_peer=other),
+            distributed.P2POp(distributed.irecv, theirs, group=self.group, group_peer=other),
         ]
         for work in distributed.batch_isend_irecv(operations):
             work.wait()
         parameter.grad = grad + theirs
 
 
-class _Cells(nn.Module):
+class StageCells(nn.Module):
     """What torch calls with a micro-batch's number: makes its cell, and runs it."""
 
     def __init__(
         self,
         stage: ModelStage,
+        number: int,
         schedule: PipelineSchedule,
         runs: Sequence[Run],
         inputs: Sequence[dict[str, Tensor]],
-        num_items: Tensor,
     ) -> None:
         super().__init__()
         self.stage = stage
+        self._number = number
         self._schedule = schedule
         self._runs = runs
         self._last = schedule.stages[0][-1].micro_batch
-        self._inputs, self._num_items = inputs, num_items
+        self._inputs = inputs
+        self.num_items = torch.stack([(own["shift_labels"] != NO_LABEL).sum() for own in inputs]).sum()
+        """Supervised tokens, by which losses are divided."""
         self._stores: dict[int, Any] = {}
 
     def forward(self, received: Tensor, *, index: Tensor) -> Tensor:
-        number = int(index)
-        run_number, chunk_number, retained = self._schedule.micro_batches[number]
+        return self.cell(int(index)).run(None if self.stage.is_first else received)
+
+    def cell(self, number: int) -> StageCell:
+        """Of a micro-batch; asked for in their order."""
+        run_number, chunk_number, _ = self._schedule.micro_batches[number]
         run = self._runs[run_number]
         stream = stream_of([*run.lengths, run.num_empty], run.chunk_size)
         chunk = stream.chunks[chunk_number]
@@ -250,16 +269,15 @@ class _Cells(nn.Module):
         if chunk_number == run.num_chunks - 1:
             del self._stores[run_number]  # from here on, the run's cells keep them
         own = {name: x[:, chunk.start : chunk.end] for name, x in self._inputs[run_number].items()}
-        cell = StageCell(
+        return StageCell(
             stage=self.stage,
             chunk=chunk,
             stream=stream,
             stores=stores,
-            model_inputs={**own, "num_items": self._num_items},
-            retained=retained,
+            model_inputs={**own, "num_items": self.num_items.clamp(min=1)},
+            retained=self._schedule.is_retained(self._number, number),
             is_last_backward=number == self._last,
         )
-        return cell.run(None if self.stage.is_first else received)
 
 
 def _inputs(run: Run, samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor]:

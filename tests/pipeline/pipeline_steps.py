@@ -37,6 +37,7 @@ class PipelineCase:
     lengths: tuple[int, ...]
     chunk_size: int = 8
     retained_chunks: int = 1
+    retained_by_stage: tuple[int, ...] | None = None
     forwards_ahead: int = 1
     model: str = "llama"
     num_layers: int = 3
@@ -128,7 +129,7 @@ def unsupported() -> dict[str, str]:
                 hidden=torch.randn(1, 8, 32, dtype=torch.float64),
             )
             try:
-                pipeline._runs([20])
+                pipeline.runs([20])
                 pipeline.stage.run_layers(cell)
             except UnsupportedModelError as error:
                 said[name] = str(error)
@@ -154,6 +155,7 @@ def refusals() -> dict[str, str]:
     config = ChunkConfig(chunk_size=8)
     sampled = ChunkConfig(chunk_size=8, sampler=IndependentSampler(budget=2))
     auto = ChunkConfig(chunk_size=8, retained_chunks="auto")
+    offloaded = ChunkConfig(chunk_size=8, offload="host")
     two = [range(2), range(2, 3)]
     chunked = chunk_model(tiny_llama(num_layers=3), config)
     tries: dict[str, tuple[Any, ChunkConfig, list[range]]] = {
@@ -161,6 +163,7 @@ def refusals() -> dict[str, str]:
         "other layers": (tiny_llama(num_layers=2), config, [range(2, 3), range(2, 3)]),
         "sampler": (tiny_llama(num_layers=3), sampled, two),
         "retained_chunks": (tiny_llama(num_layers=3), auto, two),
+        "offload": (tiny_llama(num_layers=3), offloaded, two),
         "chunked": (chunked, config, two),
         "peft": (with_lora(tiny_llama(num_layers=3)), config, two),
     }
@@ -196,6 +199,8 @@ def _pipeline(case: PipelineCase) -> tuple[Pipeline, Any, int]:
     config = ChunkConfig(chunk_size=case.chunk_size, retained_chunks=case.retained_chunks, attention="math")
     num_stages = distributed.get_world_size() // case.num_replicas
     mesh = init_device_mesh("cpu", (case.num_replicas, num_stages), mesh_dim_names=("replica", "stage"))
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data += mesh.get_local_rank("replica")  # adapters that each rank has drawn for itself
     pipeline = Pipeline(
         model,
         config,
@@ -203,6 +208,7 @@ def _pipeline(case: PipelineCase) -> tuple[Pipeline, Any, int]:
         group=mesh.get_group("stage"),
         replicas=mesh["replica"] if case.num_replicas > 1 else None,
         shards_weights=case.shards_weights,
+        retained_chunks=case.retained_by_stage,
         forwards_ahead=case.forwards_ahead,
     )
     torch.manual_seed(distributed.get_rank())

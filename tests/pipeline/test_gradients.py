@@ -37,6 +37,7 @@ def _check(case: PipelineCase, ranks: Ranks, tolerance: float = 1e-10) -> list[S
         PipelineCase(lengths=MIXED, retained_chunks=0),
         PipelineCase(lengths=MIXED, retained_chunks=1),
         PipelineCase(lengths=MIXED, retained_chunks=2, forwards_ahead=2),
+        PipelineCase(lengths=MIXED, retained_by_stage=(4, 0)),
         PipelineCase(lengths=MIXED, lora=True),
         PipelineCase(lengths=MIXED, tied=True, num_steps=2),
         PipelineCase(lengths=(5,)),
@@ -117,5 +118,6 @@ def test_settings_without_a_pipeline_are_refused(two_ranks: Ranks) -> None:
     assert said["other layers"].startswith("layers=range(2, 3), but the model has 2")
     assert said["sampler"].startswith("sampler is set, and a pipeline backpropagates every chunk")
     assert said["retained_chunks"].startswith("retained_chunks='auto', but a pipeline")
+    assert said["offload"].startswith("offload='host', but a stage keeps K/V")
     assert said["chunked"].startswith("the model is chunked already")
     assert said["peft"].startswith("PeftModelForCausalLM is not a transformers model")

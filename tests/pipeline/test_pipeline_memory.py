@@ -16,7 +16,7 @@ SHORT = replace(ONE, lengths=(8,) * 6)
 CASES = [
     ONE,
     replace(ONE, retained_chunks=3),
-    replace(ONE, lengths=(256,)),
+    replace(ONE, lengths=(512,)),
     SHORT,
     replace(SHORT, forwards_ahead=3),
 ]
@@ -39,5 +39,5 @@ def test_graphs_are_held_as_the_schedule_says(two_ranks: Ranks) -> None:
         graph = (three - one) / 2
         assert graph > 3 * 8 * 1024 * 8, "an MLP alone keeps three tensors of its width"
         assert ahead - short == pytest.approx((graphs[4][stage] - graphs[3][stage]) * graph, abs=0.15 * graph)
-        # 28 more chunks: inputs, outputs and their gradients, K/V and theirs, but no graph
-        assert long - one < 28 * 0.1 * graph
+        # 64 chunks, not 4: inputs, outputs and their gradients, K/V and theirs, but no graph
+        assert long - one < 60 * 0.1 * graph

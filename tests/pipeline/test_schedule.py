@@ -35,7 +35,7 @@ def test_every_cell_goes_forward_and_back_once_and_in_the_order_of_its_run(
     schedule = _schedule(case)
     chunks = [(batch.run, batch.chunk) for batch in schedule.micro_batches]
     assert sorted(chunks) == [(run, chunk) for run, length in enumerate(runs) for chunk in range(length)]
-    assert [batch.retained for batch in schedule.micro_batches] == [
+    assert [schedule.is_retained(0, index) for index in range(len(schedule.micro_batches))] == [
         chunk >= runs[run] - retained for run, chunk in chunks
     ]
     assert len(schedule.stages) == num_stages
@@ -127,3 +127,12 @@ def test_torch_adds_sends_and_receives_and_nobody_waits_forever(
 def test_what_is_no_schedule_is_refused(runs: list[int], settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         schedule_1f1b(runs, **{"num_stages": 2, **settings})
+
+
+def test_each_stage_may_retain_another_number() -> None:
+    schedule = schedule_1f1b([4], num_stages=2, retained_chunks=(3, 1))
+    kept = [[schedule.is_retained(stage, index) for index in range(4)] for stage in range(2)]
+    assert kept == [[False, True, True, True], [False, False, False, True]]
+    assert schedule.peak_graphs() == (3, 1)
+    with pytest.raises(ValueError, match=r"retained_chunks=\(1,\) for 2 stages"):
+        schedule_1f1b([4], num_stages=2, retained_chunks=(1,))
