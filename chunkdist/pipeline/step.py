@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -28,6 +27,7 @@ from chunkdist.pipeline.runs import Run, pack_runs
 from chunkdist.pipeline.schedule import PipelineSchedule, schedule_1f1b
 from chunkdist.pipeline.shards import StageShards
 from chunkdist.pipeline.stage import ModelStage
+from chunkdist.pipeline.torch_stage import LazyBufferStage
 from chunkdist.schedule import Chunk
 
 Sample = Mapping[str, Any]
@@ -141,7 +141,7 @@ class Pipeline:
             requires_grad=True,  # else torch sends no gradient
         )
         indices = torch.arange(count)
-        stage = PipelineStage(
+        stage = LazyBufferStage(
             cells,
             self.rank,
             schedule.num_stages,

@@ -25,6 +25,7 @@ from chunkdist.pipeline import stage
 from chunkdist.pipeline.cell import StageCell
 from chunkdist.pipeline.stage_cut import cut_stages
 from chunkdist.pipeline.step import Pipeline
+from chunkdist.pipeline.torch_stage import LazyBufferStage
 from chunkdist.probe import LayerProbe
 from chunkdist.schedule import Chunk, Stream, cut
 from tests.model_zoo import tiny_model
@@ -155,7 +156,8 @@ def refusals() -> dict[str, str]:
     config = ChunkConfig(chunk_size=8)
     sampled = ChunkConfig(chunk_size=8, sampler=IndependentSampler(budget=2))
     auto = ChunkConfig(chunk_size=8, retained_chunks="auto")
-    offloaded = ChunkConfig(chunk_size=8, offload="host")
+    offloaded = ChunkConfig(chunk_size=8)
+    object.__setattr__(offloaded, "offload", "host")
     two = [range(2), range(2, 3)]
     chunked = chunk_model(tiny_llama(num_layers=3), config)
     tries: dict[str, tuple[Any, ChunkConfig, list[range]]] = {
@@ -187,6 +189,25 @@ def peak_bytes(cases: list[PipelineCase]) -> list[int]:
             pipeline.step(_samples(case))
         peaks.append(live.peak_bytes)
     return peaks
+
+
+def peak_buffers(case: PipelineCase) -> int:
+    """How many buffers of what this rank receives have memory at a time."""
+    peaks = []
+    real = LazyBufferStage._get_recv_ops
+
+    def noted(self: Any, recv_infos: Any) -> Any:
+        operations = real(self, recv_infos)
+        rows = [*self.args_recv_info.values(), *self.grad_recv_info.values()]
+        buffers = [info.buffer for row in rows for info in row if info.buffer is not None]
+        peaks.append(sum(not buffer.is_meta for buffer in buffers))
+        return operations
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LazyBufferStage, "_get_recv_ops", noted)
+        pipeline, _, _ = _pipeline(case)
+        pipeline.step(_samples(case))
+    return max(peaks)
 
 
 def _precision(case: PipelineCase) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ import pytest
 
 from chunkdist.pipeline.schedule import schedule_1f1b
 from tests.distributed.ranks import Ranks
-from tests.pipeline.pipeline_steps import PipelineCase, peak_bytes
+from tests.pipeline.pipeline_steps import PipelineCase, peak_buffers, peak_bytes
 
 # a wide MLP and few weights to train: a graph is most of what a cell has, and gradients are little beside it
 ONE = PipelineCase(lengths=(32,), num_layers=2, intermediate_size=1024, lora=True, lora_targets=("q_proj",))
@@ -41,3 +41,8 @@ def test_graphs_are_held_as_the_schedule_says(two_ranks: Ranks) -> None:
         assert ahead - short == pytest.approx((graphs[4][stage] - graphs[3][stage]) * graph, abs=0.15 * graph)
         # 64 chunks, not 4: inputs, outputs and their gradients, K/V and theirs, but no graph
         assert long - one < 60 * 0.1 * graph
+
+
+def test_what_is_received_has_memory_only_until_it_is_used(two_ranks: Ranks) -> None:
+    """Of 64 chunks."""
+    assert max(two_ranks.run(peak_buffers, replace(ONE, lengths=(512,)))) <= 2

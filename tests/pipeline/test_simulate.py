@@ -109,6 +109,7 @@ def test_stages_that_wait_for_each_other_are_found() -> None:
     stuck = PipelineSchedule(
         micro_batches=schedule.micro_batches,
         stages=(schedule.stages[0], tuple(reversed(schedule.stages[1]))),
+        retained_chunks=schedule.retained_chunks,
     )
     with pytest.raises(RuntimeError, match=r"stages wait for each other: .*1: Action\(kind='B'"):
         simulate(stuck, CellCosts.uniform(stuck))
