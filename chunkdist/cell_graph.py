@@ -15,12 +15,12 @@ class CellGraph:
     """A cell that has run with a graph.
 
     Args:
-        leaf: The chunk's hidden states (B, T, H), at the group's input.
+        leaf: The chunk's hidden states (B, T, H), at the group's input; `None` for tokens.
         output: The same at its output.
         relays: Of the layers that get their state through one.
     """
 
-    leaf: Tensor
+    leaf: Tensor | None
     output: Tensor
     relays: list[StateRelay]
 
@@ -33,4 +33,4 @@ class CellGraph:
             torch.autograd.backward(tensors, grads)
         for relay in self.relays:
             relay.hand_back()
-        return self.leaf.grad
+        return None if self.leaf is None else self.leaf.grad

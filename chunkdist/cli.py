@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chunkdist.config import ChunkConfig
-    from chunkdist.integrations.trl import CheckedSFTTrainer
+    from chunkdist.integrations.checked_trainer import CheckedSFTTrainer
 
 Command = Callable[[argparse.Namespace, list[str]], int]
 

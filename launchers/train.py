@@ -18,15 +18,10 @@ from chunkdist import ChunkConfig, UnsupportedModelError
 from chunkdist.check import check_gradients
 from chunkdist.integrations.arguments import TrainingOptions, parse_options
 from chunkdist.integrations.callbacks import ChunkCallback
+from chunkdist.integrations.checked_trainer import CheckedSFTTrainer, print_once
+from chunkdist.integrations.pipeline import PipelineSFTTrainer
 from chunkdist.integrations.saving import is_disk_full, removed_if_empty, save_model
-from chunkdist.integrations.trl import (
-    CheckedSFTTrainer,
-    build_trainer,
-    check_blocker,
-    chunk_trainer,
-    first_batch,
-    print_once,
-)
+from chunkdist.integrations.trl import build_trainer, check_blocker, chunk_trainer, first_batch
 from chunkdist.sharding.failures import FailureWatch, RankFailure, named_failures
 
 
@@ -43,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return fail(error)
         if trainer is None:
             return 1
+        if watch is not None and isinstance(trainer, PipelineSFTTrainer):
+            watch.role_of = trainer.role_of
         with named_failures(watch):
             trainer.train(resume_from_checkpoint=trainer.resumes_from)
             print_once(f"model saved to {save_model(trainer)}")
@@ -66,7 +63,7 @@ def set_up(options: TrainingOptions) -> CheckedSFTTrainer | None:
     if not gradients_agree(trainer, chunk_config, options):
         return None
     chunk_trainer(trainer, chunk_config)
-    ChunkCallback.add_to(trainer, chunk_config)
+    ChunkCallback.add_to(trainer, None if isinstance(trainer, PipelineSFTTrainer) else chunk_config)
     return trainer
 
 

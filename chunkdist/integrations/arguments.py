@@ -18,6 +18,7 @@ from chunkdist.config import ChunkConfig
 from chunkdist.data.samples import LongSamples
 from chunkdist.integrations.chunk_arguments import ChunkArguments, option
 from chunkdist.integrations.packing import check_packing
+from chunkdist.integrations.pipeline_options import check_pipeline
 from chunkdist.sharding.launch import (
     allow_fsdp,
     launcher_wants_fsdp,
@@ -50,6 +51,17 @@ class TrainArguments(SFTConfig):
     # `None`, not `False`: recent versions of transformers take any other value for the deprecated spelling.
     gradient_checkpointing: bool | None = option(  # type: ignore[assignment]
         None, "Hugging Face's gradient checkpointing, for chunk_method: none. A chunked step excludes it."
+    )
+
+    pipeline_stages: int = option(
+        1,
+        "Ranks that share a model, each some of its layers; other ranks are replicas (docs/pipeline.md).",
+    )
+    pipeline_shard_weights: bool = option(
+        False, "Replicas of a pipeline's stage share its weights and optimizer states (FSDP2)."
+    )
+    pipeline_forwards_ahead: int = option(
+        1, "Forwards that a stage is ahead of the next one. 2: a smaller bubble, more graphs at a time."
     )
 
     def __post_init__(self) -> None:
@@ -189,6 +201,7 @@ def check_options(options: TrainingOptions) -> ChunkConfig | None:
             "which keeps "
             "them apart (and long_samples: split to cut long ones)"
         )
+    check_pipeline(options, chunk_config)
     if options.chunk.chunk_packing:
         check_packing(options)
     dataset_kwargs = training.dataset_kwargs

@@ -62,6 +62,7 @@ class ChunkCallback(TrainerCallback):
         config: Of the chunked model; `None` for a plain one, which gets the figures without the table.
         model: The trainer's.
         stream_tokens: Of the longest token stream, where a micro-batch is one.
+        counter: Of what the model is fed with; `None`: one is hooked to the model.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class ChunkCallback(TrainerCallback):
         output_dir: str | Path,
         console: Console | None = None,
         stream_tokens: int | None = None,
+        counter: TokenCounter | None = None,
     ) -> None:
+        self._given_counter = counter
         self._config = config
         self._model = model
         self._stream_tokens = stream_tokens
@@ -95,6 +98,7 @@ class ChunkCallback(TrainerCallback):
             model=trainer.model,
             output_dir=trainer.args.output_dir or ".",
             stream_tokens=getattr(trainer, "stream_tokens", None),
+            counter=getattr(trainer, "tokens", None),
         )
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
@@ -103,7 +107,7 @@ class ChunkCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stop_counting()  # an earlier run may have died
-        self._counter = TokenCounter(self._model)
+        self._counter = self._given_counter or TokenCounter(self._model)
         self._num_tokens_seen, self._expected = 0, None
         self._forget_time()
         if self._config is not None:

@@ -13,12 +13,16 @@ from pathlib import Path
 
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from chunkdist.sharding.launch import FSDP, UNSHARDED, ZERO3, ZERO12
+from chunkdist.sharding.launch import FSDP, PIPELINE, UNSHARDED, ZERO3, ZERO12
 
 FILE_LIST = "chunkdist_files.json"
 _ZERO_STATES = "global_step*/*zero_pp_rank_*_mp_rank_00_optim_states.pt"
 _ZERO3_WEIGHTS = "global_step*/*zero_pp_rank_*_mp_rank_00_model_states.pt"
-_OPTIMIZERS = {UNSHARDED: ("optimizer.pt",), FSDP: ("optimizer_0/.metadata", "optimizer.bin")}
+_OPTIMIZERS = {
+    UNSHARDED: ("optimizer.pt",),
+    FSDP: ("optimizer_0/.metadata", "optimizer.bin"),
+    PIPELINE: ("optimizer_rank0.pt",),
+}
 _FSDP_WEIGHTS = ("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin")
 
 

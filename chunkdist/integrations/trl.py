@@ -2,112 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import netrc
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.data.loading import is_conversational, load_splits, pick_split, sample_kind
-from chunkdist.data.samples import LongSamples, fit_samples
+from chunkdist.data.samples import LongSamples
 from chunkdist.integrations.arguments import TrainingOptions, check_options
-from chunkdist.integrations.checkpoints import checkpoint_to_resume, resume_line, whole_checkpoint
+from chunkdist.integrations.checked_trainer import CheckedSFTTrainer, first_line, print_once
+from chunkdist.integrations.checkpoints import checkpoint_to_resume, resume_line
 from chunkdist.integrations.packing import StreamTrainer
+from chunkdist.integrations.pipeline import PipelineSFTTrainer
 from chunkdist.integrations.stream_order import refuse_other_order
 from chunkdist.sharding.launch import check_engine, check_ranks, leave_offloaded_unpinned
 from chunkdist.sharding.zero3 import whole_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-class CheckedSFTTrainer(SFTTrainer):
-    """`SFTTrainer` that truncates and drops no sample unasked, and leaves no half-written checkpoint."""
-
-    def __init__(self, *, long_samples: LongSamples, **kwargs: Any) -> None:
-        self._long_samples = long_samples
-        self._checkpoints: Path | None = None
-        """Where checkpoints are made while one is being saved."""
-        self.resumes_from: str | None = None
-        """What to give to `train` as `resume_from_checkpoint`."""
-        super().__init__(**kwargs)
-
-    def _prepare_dataset(
-        self,
-        dataset: Dataset,
-        processing_class: Any,
-        args: Any,
-        packing: bool,
-        formatting_func: Any,
-        dataset_name: str,
-    ) -> Dataset:
-        """TRL's preparation in two parts, the check of the samples between them.
-
-        The first part only tokenises. The second finds `input_ids` and `labels` made, and packs; that it may
-        be called with what it has made itself is TRL's own contract (its `evaluate` relies on it).
-        """
-        columns = set(dataset.column_names)
-        is_text = not columns & {"messages", "conversations", "prompt", "labels"}  # a turn must not be cut
-        whole = copy.copy(args)
-        whole.max_length, whole.shuffle_dataset = None, False
-        prepare = super()._prepare_dataset
-
-        def tokenize(rows: Dataset) -> Dataset:
-            return prepare(rows, processing_class, whole, False, formatting_func, dataset_name)
-
-        tokenized = _tokenize_or_name_culprit(dataset, tokenize, dataset_name)
-        kept = [
-            column for column in ("input_ids", "labels", "seq_lengths") if column in tokenized.column_names
-        ]
-        fitting = fit_samples(
-            tokenized.select_columns(kept),
-            max_length=args.max_length,
-            long_samples=self._long_samples,
-            is_text=is_text,
-            name=f"{dataset_name} data",
-            keep_end=args.truncation_mode == "keep_end",
-            say=print_once,
-        )
-        return prepare(fitting, processing_class, args, packing, None, dataset_name)
-
-    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        """A model without weights, which is not to be trained, stays where it is."""
-        if not next(model.parameters()).is_meta:
-            super()._move_model_to_device(model, device)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Transformers' own, but the checkpoint has its name when it is whole, and older ones go after."""
-        args = self.args
-        target = Path(super()._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit, push = args.save_total_limit, args.push_to_hub
-        with whole_checkpoint(target, args, self.accelerator.wait_for_everyone) as folder:
-            self._checkpoints, args.save_total_limit, args.push_to_hub = folder, None, False
-            try:
-                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
-            finally:
-                self._checkpoints, args.save_total_limit, args.push_to_hub = None, limit, push
-            if self.state.best_model_checkpoint == str(folder / target.name):
-                self.state.best_model_checkpoint = str(target)
-                if args.should_save:
-                    self.state.save_to_json(str(folder / target.name / TRAINER_STATE_NAME))
-        if push:
-            self._push_from_checkpoint(str(target))
-        if args.should_save:
-            rotate_checkpoints(str(target.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._checkpoints or super()._get_output_dir(trial))
 
 
 class ChunkSFTTrainer(StreamTrainer, CheckedSFTTrainer):
@@ -171,6 +91,8 @@ def build_trainer(
         make: Callable[..., CheckedSFTTrainer] = CheckedSFTTrainer
         if chunk_config is not None and options.chunk.chunk_packing:
             make = partial(ChunkSFTTrainer, chunk_config=chunk_config)
+        if chunk_config is not None and training.pipeline_stages > 1:
+            make = partial(PipelineSFTTrainer, chunk_config=chunk_config)
         trainer = make(
             long_samples=cast(LongSamples, options.data.long_samples),
             model=model,
@@ -185,7 +107,7 @@ def build_trainer(
         if error.errno is not None:  # of the system, not of a name that the Hub does not know
             raise
         raise ValueError(
-            f"model_name_or_path={model_options.model_name_or_path!r}: {_first_line(error)}"
+            f"model_name_or_path={model_options.model_name_or_path!r}: {first_line(error)}"
         ) from error
     check_ranks(trainer.accelerator)
     leave_offloaded_unpinned(trainer.accelerator)
@@ -202,8 +124,8 @@ def chunk_trainer(trainer: SFTTrainer, chunk_config: ChunkConfig | None) -> None
     Raises:
         ValueError: Accelerate was told to checkpoint activations, or the engine refuses the model.
     """
-    if chunk_config is None:
-        return
+    if chunk_config is None or isinstance(trainer, PipelineSFTTrainer):
+        return  # the latter cuts the model when it begins to train
     fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.activation_checkpointing:
         raise ValueError(
@@ -254,12 +176,6 @@ def wandb_offline_without_key() -> None:
     print_once("W&B has no key here: the run is recorded offline, `wandb sync` sends it later")
 
 
-def print_once(line: str) -> None:
-    """Prints on the first process of the whole job."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(line, flush=True)
-
-
 def _datasets(options: TrainingOptions) -> tuple[Dataset, Dataset | None]:
     data = options.data
     name = data.dataset_name
@@ -281,7 +197,7 @@ def _tokenizer(options: TrainingOptions) -> PreTrainedTokenizerBase:
             name, revision=options.model.model_revision, trust_remote_code=options.training.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model_name_or_path={name!r} gives no tokenizer: {_first_line(error)}") from error
+        raise ValueError(f"model_name_or_path={name!r} gives no tokenizer: {first_line(error)}") from error
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
@@ -311,7 +227,7 @@ def _model_from_scratch(options: TrainingOptions) -> Any:
             trust_remote_code=options.training.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"model_name_or_path={name!r} gives no config: {_first_line(error)}") from error
+        raise ValueError(f"model_name_or_path={name!r} gives no config: {first_line(error)}") from error
     set_seed(options.training.seed)
     dtype = options.model.dtype
     with whole_weights(getattr(options.training, "hf_deepspeed_config", None)):
@@ -321,28 +237,3 @@ def _model_from_scratch(options: TrainingOptions) -> Any:
             attn_implementation=options.model.attn_implementation,
             trust_remote_code=options.training.trust_remote_code,
         )
-
-
-def _tokenize_or_name_culprit(dataset: Dataset, tokenize: Callable[[Dataset], Dataset], name: str) -> Dataset:
-    """`tokenize(dataset)`; if that fails, halves tell which sample is the first that fails alone."""
-    try:
-        return tokenize(dataset)
-    except Exception as error:
-        start, end, fault = 0, len(dataset), error
-        while end - start > 1:
-            middle = (start + end) // 2
-            try:
-                tokenize(dataset.select(range(start, middle)))
-                start = middle
-            except Exception as inner:
-                end, fault = middle, inner
-        try:
-            tokenize(dataset.select(range(start, end)))
-        except Exception as inner:
-            raise ValueError(f"{name} data, sample {start}: {_first_line(inner)}") from fault
-        raise
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,8 @@ class FailureWatch:
         self._host = socket.gethostname()
         self._store.set(f"chunkdist/process/{self._rank}", f"{os.getpid()} {self._host}")
         self._has_reported = False
+        self.role_of: Callable[[int], str] = lambda rank: ""
+        """What a rank does in the job, where ranks differ: ` (stage 1)`."""
         self._processes: dict[int, tuple[int, str]] = {}
         for rank in range(self._num_ranks):
             pid, host = self._store.get(f"chunkdist/process/{rank}").decode().split(" ", 1)
@@ -62,7 +64,7 @@ class FailureWatch:
     def report(self, error: BaseException) -> RankFailure | None:
         """Tells the other ranks; returns what another one had told before, if that is something else."""
         self._has_reported = True
-        own = f"rank {self._rank} failed: {_one_line(error)}"
+        own = f"rank {self._rank}{self.role_of(self._rank)} failed: {_one_line(error)}"
         if any(text in str(error) for text in _LOST):
             time.sleep(0.2)  # whoever fails with a word has told it before its connections close
             own = self._gone() or own
@@ -98,7 +100,9 @@ class FailureWatch:
         while time.monotonic() < deadline:
             for rank, (pid, host) in self._processes.items():
                 if host == self._host and not _is_running(pid):
-                    return f"rank {rank} is gone (process {pid} was killed, or has crashed)"
+                    return (
+                        f"rank {rank}{self.role_of(rank)} is gone (process {pid} was killed, or has crashed)"
+                    )
             if len({host for _, host in self._processes.values()}) > 1:
                 return None
             time.sleep(0.1)
@@ -111,9 +115,8 @@ class FailureWatch:
         ranks = [rank for rank in range(self._num_ranks) if not self._store.check([f"{_WAITED}/{rank}"])]
         if not ranks:
             return None
-        return (
-            f"rank {', '.join(map(str, ranks))} did not come to a collective within the timeout (ddp_timeout)"
-        )
+        names = ", ".join(f"{rank}{self.role_of(rank)}" for rank in ranks)
+        return f"rank {names} did not come to a collective within the timeout (ddp_timeout)"
 
 
 @contextmanager

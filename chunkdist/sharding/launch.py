@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 UNSHARDED, FSDP, ZERO12, ZERO3 = "DDP or one process", "FSDP2", "ZeRO-1 or ZeRO-2", "ZeRO-3"
+PIPELINE = "pipeline"
 """What `engine_name` says."""
 
 
@@ -111,6 +112,8 @@ def check_ranks(accelerator: Any) -> None:
 def engine_name(args: TrainingArguments) -> str:
     """Of the sharding engine that the options and the launcher's environment ask for; ZeRO-1 and ZeRO-2 have
     one name, as they have one format of checkpoints."""
+    if getattr(args, "pipeline_stages", 1) > 1:
+        return PIPELINE
     deepspeed = getattr(args, "hf_deepspeed_config", None)
     if deepspeed is not None:
         return ZERO3 if deepspeed.is_zero3() else ZERO12

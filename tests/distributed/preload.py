@@ -16,6 +16,7 @@ for name in (
     "chunkdist.integrations.trl",
     "chunkdist.integrations.callbacks",
     "chunkdist.check",
+    "chunkdist.pipeline.step",
     "tests.distributed.cases",
 ):
     importlib.import_module(name)

@@ -1,0 +1,335 @@
+"""Training in a pipeline: the parts of `SFTTrainer` that know about ranks, batches and files.
+
+Ranks stand in rows: replica r of S stages is ranks r S to r S + S - 1. A global batch is
+`per_device_train_batch_size` x ranks sequences, as anywhere else; each replica gets its share of it, all
+ranks of a replica the same, and an optimizer step is one step of the pipeline. The model is whole on every
+rank until training begins; then each keeps its stage.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.data_loader import DataLoaderShard  # type: ignore[import-untyped]
+from peft import PeftModel
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils.data import BatchSampler, DataLoader
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import EvalLoopOutput, seed_worker
+
+from chunkdist.config import ChunkConfig
+from chunkdist.data.samples import sample_lengths
+from chunkdist.data.streams import NO_LABEL
+from chunkdist.flops import StepFlops, num_pairs
+from chunkdist.integrations.checked_trainer import CheckedSFTTrainer, print_once
+from chunkdist.integrations.packing import StreamSamples
+from chunkdist.integrations.stream_order import StreamOrder
+from chunkdist.model_layers import find_layers
+from chunkdist.pipeline.across import clip_grad_norm, evaluate, whole_state_dict
+from chunkdist.pipeline.stage_cut import cut_stages
+from chunkdist.pipeline.step import Pipeline
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Samples = list[dict[str, Any]]
+_NOTHING: dict[str, Any] = {"input_ids": [0, 0], "labels": [NO_LABEL, NO_LABEL]}
+"""What a replica runs where the last batch of an epoch has fewer sequences than there are replicas."""
+
+
+class PipelineSFTTrainer(CheckedSFTTrainer):
+    """`CheckedSFTTrainer` whose ranks are the stages of pipelines."""
+
+    def __init__(self, *, chunk_config: ChunkConfig, **kwargs: Any) -> None:
+        self._chunk_config = chunk_config
+        self._pipeline: Pipeline | None = None
+        super().__init__(**kwargs)
+        args: Any = self.args
+        self._num_replicas = args.world_size // args.pipeline_stages
+        self._replica, self._stage = divmod(args.process_index, args.pipeline_stages)
+        self._stages = _cut(_base(self.model), args.pipeline_stages)
+        self.tokens = PipelineTokens(StepFlops.of(self.model)) if self.model is not None else None
+        sampling = str(args.train_sampling_strategy)
+        self.order = StreamOrder(
+            batch_sequences=self.get_total_train_batch_size(args),
+            num_samples=len(sample_lengths(self.train_dataset)),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            sampling=sampling,
+        )
+        self.order.values["pipeline"] = [
+            args.pipeline_stages,
+            self._num_replicas,
+            args.pipeline_shard_weights,
+        ]
+        self.add_callback(self.order)
+        rows = " | ".join(f"{layers.start}-{layers.stop - 1}" for layers in self._stages)
+        print_once(
+            f"pipeline: {args.pipeline_stages} stages of layers {rows}, {self._num_replicas} replica(s), "
+            f"chunks of {chunk_config.chunk_size}, {chunk_config.retained_chunks} retained, "
+            f"{args.pipeline_forwards_ahead} forward(s) ahead"
+        )
+
+    def role_of(self, rank: int) -> str:
+        """For messages."""
+        replica, stage = divmod(rank, int(self.args.pipeline_stages))  # type: ignore[attr-defined]
+        return f" (stage {stage} of replica {replica})"
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """This rank's stage; the first call lets go of what others have. Collective."""
+        if self._pipeline is None:
+            args: Any = self.args
+            stages, replicas = args.pipeline_stages, self._num_replicas
+            timeout = args.ddp_timeout_delta  # no default of torch for new groups
+            rows = [range(r * stages, (r + 1) * stages) for r in range(replicas)]
+            columns = [range(stage, stages * replicas, stages) for stage in range(stages)]
+            groups = [distributed.new_group(list(ranks), timeout=timeout) for ranks in (*rows, *columns)]
+            of_stage: Any = groups[replicas + self._stage]
+            self._pipeline = Pipeline(
+                _base(self.model),
+                self._chunk_config,
+                self._stages,
+                group=groups[self._replica],
+                replicas=DeviceMesh.from_group(of_stage, args.device.type) if replicas > 1 else None,
+                shards_weights=args.pipeline_shard_weights,
+                forwards_ahead=args.pipeline_forwards_ahead,
+            )
+        return self._pipeline
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """All ranks of a replica get the same."""
+        values = self.order.values
+        sampler = PipelineBatchSampler(
+            sample_lengths(self.train_dataset),
+            batch_sequences=values["batch_sequences"],
+            num_replicas=self._num_replicas,
+            replica=self._replica,
+            seed=values["seed"],
+            shuffle=values["sampling"] == "random",
+        )
+        return self._loader(self.train_dataset, sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        size, count = int(self.args.per_device_eval_batch_size), len(dataset)
+        batches = [tuple(range(start, min(start + size, count))) for start in range(0, count, size)]
+        return self._loader(dataset, [[batch] for batch in batches[self._replica :: self._num_replicas]])
+
+    def _loader(self, dataset: Dataset, sampler: Any) -> DataLoader[Any]:
+        args = self.args
+        loader: DataLoader[Any] = DataLoaderShard(
+            StreamSamples(dataset),
+            batch_sampler=sampler,
+            collate_fn=_only,
+            num_workers=args.dataloader_num_workers,
+            worker_init_fn=partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+        )
+        return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Samples], num_batches: int, device: torch.device
+    ) -> tuple[list[Samples], None]:
+        """The pipeline counts the supervised tokens itself."""
+        return list(islice(epoch_iterator, num_batches)), None
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of the whole batch. The loss is that of all replicas, on every rank."""
+        model.train()
+        samples = inputs or [_NOTHING]
+        with self.accelerator.autocast():
+            loss = self.pipeline.step(samples)
+        if self._stage == 0 and self.tokens is not None:
+            self.tokens.add([len(sample["input_ids"]) for sample in inputs])
+        return loss.detach()
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The loss alone."""
+        samples: Any = dataloader.dataset
+        with self.accelerator.autocast():
+            loss = evaluate(self.pipeline, list(dataloader))
+        return EvalLoopOutput(
+            predictions=None,  # type: ignore[arg-type]
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_loss": loss},
+            num_samples=len(samples),
+        )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Of this stage."""
+        return int(super().floating_point_ops(_tokens(inputs)))
+
+    def _track_num_input_tokens(self, inputs: Samples) -> None:
+        super()._track_num_input_tokens(_tokens(inputs if self._stage == 0 else []))  # type: ignore[no-untyped-call]
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer is made of the parameters of this rank's stage."""
+        assert self.pipeline.stage is not None
+        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.pipeline.stage
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return clip_grad_norm(self.pipeline, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
+        return clip_grad_norm(self.pipeline, float("inf")) if grad_norm is None else grad_norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The whole model, by rank 0. Collective."""
+        assert self.model is not None
+        whole = whole_state_dict(self.pipeline, self.model)
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=whole)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Each rank its own."""
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        os.makedirs(output_dir, exist_ok=True)
+        state = self.optimizer.state_dict()
+        local = {
+            number: {name: _local(x) for name, x in values.items()}
+            for number, values in state["state"].items()
+        }
+        torch.save({**state, "state": local}, self._optimizer_file(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        state = torch.load(self._optimizer_file(checkpoint), map_location="cpu", weights_only=True)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            values = state["state"].get(number, {})
+            values.update({name: _like(x, parameter) for name, x in values.items()})
+        self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _optimizer_file(self, folder: str) -> Path:
+        return Path(folder) / f"optimizer_rank{self.args.process_index}.pt"
+
+
+class PipelineBatchSampler(BatchSampler):
+    """Global batches of an epoch; yields the share of one replica, as one index of `StreamSamples`.
+
+    The longest sequences are dealt out first. What is yielded follows from the epoch alone.
+    """
+
+    batch_size = 1  # accelerate: an item is whole, none is cut to even out the last one
+    drop_last = False
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        batch_sequences: int,
+        num_replicas: int,
+        replica: int,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        self._lengths = list(lengths)
+        self._batch_sequences = batch_sequences
+        self._num_replicas, self._replica = num_replicas, replica
+        self._seed, self._shuffle, self._epoch = seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self._lengths) // self._batch_sequences)
+
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:  # type: ignore[override]  # indices of one batch
+        order = list(range(len(self._lengths)))
+        if self._shuffle:
+            generator = torch.Generator().manual_seed(self._seed + self._epoch)
+            order = torch.randperm(len(order), generator=generator).tolist()
+        for start in range(0, len(order), self._batch_sequences):
+            batch = order[start : start + self._batch_sequences]
+            batch.sort(key=lambda index: (-self._lengths[index], index))
+            yield [tuple(batch[self._replica :: self._num_replicas])]
+
+
+class PipelineTokens:
+    """What `TokenCounter` counts, told by the trainer: a stage's decoder is called once a cell."""
+
+    def __init__(self, flops: StepFlops) -> None:
+        self.flops = flops
+        self._sums = [0] * (1 + len(flops.per_pair))
+
+    def add(self, lengths: Sequence[int]) -> None:
+        windows = [window for window, _ in self.flops.per_pair]
+        counts = [sum(lengths), *(sum(num_pairs(length, window) for length in lengths) for window in windows)]
+        self._sums = [total + own for total, own in zip(self._sums, counts, strict=True)]
+
+    def take(self) -> list[int]:
+        """The counts since the last call."""
+        sums, self._sums = self._sums, [0] * len(self._sums)
+        return sums
+
+    def remove(self) -> None:
+        """There is no hook to be removed."""
+
+
+def _cut(model: Any, num_stages: int) -> tuple[range, ...]:
+    """By weights: FLOPs of a token go by them."""
+    _, _, layers = find_layers(model)
+    costs = [float(sum(p.numel() for p in layer.parameters())) for layer in layers]
+    return cut_stages(costs, num_stages, head_cost=float(model.get_output_embeddings().weight.numel()))
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _only(items: list[Samples]) -> Samples:
+    (samples,) = items
+    return samples
+
+
+def _tokens(samples: Samples) -> dict[str, Tensor]:
+    ids = torch.tensor([token for sample in samples for token in sample["input_ids"]], dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _local(x: Any) -> Any:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _like(x: Any, parameter: Tensor) -> Any:
+    """A rank's part of an optimizer's state, as the parameter's other parts expect it."""
+    if not isinstance(parameter, DTensor) or not isinstance(x, Tensor) or x.ndim == 0:
+        return x
+    own = x.to(parameter.to_local().device)
+    return DTensor.from_local(
+        own,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -1,0 +1,85 @@
+"""What the options of a pipeline exclude."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chunkdist.config import ChunkConfig
+from chunkdist.sharding.launch import launcher_wants_fsdp, num_launched_ranks
+
+if TYPE_CHECKING:
+    from chunkdist.integrations.arguments import TrainingOptions
+
+
+def check_pipeline(options: TrainingOptions, chunk_config: ChunkConfig | None) -> None:
+    """Refuses options that a pipeline would ignore or contradict.
+
+    Raises:
+        ValueError: one of them is set, or the ranks cannot be cut into pipelines.
+    """
+    training, chunk, model = options.training, options.chunk, options.model
+    stages = training.pipeline_stages
+    if stages < 1:
+        raise ValueError(f"pipeline_stages={stages}: write at least 1")
+    if stages == 1:
+        for name, default in (("pipeline_shard_weights", False), ("pipeline_forwards_ahead", 1)):
+            if getattr(training, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(training, name)} with pipeline_stages=1 would be ignored: write the "
+                    "number of stages"
+                )
+        return
+    ranks = num_launched_ranks()
+    if ranks % stages:
+        raise ValueError(
+            f"pipeline_stages={stages} with {ranks} rank(s): start a multiple of {stages} "
+            f"(torchrun --nproc_per_node {stages})"
+        )
+    if training.pipeline_forwards_ahead < 1:
+        raise ValueError(f"pipeline_forwards_ahead={training.pipeline_forwards_ahead}: write at least 1")
+    if training.pipeline_shard_weights and ranks == stages:
+        raise ValueError(
+            f"pipeline_shard_weights=True with {ranks} ranks in {stages} stages: there is one replica, and "
+            f"nobody to share weights with; start {2 * stages} ranks or more, or leave it out"
+        )
+    refused = {
+        "chunk_method": chunk_config is None or chunk_config.sampler is not None,
+        "retained_chunks": chunk_config is not None and chunk_config.retained_chunks == "auto",
+        "layers_per_group": chunk.layers_per_group != "1",
+        "chunk_packing": chunk.chunk_packing,
+        "chunk_offload": chunk.chunk_offload not in ("none", "auto"),
+        "chunk_rebuild_kv": chunk.chunk_rebuild_kv == "true",
+        "load_in_4bit": model.load_in_4bit,
+        "load_in_8bit": model.load_in_8bit,
+        "deepspeed": bool(training.deepspeed),
+        "fsdp": bool(training.fsdp) or launcher_wants_fsdp(),
+        "fp16": training.fp16,
+        "packing": training.packing,
+        "padding_free": training.padding_free,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps > 1,
+        "dataloader_drop_last": training.dataloader_drop_last,
+        "load_best_model_at_end": training.load_best_model_at_end,
+        "auto_find_batch_size": training.auto_find_batch_size,
+        "ignore_data_skip": training.ignore_data_skip,
+        "torch_compile": training.torch_compile,
+        "neftune_noise_alpha": training.neftune_noise_alpha is not None,
+        "train_sampling_strategy": training.train_sampling_strategy not in ("random", "sequential"),
+    }
+    for name in (name for name, is_set in refused.items() if is_set):
+        value = next((getattr(part, name) for part in (chunk, training, model) if hasattr(part, name)), None)
+        raise ValueError(f"{name}={value} with pipeline_stages={stages}: {_INSTEAD.get(name, _PLAIN)}")
+
+
+_PLAIN = "a pipeline has no such thing; leave it out"
+_INSTEAD = {
+    "chunk_method": "a pipeline backpropagates every chunk; write chunk_method: seco",
+    "retained_chunks": "a pipeline has no choice of its own; write a number",
+    "layers_per_group": "all layers of a stage are one group; leave it out",
+    "chunk_packing": "sequences share chunks anyway; leave it out",
+    "packing": "sequences share chunks anyway; leave it out",
+    "fsdp": "write pipeline_shard_weights: true, and launch without FSDP",
+    "gradient_accumulation_steps": "a step runs all its sequences, and more of them leave a smaller bubble; "
+    "write 1, and a larger per_device_train_batch_size",
+    "fp16": "no stage knows when another one's gradients overflow; write bf16: true",
+    "train_sampling_strategy": "write random or sequential",
+}

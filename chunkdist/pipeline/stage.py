@@ -1,0 +1,252 @@
+"""A stage of a causal LM: the model itself, with the layers of other stages emptied.
+
+No code for any particular model: a stage calls the whole model's forward on one chunk. The layers of other
+stages pass on what they get; the stage's first layer takes what the stage before has sent, in the place of
+what the model made of it; its last one ends the forward. Names of parameters and modules stay.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from chunkdist.attention.function import LAYER_ATTRIBUTE, Cell, LayerState
+from chunkdist.config import ChunkConfig
+from chunkdist.context import ChunkContext
+from chunkdist.errors import UnsupportedModelError
+from chunkdist.group_layer import GroupLayer
+from chunkdist.kv_store import KVStore
+from chunkdist.layer_arguments import LayerSignature, refuse_arguments
+from chunkdist.lazy_logits import lazy_logits
+from chunkdist.model_layers import configs_of, find_layers, layer_states, refuse_known
+from chunkdist.modeling import _HANDLE
+from chunkdist.parameters import GroupParameters
+from chunkdist.pipeline.cell import LayerStores, StageCell
+from chunkdist.probe import LayerProbe, is_known
+from chunkdist.replay import undisturbed_rng
+from chunkdist.schedule import Chunk, Stream
+from chunkdist.state_relay import StateStore
+
+
+class StageOutput(Exception):
+    """Ends the forward of a model behind the stage's last layer, and carries the hidden states (1, C, H)."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class ModelStage(nn.Module):
+    """Takes a model for its own: parameters of other stages are let go.
+
+    Args:
+        model: A causal LM of transformers, in which PEFT may have put its adapters.
+        layers: Indices of the stage's layers, out of `cut_stages`.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: ChunkConfig, layers: range) -> None:
+        super().__init__()
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"{type(model).__name__} is not a transformers model: pass the causal LM itself, of PEFT "
+                "its get_base_model()"
+            )
+        if _HANDLE in model.__dict__:
+            raise ValueError("the model is chunked already: call unchunk_model(model) first")
+        entries, decoder, all_layers = find_layers(model)
+        refuse_known(model, entries[-1], all_layers)
+        if not layers or layers.start < 0 or layers.stop > len(all_layers):
+            raise ValueError(
+                f"layers={layers}, but the model has {len(all_layers)}: pass a part of cut_stages"
+            )
+        self.model = model
+        self.is_first, self.is_last = layers.start == 0, layers.stop == len(all_layers)
+        self.losses: list[Tensor] = []
+        """Of the micro-batches of the step, in the order of their backwards; on the last stage."""
+        self.parameters_of_step: GroupParameters
+        self._config = config
+        states = layer_states(model.config.get_text_config(), all_layers)
+        self.has_state = any(state.relays for state in states)
+        """Whether layers keep state other than keys and values: then sequences do not share chunks."""
+        self._probe = LayerProbe() if self.has_state and not is_known(type(model)) else None
+        self._context = ChunkContext(config, configs_of([*entries, decoder, *all_layers]))
+        self._cell: StageCell | None = None
+        self._layers: list[GroupLayer] = []
+        self._knows_form = False
+        self._knows_arguments = self.is_first
+        self._seen: list[dict[str, Any]] | None = None
+        """What layers are called with, in a pass that does nothing but look at it."""
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.is_tied = head.weight is embeddings.weight
+        self.hidden_dtype: torch.dtype = embeddings.weight.dtype  # type: ignore[assignment]
+        self.hidden_size: int = model.config.get_text_config().hidden_size
+        for index, layer in enumerate(all_layers):
+            if index in layers:
+                self._take(layer, states[index], index == layers.stop - 1)
+            else:
+                _empty(layer)
+                layer.__dict__["forward"] = partial(self._pass_on, LayerSignature(layer))
+        if not self.is_first:
+            _empty(embeddings)
+        if not self.is_last:
+            _empty(head)
+            for name, module in decoder.named_children():
+                if "norm" in type(module).__name__.lower() or "norm" in name.lower():
+                    _empty(module)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Of this stage."""
+        return [layer.layer for layer in self._layers]
+
+    def new_stores(self, tokens: Chunk) -> list[LayerStores]:
+        """For one dependent run."""
+        return [self._new_store(tokens) for _ in self._layers]
+
+    def _new_store(self, tokens: Chunk) -> LayerStores:
+        return LayerStores(KVStore(tokens, self._config.kv_grad_dtype), StateStore())
+
+    def begin_step(self) -> None:
+        self.losses = []
+        self.parameters_of_step = GroupParameters([self.model])
+
+    def run_layers(self, cell: StageCell) -> Tensor:
+        """The stage's layers on a chunk; on the first stage, what comes before them as well."""
+        inputs = cell.model_inputs
+        tokens = {"input_ids": inputs["input_ids"]} if cell.hidden is None else {"inputs_embeds": cell.hidden}
+        if not self._knows_arguments:
+            self._check_arguments(cell)
+        try:
+            self._call(cell, **tokens)
+        except StageOutput as output:
+            return output.hidden
+        raise UnsupportedModelError("the decoder did not call the last layer of the stage")
+
+    def run_head(self, cell: StageCell) -> Tensor:
+        """The loss of a chunk whose layers have run: what comes behind them, from `cell.result`."""
+        assert cell.result is not None
+        labels = cell.model_inputs["shift_labels"]
+        with lazy_logits(self.model):
+            output = self._call(
+                cell,
+                inputs_embeds=cell.result,
+                labels=labels,
+                shift_labels=labels,
+                num_items_in_batch=cell.model_inputs["num_items"],
+            )
+        loss: Tensor = output.loss
+        return loss
+
+    def _check_arguments(self, cell: StageCell) -> None:
+        """Raises where layers are given something made of the tokens beside the hidden states: no stage but
+        the first has the tokens."""
+        assert cell.hidden is not None
+        found = []
+        with torch.no_grad(), undisturbed_rng(cell.hidden):
+            for hidden in (cell.hidden, torch.randn_like(cell.hidden)):
+                self._seen = []
+                try:
+                    self._call(cell, inputs_embeds=hidden)
+                except StageOutput:
+                    found.append(self._seen)
+                finally:
+                    self._seen = None
+        for first, second in zip(*found, strict=True):
+            names = [name for name in first if not _equal(first[name], second[name])]
+            if names:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} passes its layers {', '.join(names)}, made of the tokens: "
+                    "only the first stage of a pipeline has them"
+                )
+        self._knows_arguments = True
+
+    def _call(self, cell: StageCell, **arguments: Any) -> Any:
+        before, self._cell = self._cell, cell
+        try:
+            with self._context.attention_installed():
+                positions = cell.model_inputs["position_ids"]
+                return self.model(position_ids=positions, use_cache=False, **arguments)
+        finally:
+            self._cell = before
+
+    def _take(self, layer: nn.Module, state: LayerState, is_last: bool) -> None:
+        for submodule in layer.modules():
+            submodule.__dict__[LAYER_ATTRIBUTE] = state
+        own = GroupLayer(layer, state)
+        layer.__dict__["forward"] = partial(self._run, own, len(self._layers), is_last)
+        self._layers.append(own)
+
+    def _run(self, layer: GroupLayer, position: int, is_last: bool, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a layer of this stage."""
+        cell = self._running()
+        hidden, arguments = layer.signature.bind(args, kwargs)
+        refuse_arguments(layer.layer, hidden, arguments, _alone(cell.chunk))
+        if self._seen is not None:
+            self._seen.append(arguments)
+            if is_last:
+                raise StageOutput(hidden)
+            return self._layers[0].wrap(hidden)
+        if cell.result is not None:
+            return layer.wrap(cell.result)
+        if position == 0 and cell.hidden is not None:
+            hidden = cell.hidden  # some decoders scale what they get as embeddings
+        if self._probe is not None:
+            self._probe.check(layer, hidden, arguments, _alone(cell.chunk))
+        own = self._cell_of(layer, cell.chunk, cell.stream, cell.stores[position])
+        output = layer.run(own, hidden, arguments)
+        if own.relay is not None:
+            cell.relays.append(own.relay)
+        if is_last:
+            raise StageOutput(output)
+        return layer.wrap(output)
+
+    def _pass_on(self, signature: LayerSignature, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a layer of another stage."""
+        hidden, arguments = signature.bind(args, kwargs)
+        if not self._knows_form:
+            self._learn_form(hidden, arguments)
+        return self._layers[0].wrap(hidden)
+
+    def _learn_form(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """Runs the stage's first layer, to see whether layers return a tensor or a tuple."""
+        stream = _alone(self._running().chunk)
+        (chunk,) = stream.chunks
+        own = self._cell_of(self._layers[0], chunk, stream, self._new_store(chunk))
+        with torch.no_grad(), undisturbed_rng(hidden):
+            self._layers[0].run(own, hidden, arguments)
+        self._knows_form = True
+
+    def _cell_of(self, layer: GroupLayer, chunk: Chunk, stream: Stream, stores: LayerStores) -> Cell:
+        relay = None if layer.cache_argument is None else stores.states.relay(chunk)
+        return Cell(chunk, stream, stores.kv, self._context.attention, relay=relay)
+
+    def _running(self) -> StageCell:
+        if self._cell is None:
+            raise UnsupportedModelError("a layer was called by something else than its stage of the pipeline")
+        return self._cell
+
+
+def _alone(chunk: Chunk) -> Stream:
+    """A stream of as many tokens."""
+    own = Chunk(0, chunk.num_tokens)
+    return Stream(num_tokens=own.end, chunks=(own,), segment_starts=((0,),))
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Of what a layer is called with; of objects, only that they are of one type."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
+        return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
+    return type(first) is type(second)
+
+
+def _empty(module: nn.Module | None) -> None:
+    """Lets the parameters go; modules and their names stay."""
+    for submodule in () if module is None else module.modules():
+        for name in submodule._parameters:
+            submodule._parameters[name] = None

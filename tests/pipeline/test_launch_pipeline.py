@@ -1,0 +1,172 @@
+"""`launchers/train.py` with `pipeline_stages`: losses of one process, files that load, runs that go on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from tests.distributed.launched import save_initial_model
+from tests.distributed.ranks import Ranks
+from tests.pipeline.launched_pipeline import (
+    Failure,
+    arguments_of,
+    launch,
+    launch_and_fail,
+    log_history,
+    records,
+)
+from tests.tiny_run import TEXTS, make_model_folder
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+
+ROWS = TEXTS * 3
+OPTIONS: dict[str, Any] = {
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "dataset_test_split": "train",
+    "per_device_eval_batch_size": 1,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 0.5,
+    "chunk_check": False,
+    "seed": 5,
+}
+LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0}
+FIGURES = ("loss", "grad_norm", "learning_rate", "num_tokens_seen")
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[Ranks]:
+    ranks = Ranks(1)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_model_folder(tmp_path_factory.mktemp("pipeline") / "model", num_hidden_layers=3)
+    save_initial_model(folder)
+    return folder
+
+
+def folder_of(model: Path, folder: Path) -> Path:
+    folder.mkdir()
+    shutil.copytree(model, folder / "model")
+    return folder
+
+
+def run(ranks: Ranks, folder: Path, **options: Any) -> list[tuple[float, ...]]:
+    given = {"per_device_train_batch_size": 4 // ranks.num_ranks, **OPTIONS, **options}
+    for status, said in ranks.run(launch, arguments_of(folder, ROWS, **given)):
+        assert status == 0, said
+    return [tuple(row[name] for name in FIGURES) for row in records(folder) if "loss" in row]
+
+
+def losses_of_evaluations(folder: Path) -> list[float]:
+    found = [row["eval_loss"] for row in log_history(folder) if "eval_loss" in row]
+    assert len(found) == 2
+    return found
+
+
+def weights(folder: Path, *, lora: bool = False) -> dict[str, torch.Tensor]:
+    kind = AutoPeftModelForCausalLM if lora else AutoModelForCausalLM
+    return dict(kind.from_pretrained(folder / "out").state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "LoRA"])
+def test_two_stages_train_as_one_process_and_go_on_from_a_checkpoint(
+    model: Path, tmp_path: Path, one_rank: Ranks, two_ranks: Ranks, options: dict[str, Any]
+) -> None:
+    alone, piped = folder_of(model, tmp_path / "alone"), folder_of(model, tmp_path / "piped")
+    expected = run(one_rank, alone, **options)
+    found = run(two_ranks, piped, pipeline_stages=2, **options)
+    assert len(expected) == 4
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4)
+    assert losses_of_evaluations(piped) == pytest.approx(losses_of_evaluations(alone), rel=1e-5)
+    lora = bool(options)
+    whole, trained = weights(alone, lora=lora), weights(piped, lora=lora)
+    assert whole.keys() == trained.keys()
+    for name, x in whole.items():
+        torch.testing.assert_close(trained[name], x, rtol=1e-3, atol=1e-4, msg=name)
+    shutil.rmtree(piped / "out" / "checkpoint-4")
+    assert run(two_ranks, piped, pipeline_stages=2, resume_from_checkpoint=True, **options) == found
+    for name, x in weights(piped, lora=lora).items():
+        assert torch.equal(x, trained[name]), name
+
+
+def test_replicas_share_weights_and_go_on(
+    model: Path, tmp_path: Path, one_rank: Ranks, four_ranks: Ranks
+) -> None:
+    alone, piped = folder_of(model, tmp_path / "alone"), folder_of(model, tmp_path / "piped")
+    options = {"pipeline_stages": 2, "pipeline_shard_weights": True}
+    expected, found = run(one_rank, alone), run(four_ranks, piped, **options)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4)
+    assert losses_of_evaluations(piped) == pytest.approx(losses_of_evaluations(alone), rel=1e-5)
+    trained = weights(piped)
+    shutil.rmtree(piped / "out" / "checkpoint-4")
+    assert run(four_ranks, piped, resume_from_checkpoint=True, **options) == found
+    for name, x in weights(piped).items():
+        assert torch.equal(x, trained[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pipeline_stages": 3}, "pipeline_stages=3 with 2 rank(s): start a multiple of 3"),
+        ({"pipeline_stages": 0}, "pipeline_stages=0: write at least 1"),
+        ({"chunk_method": "spaco"}, "chunk_method=spaco with pipeline_stages=2: a pipeline backpropagates"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 with pipeline_stages=2: a step"),
+        ({"chunk_packing": True}, "chunk_packing=True with pipeline_stages=2: sequences share chunks"),
+        ({"pipeline_shard_weights": True}, "pipeline_shard_weights=True with 2 ranks in 2 stages"),
+        (
+            {"pipeline_stages": 1, "pipeline_forwards_ahead": 2},
+            "pipeline_forwards_ahead=2 with pipeline_stages=1",
+        ),
+        ({"retained_chunks": "auto"}, "retained_chunks=auto with pipeline_stages=2"),
+    ],
+    ids=str,
+)
+def test_options_that_exclude_a_pipeline_are_one_line(
+    model: Path, tmp_path: Path, two_ranks: Ranks, options: dict[str, Any], said: str
+) -> None:
+    folder = folder_of(model, tmp_path / "refused")
+    arguments = arguments_of(folder, ROWS, **{**OPTIONS, "pipeline_stages": 2, **options})
+    (status, lines), _ = two_ranks.run(launch, arguments)
+    assert status == 2
+    assert lines.splitlines()[-1].startswith(f"chunkdist: {said}")
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("raises", "rank 1 (stage 1 of replica 0) failed: ArithmeticError: planted"),
+        ("is killed", "rank 1 (stage 1 of replica 0) is gone"),
+        ("hangs", "rank 1 (stage 1 of replica 0) did not come to a collective within the timeout"),
+    ],
+)
+def test_a_stage_that_fails_ends_the_others_and_is_named(
+    model: Path, tmp_path: Path, how: Failure, named: str
+) -> None:
+    ranks = Ranks(2, may_die=(1,))
+    try:
+        folder = folder_of(model, tmp_path / "failed")
+        options = {**OPTIONS, "pipeline_stages": 2, "save_strategy": "no", "eval_strategy": "no"}
+        arguments = arguments_of(folder, ROWS, **options, ddp_timeout=4)
+        (said, seconds), died = ranks.run(launch_and_fail, how, arguments)
+    finally:
+        ranks.stop()
+    assert died is None
+    assert f"chunkdist: {named}" in said
+    assert seconds < 15
