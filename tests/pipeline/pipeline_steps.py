@@ -108,7 +108,7 @@ def probed_step(case: PipelineCase) -> tuple[StepResult, int]:
         patch.setattr(stage, "is_known", lambda model_class: False)
         result = pipeline_step(case)
     (probe,) = made
-    return result, len(probe._passed)
+    return result, len(probe.passed)
 
 
 def unsupported() -> dict[str, str]:
