@@ -104,7 +104,7 @@ def _preview(arguments: argparse.Namespace, options_given: list[str]) -> int:
         raise ValueError("chunk_method=none has no chunks to show: write seco")
     console = Console(highlight=False)
     tokenizer: Any = trainer.processing_class
-    sizes = {"chunk_size": int(config.chunk_size), "max_segment_tokens": arguments.tokens}
+    sizes = {"chunk_size": int(config.without_auto().chunk_size), "max_segment_tokens": arguments.tokens}
     for title, samples in first_streams(trainer, arguments.streams, num_ranks=arguments.num_ranks):
         for line in render(title, samples, tokenizer, **sizes):
             console.print(line)
