@@ -33,7 +33,9 @@ class ChunkConfig:
             gradients.
         kv_grad_dtype: Dtype in which the gradients of keys and values are summed over the chunks that read
             them; never narrower than the keys and values themselves. `None`: their own dtype.
-        offload: Where group inputs and K/V wait for the backward.
+        offload: Where the input of groups, K/V that are not rebuilt, and states wait for the backward:
+            `"none"`: on the device; `"host"`: in host memory, but for the last group's. `"auto"`: on the host
+            where they must, as for `chunk_size`.
         attention: The attention backend. `"auto"` takes the fastest that can do what the layer asks for.
         rebuild_kv: Whether K/V are rebuilt in the backward (by the layer's norm and projections) instead of
             being kept from the forward. `"auto"`: rebuilt when a group is one layer and no chunk is retained,
@@ -44,7 +46,6 @@ class ChunkConfig:
 
     Raises:
         ValueError: a value is out of its range, or two values exclude each other.
-        NotImplementedError: a value is part of the design but not built yet.
     """
 
     chunk_size: int | Literal["auto"]
@@ -58,15 +59,13 @@ class ChunkConfig:
     control_variate: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.offload in ("host", "auto"):
-            raise NotImplementedError(f"offload={self.offload!r} is not built yet: write offload='none'")
         if self.chunk_size != "auto":
             _check_count("chunk_size", self.chunk_size, minimum=1, others=" or 'auto'")
         if self.layers_per_group not in ("all", "auto"):
             _check_count("layers_per_group", self.layers_per_group, minimum=1, others=", 'all' or 'auto'")
         if self.retained_chunks != "auto":
             _check_count("retained_chunks", self.retained_chunks, minimum=0, others=" or 'auto'")
-        if self.offload != "none":
+        if self.offload not in ("none", "host", "auto"):
             raise ValueError(f"offload={self.offload!r} is unknown: write 'none', 'host' or 'auto'")
         if self.attention not in ATTENTION_NAMES:
             raise ValueError(

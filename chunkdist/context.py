@@ -17,6 +17,7 @@ from chunkdist.attention import AttentionChoice
 from chunkdist.attention.function import ATTENTION_NAME
 from chunkdist.config import ChunkConfig
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.offload import HostMemory
 from chunkdist.packed_models import refuse_segments
 from chunkdist.sampling import ChunkSample
 from chunkdist.schedule import Stream
@@ -52,6 +53,8 @@ class ChunkContext:
         self.has_state = has_state
         self.probe = probe
         self.attention = AttentionChoice(config.attention)
+        self.host = HostMemory() if self.config.offload == "host" else None
+        """Where group inputs, K/V and states wait for the backward."""
         self.stream: Stream | None = None
         """The tokens of the forward that runs; `None` outside of one, and in one that is not chunked."""
         self.open_run: GroupRun | None = None
@@ -67,6 +70,8 @@ class ChunkContext:
     def resolve(self, config: ChunkConfig, reason: str) -> None:
         """Puts what was chosen in the place of `"auto"`."""
         self.config, self.reason = config.without_auto(), reason
+        if config.offload == "host" and self.host is None:
+            self.host = HostMemory()
 
     def retained_chunks(self, stream: Stream) -> range:
         """Indices of the chunks that keep their graphs."""

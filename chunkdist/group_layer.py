@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from chunkdist.attention.function import Cell, LayerState
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.kv_store import KVStore
 from chunkdist.layer_arguments import SEGMENT_ARGUMENTS, LayerSignature
-from chunkdist.state_relay import StateKey
+from chunkdist.schedule import Chunk, Stream
+from chunkdist.state_relay import StateKey, StateStore
 
 if TYPE_CHECKING:
     from chunkdist.layer_group import LayerGroup
@@ -46,6 +48,21 @@ class GroupLayer:
         if self.state is None and (arguments or hidden.ndim != 3):
             return self.original_forward(*args, **kwargs)
         return self.group.call(self, hidden, arguments)
+
+    def cell(
+        self,
+        chunk: Chunk,
+        stream: Stream,
+        store: KVStore | None,
+        states: StateStore,
+        *,
+        stop_at_kv: bool = False,
+    ) -> Cell | None:
+        """The layer's part of a cell; `None` for modules that treat each token alone."""
+        if self.state is None:
+            return None
+        relay = None if self.cache_argument is None else states.relay(chunk)
+        return Cell(chunk, stream, store, self.group.context.attention, stop_at_kv, relay)
 
     def run(self, cell: Cell | None, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The layer itself on one chunk (B, T, H)."""

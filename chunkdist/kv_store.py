@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from chunkdist.offload import HostMemory, HostTensor
 from chunkdist.schedule import Chunk
 
 
@@ -22,6 +23,8 @@ class KVStore:
         self._tokens = tokens
         self._grad_dtype = grad_dtype
         self._kv: tuple[Tensor, Tensor] | None = None
+        self._on_host: list[tuple[Chunk, HostTensor, HostTensor]] = []
+        self._arriving: list[HostTensor] = []
         self._grads: tuple[Tensor, Tensor] | None = None
         self._unweighted: tuple[Tensor, Tensor] | None = None
         self._relays: dict[Chunk, list[tuple[Chunk, float]]] = {}
@@ -47,14 +50,46 @@ class KVStore:
         """Stores the chunk's own keys and values."""
         if self._kv is None:
             self._kv = self._new_buffer(k_BTKD), self._new_buffer(v_BTKD)
+        self._arrive()
         for buffer, x in zip(self._kv, (k_BTKD, v_BTKD), strict=True):
             self._part(buffer, chunk.start, chunk.end).copy_(x)
 
     def read(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Views (end - start, K, D) of one row's keys and values."""
         assert self._kv is not None, "read before the first write"
+        self._arrive()
         k, v = self._kv
         return self._part(k, start, end)[row], self._part(v, start, end)[row]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values, of all rows; 0 before the first write."""
+        return 0 if self._kv is None else sum(x[:, :1].nbytes for x in self._kv)
+
+    def send(self, chunk: Chunk, host: HostMemory) -> None:
+        """Begins to copy the chunk's keys and values to the host."""
+        if self._kv is not None:
+            k, v = (host.put(self._part(buffer, chunk.start, chunk.end)) for buffer in self._kv)
+            self._on_host.append((chunk, k, v))
+
+    def leave_device(self) -> None:
+        """Once the copies of all chunks are done: lets go of keys and values, until `come_back`."""
+        self._kv = None
+
+    def come_back(self) -> None:
+        """Begins to copy what was sent back; the first `read` or `write` waits for it."""
+        if not self._on_host:
+            return
+        self._kv = tuple(  # type: ignore[assignment]
+            torch.empty((x.shape[0], self._tokens.num_tokens, *x.shape[2:]), dtype=x.dtype, device=x.device)
+            for x in self._on_host[0][1:]
+        )
+        assert self._kv is not None
+        for chunk, *parts in self._on_host:
+            for buffer, part in zip(self._kv, parts, strict=True):
+                part.start(into=self._part(buffer, chunk.start, chunk.end))
+                self._arriving.append(part)
+        self._on_host = []
 
     @contextmanager
     def grads_from(self, reader: Chunk, row: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -95,6 +130,11 @@ class KVStore:
             self._part(total, chunk.start, chunk.end) - self._part(weighted, chunk.start, chunk.end)
             for total, weighted in zip(self._unweighted, self._grads, strict=True)
         )
+
+    def _arrive(self) -> None:
+        for part in self._arriving:
+            part.get()
+        self._arriving = []
 
     def _part(self, buffer: Tensor, start: int, end: int) -> Tensor:
         return buffer[:, start - self._tokens.start : end - self._tokens.start]

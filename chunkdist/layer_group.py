@@ -5,7 +5,7 @@ turned inside out: not a training loop with a backward per chunk, but one forwar
 inside is the loop.
 
 - forward: chunks ascending, without a graph; each layer's K and V are appended to its store. The group's
-  input is kept.
+  input is kept, on the host if so configured.
 - backward: chunks descending; each is run again with a graph, and its gradient goes to the group's input, to
   the parameters, and to the K and V of the chunks before it.
 
@@ -22,15 +22,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from chunkdist.attention.function import Cell, KeysAndValues
+from chunkdist.attention.function import KeysAndValues
 from chunkdist.cell_graph import CellGraph
 from chunkdist.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
-from chunkdist.group_input import GroupInput, tokens_of
+from chunkdist.group_input import GroupInput, Hidden, tokens_of
 from chunkdist.group_layer import GroupLayer
+from chunkdist.kept import Kept
 from chunkdist.kv_store import KVStore
 from chunkdist.layer_arguments import refuse_arguments, slice_tokens
 from chunkdist.parameters import GroupParameters
+from chunkdist.projected import projected_parts
 from chunkdist.replay import AutocastState, RngState, undisturbed_rng
 from chunkdist.schedule import Chunk, Stream
 from chunkdist.sharding import zero3
@@ -48,6 +50,8 @@ class LayerGroup:
         self.attends = any(layer.state is not None for layer in layers)
         self.is_last = False
         """Whether these are the last decoder layers."""
+        self.num_above = 0
+        """Groups of decoder layers that run after this one."""
         for layer in layers:
             layer.group = self
 
@@ -91,14 +95,12 @@ class GroupRun:
         self._input = GroupInput(len(modules))
         self._stores: list[KVStore | None] = []
         """By layer, of the dependent run at hand."""
-        self._kept_stores: dict[range, list[KVStore | None]] = {}
-        """Of the runs whose K/V wait for the backward."""
         self._rng: list[RngState] = []
         self._autocast: AutocastState
         self._sample = group.context.sample
         self._retained: dict[int, CellGraph] = {}
         """By chunk index, of the cells whose graph is kept."""
-        self._states = [StateStore() for _ in group.layers]
+        self.kept = Kept(stream, len(modules), group.context, group.num_above)
 
     def add(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Records one layer's arguments; all layers must get the same hidden states."""
@@ -110,6 +112,7 @@ class GroupRun:
             return self._call(hidden)
         finally:
             self.units.release()
+            self.kept.settle()
 
     def _call(self, hidden: Tensor) -> Tensor:
         self._input.release()
@@ -130,7 +133,7 @@ class GroupRun:
         token = Chunk(0, 1)
         stream = Stream(num_tokens=1, chunks=(token,), segment_starts=((0,),) * hidden.shape[0])
         with torch.no_grad(), undisturbed_rng(hidden):
-            cell = self._cell(layer, token, stream, self._new_store(layer, token), StateStore())
+            cell = layer.cell(token, stream, self._new_store(layer, token), StateStore())
             layer.run(
                 cell,
                 tokens_of(hidden, token),
@@ -141,14 +144,14 @@ class GroupRun:
         """Runs all chunks without a graph, but those of the indices `retained`. (B, T, H) to (B, T, H)."""
         chunks = self.stream.chunks
         self._autocast = AutocastState.capture(hidden.device.type)
-        self._kept_stores, runs = {}, {run.start: run for run in self.stream.runs()}
+        runs = {run.start: run for run in self.stream.runs()}
         output = None
         for index, chunk in enumerate(chunks):
             self._rng.append(RngState.capture(hidden))
             if (run := runs.get(index)) is not None:
                 self._begin_run(run)
                 if len(run) > 1 and not self.group.context.config.rebuilds_kv:
-                    self._kept_stores[run] = self._stores  # one chunk alone stores its own again when rerun
+                    self.kept.keep(run, self._stores)  # one chunk alone stores its own again when rerun
             if index in retained:
                 part, relays = self._retain(index, hidden)
             else:
@@ -158,6 +161,8 @@ class GroupRun:
                     relay.hand_on()
                 if not for_backward:
                     relay.forget()
+            if for_backward:
+                self.kept.send(index, hidden, retained)
             if len(chunks) == 1:
                 output = part
                 break
@@ -169,36 +174,45 @@ class GroupRun:
         self.parameters.release()
         return output
 
-    def backward(self, hidden: Tensor, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, hidden: Hidden, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states and of each trainable parameter."""
         self.units.gather()
         self.parameters.restore()
         weights = self._chunk_weights(grad_output)
         kept = [index for index, weight in enumerate(weights) if weight]
-        grad_hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
-        with undisturbed_rng(hidden), self.group.context.attention_installed():
+        zeros = grad_output.new_zeros
+        grad_hidden = zeros(hidden.shape, dtype=hidden.dtype) if hidden.requires_grad else None
+        with (
+            undisturbed_rng(grad_output),
+            self.group.context.attention_installed(),
+            self.kept.read_back(hidden, kept, rebuild=self.group.attends and self._sample is None),
+        ):
             for run in reversed(self.stream.runs()):
-                self._stores = self._kept_stores.pop(run, [])
+                self._stores = self.kept.take_stores(run)
                 if not self._stores:
                     self._rebuild_kv(hidden, kept, run)
                 self._weigh_relays()
+                variates = {}
+                if self._sample is not None and self.group.context.config.uses_control_variate:
+                    parts = projected_parts(self.stream, run, kept, self._rng, between_kept=True)
+                    variates = {part[-1]: part for part in parts}
                 for index in reversed(run):
-                    self._backward_cell(index, hidden, grad_output, grad_hidden, weights[index], kept)
+                    if (part := variates.get(index)) is not None:
+                        self._add_control_variate(part, hidden)
+                    self._backward_cell(index, hidden, grad_output, grad_hidden, weights[index])
         self._stores = []
         return grad_hidden, *self.parameters.take_grads(unused_as_zeros=self._sample is not None)
 
     def _backward_cell(
         self,
         index: int,
-        hidden: Tensor,
+        hidden: Hidden,
         grad_output: Tensor,
         grad_hidden: Tensor | None,
         weight: float,
-        kept: list[int],
     ) -> None:
-        """Adds what comes back through one chunk, `kept` being the chunks that are backpropagated."""
+        """Adds what comes back through one chunk."""
         chunk = self.stream.chunks[index]
-        self._add_control_variate(index, hidden, kept)
         cell = self._retained.pop(index, None)
         if not weight:
             return
@@ -228,35 +242,36 @@ class GroupRun:
                     keep_unweighted=self.group.context.config.uses_control_variate,
                 )
 
-    def _add_control_variate(self, index: int, hidden: Tensor, kept: list[int]) -> None:
-        """What the weights have left out of the chunk's K/V gradient reaches the parameters of the norm and
-        the k/v projections without a rerun of the chunk. Its mean over the samples is 0."""
-        store = self._stores[0]
-        if self._sample is None or store is None or not self.stream.is_read_later(index, kept):
+    def _add_control_variate(self, part: range, hidden: Hidden) -> None:
+        """What the weights have left out of the K/V gradient of these chunks reaches the parameters of the
+        norm and the k/v projections without a rerun. Its mean over the samples is 0."""
+        if (store := self._stores[0]) is None:
             return
-        left_out = store.left_out_of(self.stream.chunks[index])
+        left_out = store.left_out_of(self._tokens_of(part))
         if not left_out:
             return
-        self._rng[index].restore()
         with torch.enable_grad(), self._autocast.apply(), self.parameters.aliased():
-            found = self._keys_and_values(index, hidden)
-        for x, grads in zip(found, left_out, strict=True):
-            if x.requires_grad:
-                torch.autograd.backward(x, grads.to(x.dtype), retain_graph=x is found[0])
+            found = self._keys_and_values(part, hidden)
+        pairs = [(x, grads.to(x.dtype)) for x, grads in zip(found, left_out, strict=True) if x.requires_grad]
+        if pairs:
+            torch.autograd.backward([x for x, _ in pairs], [grads for _, grads in pairs])
+
+    def _tokens_of(self, part: range) -> Chunk:
+        return Chunk(self.stream.chunks[part[0]].start, self.stream.chunks[part[-1]].end)
 
     def _retain(self, index: int, hidden: Tensor) -> tuple[Tensor, list[StateRelay]]:
         with torch.enable_grad(), self.parameters.saved_as_reference():
             cell = self._retained[index] = self._run_with_graph(index, hidden)
         return cell.output.detach(), cell.relays
 
-    def _rerun(self, index: int, hidden: Tensor) -> CellGraph:
+    def _rerun(self, index: int, hidden: Hidden) -> CellGraph:
         self._rng[index].restore()
         with torch.enable_grad(), self._autocast.apply():
             return self._run_with_graph(index, hidden)
 
-    def _run_with_graph(self, index: int, hidden: Tensor) -> CellGraph:
+    def _run_with_graph(self, index: int, hidden: Hidden) -> CellGraph:
         chunk = self.stream.chunks[index]
-        leaf = tokens_of(hidden, chunk).detach().requires_grad_(hidden.requires_grad)
+        leaf = self.kept.leaf(hidden, chunk)
         with self.parameters.aliased():
             return CellGraph(leaf, *self._run_layers(chunk, leaf))
 
@@ -266,73 +281,64 @@ class GroupRun:
         """The layers on one chunk, and the caches through which those with state have got theirs."""
         relays = []
         for layer, arguments, store, states in zip(
-            self.group.layers, self.arguments, self._stores, self._states, strict=True
+            self.group.layers, self.arguments, self._stores, self.kept.states, strict=True
         ):
-            cell = self._cell(layer, chunk, self.stream, store, states, stop_at_kv=stop_at_kv)
+            cell = layer.cell(chunk, self.stream, store, states, stop_at_kv=stop_at_kv)
             hidden = layer.run(cell, hidden, slice_tokens(arguments, chunk, self.stream.num_tokens))
             if cell is not None and cell.relay is not None:
                 relays.append(cell.relay)
         return hidden, relays
 
-    def _keys_and_values(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a one-layer group: runs a chunk up to its attention."""
-        chunk = self.stream.chunks[index]
+    def _keys_and_values(self, part: range, hidden: Hidden) -> tuple[Tensor, Tensor]:
+        """Of a one-layer group: runs chunks up to their attention."""
+        tokens = self._tokens_of(part)
+        self._rng[part[0]].restore()
         try:
-            self._run_layers(chunk, tokens_of(hidden, chunk).detach(), stop_at_kv=True)
+            self._run_layers(tokens, tokens_of(hidden, tokens).detach(), stop_at_kv=True)
         except KeysAndValues as found:
             return found.k_BTKD, found.v_BTKD
         raise AssertionError("the layer ran to its end without attending")
 
     def _begin_run(self, run: range) -> None:
         """New stores, for the keys and values of a dependent run: no other chunk reads them."""
-        tokens = Chunk(self.stream.chunks[run[0]].start, self.stream.chunks[run[-1]].end)
+        tokens = self._tokens_of(run)
         self._stores = [self._new_store(layer, tokens) for layer in self.group.layers]
 
-    def _rebuild_kv(self, hidden: Tensor, kept: list[int], run: range) -> None:
+    def _rebuild_kv(self, hidden: Hidden, kept: list[int], run: range) -> None:
         """Stores the keys and values that the run's chunks to be rerun read of other chunks; they store their
         own."""
         self._begin_run(run)
         if not self.group.attends:
             return
-        for index in run:
-            chunk = self.stream.chunks[index]
-            if not self.stream.is_read_later(index, kept):
-                continue
-            self._rng[index].restore()
-            with torch.no_grad(), self._autocast.apply():
-                if len(self.group.layers) > 1:
-                    self._run_layers(chunk, tokens_of(hidden, chunk))
+        one_layer = len(self.group.layers) == 1
+        if (
+            one_layer and self._sample is not None
+        ):  # else sizes stay those of the forward, and so does each bit
+            parts = projected_parts(self.stream, run, kept, self._rng, between_kept=False)
+        else:
+            parts = [range(i, i + 1) for i in run if self.stream.is_read_later(i, kept)]
+        with torch.no_grad(), self._autocast.apply():
+            for part in parts:
+                if not one_layer:
+                    self._rng[part[0]].restore()
+                    self._run_layers(chunk := self._tokens_of(part), tokens_of(hidden, chunk))
                 elif (store := self._stores[0]) is not None and self.group.layers[0].attends:
-                    store.write(chunk, *self._keys_and_values(index, hidden))
+                    store.write(self._tokens_of(part), *self._keys_and_values(part, hidden))
 
     def _new_store(self, layer: GroupLayer, tokens: Chunk) -> KVStore | None:
         return None if layer.state is None else KVStore(tokens, self.group.context.config.kv_grad_dtype)
-
-    def _cell(
-        self,
-        layer: GroupLayer,
-        chunk: Chunk,
-        stream: Stream,
-        store: KVStore | None,
-        states: StateStore,
-        *,
-        stop_at_kv: bool = False,
-    ) -> Cell | None:
-        if layer.state is None:
-            return None
-        relay = None if layer.cache_argument is None else states.relay(chunk)
-        return Cell(chunk, stream, store, self.group.context.attention, stop_at_kv, relay)
 
 
 class _GroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: GroupRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
         ctx.run = run
-        ctx.save_for_backward(hidden)
-        return run.forward(hidden, run.group.context.retained_chunks(run.stream))
+        output = run.forward(hidden, run.group.context.retained_chunks(run.stream))
+        ctx.save_for_backward(*run.kept.leave_device(hidden))
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden,) = ctx.saved_tensors
+        (hidden,) = ctx.saved_tensors or (ctx.run.kept.take_input(),)
         return None, *ctx.run.backward(hidden, grad_output)

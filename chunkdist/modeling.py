@@ -31,6 +31,7 @@ from chunkdist.memory.auto import resolve_auto
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.state_sizes import StateSizes, state_sizes
 from chunkdist.model_layers import configs_of, find_layers, layer_states, refuse_known
+from chunkdist.offload import HostMemory
 from chunkdist.probe import LayerProbe, is_known
 from chunkdist.sampling import SampleReport
 from chunkdist.sharding.zero3 import Zero3Layers
@@ -126,6 +127,15 @@ def layers_of(model: nn.Module) -> list[GroupLayer]:
     return [layer for group in _handle(_causal_lm(model)).groups for layer in group.layers]
 
 
+def host_memory(model: nn.Module) -> HostMemory | None:
+    """What holds the host memory of `offload="host"`; `None`: without it.
+
+    Raises:
+        ValueError: the model is not chunked.
+    """
+    return _handle(_causal_lm(model)).context.host
+
+
 def resolve_auto_values(model: nn.Module, *, activation_bytes: int | None = None, **settings: Any) -> None:
     """Puts values in the place of each `"auto"` of the config; where there is none, does nothing. The first
     training forward does it by its own tokens, unless it has been done.
@@ -180,7 +190,7 @@ class ChunkedModel:
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
         for start in range(0, num_layers, height):
             self.groups.append(self._group(layers[start : start + height], start))
-        self.groups[-1].is_last = True
+        self._number_groups()
         if tiled_head(model) is None:
             logger.warning(
                 "chunkdist: the logits of the whole sequence will be made: the output layer, %s, is no plain "
@@ -198,6 +208,8 @@ class ChunkedModel:
     def remove(self) -> None:
         """Puts the forwards back; where others have wrapped ours, ours only passes on from now."""
         self.context.bypassed = True
+        if self.context.host is not None:
+            self.context.host.close()
         self._zero3.remove()
         for entry in self.entries:
             entry.__dict__.pop(_CONTEXT)
@@ -230,7 +242,11 @@ class ChunkedModel:
         self._zero3.check_height(height)
         starts = range(0, len(layers), height)
         self.groups = [LayerGroup(layers[start : start + height], self.context) for start in starts]
-        self.groups[-1].is_last = True
+        self._number_groups()
+
+    def _number_groups(self) -> None:
+        for num_above, group in enumerate(reversed(self.groups)):
+            group.num_above, group.is_last = num_above, num_above == 0
 
     @staticmethod
     def _height(layers_per_group: int | str, num_layers: int) -> int:

@@ -25,6 +25,11 @@ class RngState:
         devices, states = get_device_states(like)
         return cls(torch.get_rng_state(), devices, states, like.device.type)
 
+    def equals(self, other: RngState) -> bool:
+        """Whether no random number was drawn between the two."""
+        mine, its = ([state.cpu, *state.device_states] for state in (self, other))
+        return all(torch.equal(x, y) for x, y in zip(mine, its, strict=True))
+
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         if self.devices:

@@ -60,10 +60,11 @@ class ImportanceSampler:
 
     Args:
         budget: Expected number of chunks kept. A sequence of no more chunks is backpropagated whole.
-        min_probability: No chunk is kept with a lower one (or than budget / k, if that is lower): bounds the
-            weights.
+        min_probability: No chunk is kept with a lower one, or than `MIN_SHARE` of budget / k, if that is
+            lower: bounds the weights. Where few chunks have a loss, the others share what these leave.
     """
 
+    MIN_SHARE: ClassVar[float] = 0.25
     budget: float = 8
     min_probability: float = 0.05
     unbiased: ClassVar[bool] = True
@@ -80,13 +81,21 @@ class ImportanceSampler:
         num_chunks = len(scores)
         if self.budget >= num_chunks:
             return torch.ones(num_chunks, dtype=torch.float64)
-        floor = min(self.min_probability, self.budget / num_chunks)
+        equal = self.budget / num_chunks
         scores = scores.double()
-        if not bool(scores.isfinite().all()) or not bool(scores.any()):
-            return torch.full_like(scores, self.budget / num_chunks)
-        low, high = 0.0, 1 / float(scores[scores > 0].min())
-        for _ in range(64):  # the sum grows with c: bisection, to the last bit
+        num_scored = int(scores.count_nonzero())
+        if not bool(scores.isfinite().all()) or not num_scored:
+            return torch.full_like(scores, equal)
+        floor = min(self.min_probability, self.MIN_SHARE * equal)
+        if num_scored + floor * (num_chunks - num_scored) <= self.budget:
+            rest = (self.budget - num_scored) / max(1, num_chunks - num_scored)
+            return torch.where(scores > 0, 1.0, rest)
+        scores = scores / scores.max()  # none overflows
+        low, high = 0.0, 1 / float(scores[scores > 0].min().clamp(min=torch.finfo(torch.float64).tiny))
+        for _ in range(2000):  # the sum grows with c: bisection, to the last bit
             middle = (low + high) / 2
+            if middle in (low, high):
+                break
             if float((scores * middle).clamp(floor, 1).sum()) < self.budget:
                 low = middle
             else:

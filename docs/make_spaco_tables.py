@@ -50,7 +50,7 @@ best ones, which nobody knows before the backward."""
     ]
     trained = summary(study)
     for row in trained:
-        error = "-" if row["rms_error"] is None else f"{row['rms_error']:.2f}"
+        error = "-" if row["gradient"] is None else _error(row["gradient"])
         spread = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
         rows.append(
             f"| {row['sampler']} | {row['budget'] or 'all'} | {error} | {row['learning_rate']:g} | "
@@ -63,11 +63,15 @@ best ones, which nobody knows before the backward."""
     ]
     known = {(row["sampler"], row["budget"]) for row in trained}
     rows += [
-        f"| {row['sampler']} | {row['budget']} | {row['rms_error']:.2f} | | | | |"
+        f"| {row['sampler']} | {row['budget']} | {_error(row)} | | | | |"
         for row in study["gradient_errors"]
         if (row["sampler"], row["budget"]) not in known
     ]
     return "\n".join([_paragraph(text), "", *rows, "", f"`{study['command']}`."])
+
+
+def _error(row: Result) -> str:
+    return f"{row['rms_error']:.2f} ± {row['standard_error']:.2f}"
 
 
 def _cost(cost: Result) -> str:

@@ -32,13 +32,11 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
         ChunkConfig(**{"chunk_size": 16, **values})
 
 
-@pytest.mark.parametrize(
-    "values",
-    [{"offload": "auto"}, {"offload": "host"}],
-)
-def test_what_is_not_built_yet_says_so(values: dict[str, Any]) -> None:
-    with pytest.raises(NotImplementedError, match="not built yet"):
-        ChunkConfig(**{"chunk_size": 16, **values})
+def test_what_stands_for_auto_until_the_planner_has_chosen() -> None:
+    config = ChunkConfig(chunk_size="auto", layers_per_group="auto", retained_chunks="auto", offload="auto")
+    assert config.has_auto
+    assert config.without_auto() == ChunkConfig(chunk_size=2048)
+    assert not config.without_auto().has_auto
 
 
 @pytest.mark.parametrize(

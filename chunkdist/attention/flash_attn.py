@@ -14,12 +14,20 @@ from __future__ import annotations
 
 import importlib
 import re
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from chunkdist.attention.base import AttentionVariant, Span
-from chunkdist.attention.varlen import pack, readable_lse, simulated_workspace, why_no_kernel, window_left
+from chunkdist.attention.varlen import (
+    in_head_parts,
+    pack,
+    readable_lse,
+    simulated_workspace,
+    why_no_kernel,
+    window_left,
+)
 
 _INSTALL = "pip install chunkdist[flash]"
 
@@ -62,6 +70,22 @@ class FlashAttnBackend:
         out_TND: Tensor,
         lse_NT: Tensor,
         kv_grads: tuple[Tensor, Tensor],
+        spans: tuple[Span, ...],
+        variant: AttentionVariant,
+    ) -> Tensor:
+        of_heads = partial(self._backward, spans=spans, variant=variant)
+        return in_head_parts(of_heads, grad_out_TND, q_TND, k_SKD, v_SKD, out_TND, lse_NT, kv_grads)
+
+    def _backward(
+        self,
+        grad_out_TND: Tensor,
+        q_TND: Tensor,
+        k_SKD: Tensor,
+        v_SKD: Tensor,
+        out_TND: Tensor,
+        lse_NT: Tensor,
+        kv_grads: tuple[Tensor, Tensor],
+        *,
         spans: tuple[Span, ...],
         variant: AttentionVariant,
     ) -> Tensor:

@@ -17,6 +17,8 @@ the kernels of flash-attn 2:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, cast
 
@@ -27,6 +29,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from chunkdist.attention.base import AttentionVariant, Span
 
 MAX_HEAD_DIM = 256
+SCRATCH_BYTES = 2**29
+"""What the backward's gradients of K and V for each query head may take, before they are summed. Longer
+prefixes have their kv heads taken in parts, which are large enough to keep a GPU busy."""
 
 
 class VarlenBackend:
@@ -81,6 +86,22 @@ class VarlenBackend:
         spans: tuple[Span, ...],
         variant: AttentionVariant,
     ) -> Tensor:
+        of_heads = partial(self._backward, spans=spans, variant=variant)
+        return in_head_parts(of_heads, grad_out_TND, q_TND, k_SKD, v_SKD, out_TND, lse_NT, kv_grads)
+
+    def _backward(
+        self,
+        grad_out_TND: Tensor,
+        q_TND: Tensor,
+        k_SKD: Tensor,
+        v_SKD: Tensor,
+        out_TND: Tensor,
+        lse_NT: Tensor,
+        kv_grads: tuple[Tensor, Tensor],
+        *,
+        spans: tuple[Span, ...],
+        variant: AttentionVariant,
+    ) -> Tensor:
         packed = pack(q_TND, spans, variant.window)
         keys = k_SKD[packed.first_key :]
         workspace = simulated_workspace(q_TND, keys, len(spans))
@@ -107,6 +128,32 @@ class VarlenBackend:
         for total, grad in zip(kv_grads, (dk, dv), strict=True):
             total[packed.first_key :] += grad
         return cast(Tensor, dq_TND)
+
+
+def in_head_parts(
+    backward: Callable[..., Tensor],
+    grad_out_TND: Tensor,
+    q_TND: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    out_TND: Tensor,
+    lse_NT: Tensor,
+    kv_grads: tuple[Tensor, Tensor],
+) -> Tensor:
+    """A backend's `backward` of some of the kv heads and their query heads at a time, so that what the kernel
+    allocates for itself stays within `SCRATCH_BYTES`."""
+    (num_keys, num_kv_heads, head_dim), num_heads = k_SKD.shape, q_TND.shape[1]
+    group = num_heads // num_kv_heads
+    scratch_bytes = 2 * num_keys * group * head_dim * k_SKD.element_size()  # of one kv head
+    at_once = num_kv_heads if group == 1 else max(1, SCRATCH_BYTES // scratch_bytes)
+    dqs = []
+    for first in range(0, num_kv_heads, at_once):
+        kv = slice(first, first + at_once)
+        q = slice(first * group, (first + at_once) * group)
+        k_part, v_part = k_SKD[:, kv], v_SKD[:, kv]
+        grads = kv_grads[0][:, kv], kv_grads[1][:, kv]
+        dqs.append(backward(grad_out_TND[:, q], q_TND[:, q], k_part, v_part, out_TND[:, q], lse_NT[q], grads))
+    return dqs[0] if len(dqs) == 1 else torch.cat(dqs, dim=1)
 
 
 class Packing(NamedTuple):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.base import AttentionVariant, Backend
-from chunkdist.attention.varlen import VarlenBackend, why_no_kernel
+from chunkdist.attention.varlen import SCRATCH_BYTES, VarlenBackend, why_no_kernel
 from chunkdist.config import AttentionName, ChunkConfig
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.twin import layer_kinds, twin_of
@@ -62,6 +62,7 @@ class CellSizes:
         workspace_per_pair: The same by both; 0 for flash kernels.
         kv_bytes: K and V of a token; 0 without attention.
         kv_numbers: How many numbers these are.
+        kv_heads: Of K and of V.
         state_bytes: State at a chunk's start.
     """
 
@@ -74,7 +75,21 @@ class CellSizes:
     workspace_per_pair: float
     kv_bytes: int
     kv_numbers: int
+    kv_heads: int
     state_bytes: int
+
+    def keys_workspace(self, num_keys: int, num_tokens: int) -> int:
+        """Bytes that attention's backward takes for so many keys, of a chunk of so many tokens.
+
+        Flash kernels make gradients of K and V per query head; their backends have them do so for some of the kv
+        heads at a time, past `SCRATCH_BYTES` (`chunkdist.attention.varlen`).
+        """
+        per_query_head = (self.workspace_per_key - self.kv_bytes) * num_keys
+        taken = self.workspace_per_key * num_keys
+        if not self.workspace_per_pair and per_query_head > SCRATCH_BYTES:
+            heads = max(1, int(SCRATCH_BYTES // (per_query_head / self.kv_heads)))
+            taken *= heads / self.kv_heads
+        return round(taken + self.workspace_per_pair * num_keys * num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +122,7 @@ class _Watch:
     choice: AttentionChoice
     seen: dict[tuple[int, int], _Seen] = field(default_factory=dict)
     """By layer and index of the chunk."""
-    kv: dict[int, tuple[int, int]] = field(default_factory=dict)
+    kv: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     running: list[tuple[int, int]] = field(default_factory=list)
     arguments_bytes: int | None = None
     hidden_bytes: int = 0
@@ -170,7 +185,7 @@ class _Counted:
         seen, before = watch.seen[number, chunk], watch.live.current_bytes
         seen.attention = before - seen.base
         numbers = (k.numel() + v.numel()) // k.shape[0]
-        watch.kv[number] = numbers * k.element_size(), numbers
+        watch.kv[number] = numbers * k.element_size(), numbers, k.shape[1]
         watch.live.reset_peak()
         result = self._inner.backward(grad_out, q, k, v, *args)
         seen.workspace = watch.live.peak_bytes - before
@@ -226,7 +241,7 @@ def _cell_sizes(runs: dict[int, _Watch], number: int) -> CellSizes:
     per_key, per_pair = by_keys.constant, by_keys.per_token
     rest = {size: first - per_key * size - per_pair * size**2 for size, (first, _) in taken.items()}
     run = next(iter(runs.values()))
-    kv_bytes, kv_numbers = run.kv.get(number, (0, 0))
+    kv_bytes, kv_numbers, kv_heads = run.kv.get(number, (0, 0, 0))
     return CellSizes(
         forward=line("forward"),
         saved=line("saved"),
@@ -237,6 +252,7 @@ def _cell_sizes(runs: dict[int, _Watch], number: int) -> CellSizes:
         workspace_per_pair=per_pair,
         kv_bytes=kv_bytes,
         kv_numbers=kv_numbers,
+        kv_heads=kv_heads,
         state_bytes=run.state_bytes[number],
     )
 

@@ -150,12 +150,11 @@ class _Step:
         """What waits on the host from the forward to the backward."""
         if not self.on_host:
             return {}
-        num_inputs = len(self.groups) - 1
-        all_layers = range(self.groups[-1].stop)
+        leaving = range(self.groups[-1].start)  # the last group's stay
         return {
-            "group inputs on the host": num_inputs * self.hidden,
-            "K/V on the host": self._kv(all_layers) if self.keeps_kv else 0,
-            "states on the host": self._states(all_layers),
+            "group inputs on the host": (len(self.groups) - 1) * self.hidden,
+            "K/V on the host": self._kv(leaving) if self.keeps_kv else 0,
+            "states on the host": self._states(leaving),
         }
 
     def _forward(self, group: int) -> Parts:
@@ -182,9 +181,7 @@ class _Step:
         working = self.chunk_tokens * numbers * (5 * 4 + sizes.element_bytes)
         kept = {
             **self._kept(last, forward=True),
-            "keys and values": self._kv(range(self.groups[-1].stop))
-            if self.keeps_kv and not self.on_host
-            else 0,
+            "keys and values": self._kept(last, forward=True)["keys and values"] if self.keeps_kv else 0,
             "retained cells": self._retained(range(self.groups[-1].stop), self.num_retained)["retained cells"]
             + self.num_retained * norm,
             **self.engine.gathered(sizes, ()),
@@ -272,12 +269,11 @@ class _Step:
                 )
 
     def _attention(self, common: Parts, *, cell_bytes: int, layer: int, keys: int, grads: range) -> Parts:
-        cell = self.sizes.cells[layer]
-        pairs = cell.workspace_per_pair * (self.chunk_tokens // self.num_rows) * keys
+        workspace = self.sizes.cells[layer].keys_workspace(keys, self.chunk_tokens // self.num_rows)
         return {
             **common,
             "K/V gradients": self._kv_grads(grads),
-            "attention's backward": round(cell.workspace_per_key * keys + pairs),
+            "attention's backward": workspace,
             "one cell": cell_bytes,
         }
 
@@ -291,7 +287,9 @@ class _Step:
             is_last = group == len(self.groups) - 1
             chunk = self.sizes.stream.hidden_bytes * self.chunk_tokens
             inputs = self.hidden if forward or is_last else 2 * chunk
-            kv, states = self._kv(layers), self._states(layers) // max(1, self.num_chunks - 1)
+            kv, states = self._kv(layers), self._states(layers)
+            if not is_last:
+                states = 2 * states // max(1, self.num_chunks - 1)  # of the running chunk and the next one
         return {"group inputs": inputs, "keys and values": kv, "states": states, "positions": self.positions}
 
     def _graph(self, layer: int) -> int:

@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def free_host_bytes(root: Path = Path("/")) -> int:
-    """What is free, in equal parts for the ranks of this machine (`LOCAL_WORLD_SIZE`).
+def free_host_bytes(root: Path = Path("/"), *, num_ranks: int | None = None) -> int:
+    """What is free, in equal parts for the ranks of this machine.
 
     Args:
         root: Where `proc` and `sys` are.
+        num_ranks: `None`: `LOCAL_WORLD_SIZE`.
     """
     import psutil  # type: ignore[import-untyped]
 
     free = min([int(psutil.virtual_memory().available), *_free_of_control_groups(root)])
-    return free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return free // (num_ranks or max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _free_of_control_groups(root: Path) -> Iterator[int]:

@@ -25,11 +25,14 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+if TYPE_CHECKING:
+    from chunkdist.offload import HostMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,8 @@ class LiveBytes(TorchDispatchMode):
         exclude: Tensors that are alive already (weights, inputs), to be listed in `baseline_bytes` from the
             start.
         record: Keep a log of allocations, for `peak_contributors`. Costs about 200 bytes an op.
+        host: Of the model; its slabs count as baseline: `host.held_bytes` is their own count. Device and host
+            bytes can so be told apart where both are fake tensors on a CPU.
 
     Attributes:
         current_bytes: Bytes of the storages that ops have made since the mode was entered and that are alive
@@ -71,8 +76,15 @@ class LiveBytes(TorchDispatchMode):
         baseline_bytes: Bytes of the storages that were there before, as far as they were passed or met.
     """
 
-    def __init__(self, exclude: Iterable[Tensor] = (), *, record: bool = False) -> None:
+    def __init__(
+        self,
+        exclude: Iterable[Tensor] = (),
+        *,
+        record: bool = False,
+        host: HostMemory | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._host = host
         self.current_bytes = 0
         self.peak_bytes = 0
         self.baseline_bytes = 0
@@ -144,8 +156,9 @@ class LiveBytes(TorchDispatchMode):
                 before = {
                     plain.untyped_storage()._cdata for plain in _tensors((args, tuple(kwargs.values())))
                 }
+            slab = self._host is not None and self._host.allocating
             # An unknown storage that the op was given is older than this mode: an input, or a view of one.
-            self._add(storage, tensor, counted=storage._cdata not in before, op=str(func))
+            self._add(storage, tensor, counted=storage._cdata not in before and not slab, op=str(func))
         return out
 
     def _add(self, storage: torch.UntypedStorage, tensor: Tensor, *, counted: bool, op: str) -> None:

@@ -130,7 +130,7 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"spaco_budget": 4}, "spaco_budget without chunk_method=spaco would be ignored"),
         ({"chunk_method": "spaco", "spaco_budget": 0}, "budget=0 is less than one chunk"),
         ({"chunk_method": "spaco", "spaco_cap": 2.0}, "spaco_cap=2.0 with spaco_sampler=independent"),
-        ({"chunk_offload": "host"}, "offload='host' is not built yet"),
+        ({"chunk_offload": "auto"}, "offload='auto' is not built yet"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing=True: a chunked step is its own"),
         ({"activation_checkpointing": True}, "gradient_checkpointing=True"),
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
