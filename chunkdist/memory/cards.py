@@ -1,8 +1,8 @@
 """What a few cards have and can do at most, for planning without one.
 
-Sources, the makers' data sheets: NVIDIA Ampere GA102 whitepaper (RTX 3090), Ada GPU architecture whitepaper (RTX
-4090), A100 80GB SXM, H100 SXM, H200 SXM and L4 data sheets. bf16 without sparsity, with fp32 accumulation
-(`chunkdist.flops`); memory as CUDA reports it; PCIe and NVLink one way, in theory.
+Sources, the maker's papers: NVIDIA Ampere GA102 whitepaper (RTX 3090), Ada GPU architecture whitepaper
+(RTX 4090), data sheets of A100 80GB SXM, H100 SXM, H200 SXM and L4. bf16 without sparsity, with fp32
+accumulation (`chunkdist.flops`); memory as CUDA reports it; PCIe and NVLink one way, in theory.
 """
 
 from __future__ import annotations

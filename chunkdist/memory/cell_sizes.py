@@ -1,8 +1,8 @@
 """What one cell needs, counted: a twin of the model without storage runs one step in two chunks.
 
-What autograd saves depends on adapters, dtypes and what is trained; it is linear in the tokens of the chunk. So
-it is not written down as a formula per model, but counted for two chunk sizes, and the line through them is
-taken. What attention's backward takes beside, for the chunk and for the prefix, is counted with it.
+What autograd saves depends on adapters, dtypes and what is trained; it is linear in the tokens of the chunk.
+So it is not written down as a formula per model, but counted for two chunk sizes, and the line through them
+is taken. What attention's backward takes beside, for the chunk and for the prefix, is counted with it.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class CellSizes:
     def keys_workspace(self, num_keys: int, num_tokens: int) -> int:
         """Bytes that attention's backward takes for so many keys, of a chunk of so many tokens.
 
-        Flash kernels make gradients of K and V per query head; their backends have them do so for some of the kv
-        heads at a time, past `SCRATCH_BYTES` (`chunkdist.attention.varlen`).
+        Flash kernels make gradients of K and V per query head; their backends have them do so for some of the
+        kv heads at a time, past `SCRATCH_BYTES` (`chunkdist.attention.varlen`).
         """
         per_query_head = (self.workspace_per_key - self.kv_bytes) * num_keys
         taken = self.workspace_per_key * num_keys
@@ -113,12 +113,20 @@ class _Seen:
     workspace: int = 0
 
 
+class GpuAttention(AttentionChoice):
+    """What a GPU would run, whatever this machine has: flash attention wherever its kernels fit."""
+
+    def backend_for(self, q: Tensor, variant: AttentionVariant) -> Backend:
+        if why_no_kernel(q) is None:
+            return VarlenBackend()  # soft-caps need flash-attn, whose kernel takes the same memory
+        return super().backend_for(q, variant)
+
+
 @dataclass
 class _Watch:
     """Notes what is alive while a twin runs."""
 
     live: LiveBytes
-    device_type: str
     choice: AttentionChoice
     seen: dict[tuple[int, int], _Seen] = field(default_factory=dict)
     """By layer and index of the chunk."""
@@ -156,8 +164,6 @@ class _Watch:
         seen.elsewhere = max(seen.elsewhere, self.live.peak_bytes - seen.base)
 
     def backend_for(self, q: Tensor, variant: AttentionVariant) -> Backend:
-        if self.device_type == "cuda" and why_no_kernel(q) is None:
-            return _Counted(VarlenBackend(), self)  # soft-caps need flash-attn, whose kernel takes the same
         return _Counted(self.choice.backend_for(q, variant), self)
 
     @property
@@ -274,7 +280,8 @@ def _run(
         chunk_model(twin, replace(config, chunk_size=chunk_tokens))
         ids = torch.zeros(1, 2 * chunk_tokens, dtype=torch.long)
         live = LiveBytes(exclude=[*twin.parameters(), *twin.buffers(), ids])
-        watch = _Watch(live, device_type, AttentionChoice(config.attention))
+        choice = GpuAttention if device_type == "cuda" else AttentionChoice
+        watch = _Watch(live, choice(config.attention))
         layers = layers_of(twin)
         layers[0].group.context.attention = watch  # type: ignore[assignment]
         layers[0].group.context.probe = None

@@ -1,8 +1,8 @@
 """What sharding engines make of weights, gradients and optimizer states, and what they gather in a step.
 
-Sources: docs/sharding.md, and, read in their code, torch 2.13 (distributed/fsdp/_fully_shard: units, one prefetched,
-buffers of gathers and reductions), DeepSpeed 0.19 (runtime/zero/stage3.py, stage_1_and_2.py: fp32 masters, gradient
-partitions, buckets), torch's DDP (gradients and buckets of the same size).
+Sources: docs/sharding.md, and, read in their code, torch 2.13 (distributed/fsdp/_fully_shard: units, one
+prefetched, buffers of gathers and reductions), DeepSpeed 0.19 (runtime/zero/stage3.py, stage_1_and_2.py: fp32
+masters, gradient partitions, buckets), torch's DDP (gradients and buckets of the same size).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Engine:
     """How a job is spread over ranks.
 
     Args:
-        gathered_element_bytes: Of a number in gathered weights and reduced gradients; `None`: as stored (mixed
-            precision keeps fp32 and gathers 2 bytes).
+        gathered_element_bytes: Of a number in gathered weights and reduced gradients; `None`: as stored
+            (mixed precision keeps fp32 and gathers 2 bytes).
         offloads_weights, offloads_optimizer: Whether they lie on the host between uses.
         max_live_numbers: Of gathered weights that ZeRO-3 keeps at a time (`stage3_max_live_parameters`).
         bucket_numbers: Of gradients that ZeRO reduces at a time; `None`: the square of the hidden size, what
@@ -82,8 +82,8 @@ class Engine:
     def gathered(self, sizes: ModelSizes, layers: Iterable[int]) -> dict[str, int]:
         """Whole weights while these layers run, and buffers of the collectives that bring them.
 
-        FSDP2: the root unit (embeddings, norm, head), the group's units, and the next one, which comes while they
-        run. ZeRO-3: as many as `max_live_numbers`.
+        FSDP2: the root unit (embeddings, norm, head), the group's units, and the next one, which comes while
+        they run. ZeRO-3: as many as `max_live_numbers`.
         """
         if not self.shards_weights:
             return {}

@@ -46,8 +46,9 @@ class OptimizerMemory:
 _ADAM_8BIT = OptimizerMemory(fixed_bytes=2 * _EIGHT_BIT)
 _LION_8BIT = OptimizerMemory(fixed_bytes=_EIGHT_BIT)
 # Sources: torch/optim/adamw.py (states as the parameter; the for-each update has one temporary of that size),
-# bitsandbytes (32-bit states in fp32 whatever the parameter; 8-bit in blocks), transformers' trainer_optimizer.py
-# (which class a name means) and optimization.py (Adafactor: factored second moment, no first one by default).
+# bitsandbytes (32-bit states in fp32 whatever the parameter; 8-bit in blocks), transformers'
+# trainer_optimizer.py (which class a name means) and optimization.py (Adafactor: factored second moment, no
+# first one by default).
 _NAMED: dict[str, OptimizerMemory] = {
     "adamw_torch": OptimizerMemory(own=2, update=1),
     "adamw_torch_fused": OptimizerMemory(own=2),

@@ -20,9 +20,16 @@ from chunkdist.memory.step_time import StepTime, step_time
 
 CHUNK_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 """Below 512 tokens a GPU idles between kernels."""
+HEIGHTS = (1, 2, 4)
+"""Beside all layers. Of groups in between, graphs and K/V gradients are more than inputs are less."""
+EQUAL = 1.02
+"""Predicted times are not more exact than this: of schedules within it, the one with the least host memory,
+then the least device memory, is taken."""
 LENGTH_STEP = 1024
 """In which the longest length is sought."""
 LONGEST = 2**24
+CONTEXT_BYTES, MARGIN_SHARE = 2**30, 0.03
+"""What a card has not for us, and what is not planned with of the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +98,20 @@ def plan_step(job: Job, config: ChunkConfig, num_tokens: int) -> Plan:
         raise NothingFits(
             f"{num_tokens:,} tokens need {gib(nearest.estimate.peak_bytes)} on the device and "
             f"{gib(nearest.estimate.host_bytes)} on the host at least, of {gib(job.available_bytes)} and "
-            f"{gib(job.host_bytes)}: write a smaller max_length, load_in_4bit: true, or more ranks that share "
-            "the weights",
+            f"{gib(job.host_bytes)}: write a smaller max_length, load_in_4bit: true, or more ranks that "
+            "share the weights",
             nearest,
         )
     if config.retained_chunks == "auto":
         fitting += [_retaining(job, plan, config, num_tokens) for plan in fitting]
-    return min(fitting, key=lambda plan: (plan.time.seconds, plan.estimate.peak_bytes))
+    fastest = min(plan.time.seconds for plan in fitting)
+    equal = [plan for plan in fitting if plan.time.seconds <= EQUAL * fastest]
+    return min(equal, key=lambda plan: (plan.estimate.host_bytes, plan.estimate.peak_bytes))
+
+
+def plan_as_configured(job: Job, config: ChunkConfig, num_tokens: int) -> Plan:
+    """Of a schedule without `"auto"`, whether it fits or not."""
+    return _plan(job, config, num_tokens)
 
 
 def longest_length(job: Job, config: ChunkConfig) -> int:
@@ -131,6 +145,12 @@ def most(fits: Callable[[int], bool], limit: int, unit: int = 1) -> int:
         else:
             high = middle - 1
     return low * unit
+
+
+def usable_bytes(memory_bytes: int) -> int:
+    """Of a whole card: less what CUDA and a desktop take, and a margin for the allocator's gaps and kernels'
+    scratch space."""
+    return int((memory_bytes - CONTEXT_BYTES) * (1 - MARGIN_SHARE))
 
 
 def gib(num_bytes: float) -> str:
@@ -169,8 +189,8 @@ def _candidates(job: Job, config: ChunkConfig, num_tokens: int) -> Iterator[Chun
         chunk_sizes = [size for size in CHUNK_SIZES if size < 2 * num_tokens] or [CHUNK_SIZES[0]]
     heights: list[Any] = [config.layers_per_group]
     if config.layers_per_group == "auto":
-        powers = [2**power for power in range(num_layers.bit_length()) if 2**power < num_layers]
-        heights = [1] if job.engine.name == "zero3" else [*powers, "all"]
+        some = [height for height in HEIGHTS if height < num_layers]
+        heights = [1] if job.engine.name == "zero3" else [*some, "all"]
     offloads: list[Literal["none", "host"]] = (
         ["none", "host"] if config.offload == "auto" else [config.offload]
     )

@@ -1,7 +1,7 @@
 """How long a step takes, predicted: FLOPs, bytes moved and launches of each cell against a card's ceilings.
 
-A figure to choose schedules by, not a measurement: what kernels reach of a ceiling is assumed, and the same for
-all cards.
+A figure to choose schedules by, not a measurement: what kernels reach of a ceiling is assumed, and the same
+for all cards.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ class StepTime:
         compute_s: Of the cells and the head.
         host_s: Of the copies to and from the host, beside them.
         collectives_s: Of gathers and reductions, beside them.
+        num_chunks: Of a row: a group's first chunk in the backward, and its last one in the forward, are
+            waited for.
     """
 
     compute_s: float
     host_s: float
     collectives_s: float
+    num_chunks: int
 
     @property
     def seconds(self) -> float:
-        """The slowest of the three that run beside each other."""
-        return max(self.compute_s, self.host_s, self.collectives_s)
+        """The slowest of the three that run beside each other, and the copies that nothing runs beside."""
+        return max(self.compute_s, self.host_s, self.collectives_s) + self.host_s / self.num_chunks
 
 
 def step_time(
@@ -89,6 +92,7 @@ def step_time(
         compute_s=max(arithmetic_s, launches) + moved / (card.bandwidth * BANDWIDTH_SHARE),
         host_s=2 * host_bytes / (card.host_bandwidth * LINK_SHARE),
         collectives_s=sharded / (card.link_bandwidth * LINK_SHARE),
+        num_chunks=num_chunks,
     )
 
 

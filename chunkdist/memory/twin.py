@@ -1,5 +1,5 @@
-"""A model's twin without storage: the same modules and adapters, weights that are fake, and only the layers that
-differ from each other."""
+"""A model's twin without storage: the same modules and adapters, weights that are fake, and only its first
+layers."""
 
 from __future__ import annotations
 
