@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
 
-from chunkdist.config import AUTO_FIELDS, ChunkConfig
+from chunkdist.config import ChunkConfig
 from chunkdist.figures import save_figure
 from chunkdist.flops import StepFlops
 from chunkdist.integrations.arguments import TrainingOptions, check_options
@@ -182,7 +182,15 @@ def best_plan(console: Console, job: Job, config: ChunkConfig, length: int) -> t
 
 def all_auto(config: ChunkConfig) -> ChunkConfig:
     """The same with everything left to the planner."""
-    return replace(config, rebuild_kv="auto", control_variate="auto", **dict.fromkeys(AUTO_FIELDS, "auto"))
+    return replace(
+        config,
+        chunk_size="auto",
+        layers_per_group="auto",
+        retained_chunks="auto",
+        offload="auto",
+        rebuild_kv="auto",
+        control_variate="auto",
+    )
 
 
 def table_of_job(

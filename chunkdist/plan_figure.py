@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 _MAX_CELLS = 400
 """More are drawn as one bar a group."""
+_FAR = 4
 _FORWARD_COLOR, _BACKWARD_COLOR, _LOSS_COLOR = "#56B4E9", "#D55E00", "#999999"
 _COLORS = {
     "weights": "#666666",
@@ -85,10 +86,15 @@ def _draw_memory(axes: Axes, stages: list[Stage], starts: list[float], memory_by
         top = [low + size for low, size in zip(floor, sizes, strict=True)]
         axes.stairs(top, edges, baseline=floor, fill=True, color=color, label=name, linewidth=0)
         floor = top
-    axes.axhline(memory_bytes / GIB, color="black", linestyle="--", linewidth=1)
-    axes.text(0, memory_bytes / GIB, " what may be used", va="bottom", fontsize=8)
+    there = memory_bytes / GIB
     axes.set_ylabel("GiB alive, at most")
-    axes.set_ylim(0, 1.08 * max(memory_bytes / GIB, *floor))
+    if there > _FAR * max(floor):  # the line would leave nothing to see
+        axes.text(0, 1.04 * max(floor), f" {there:.1f} GiB may be used", va="bottom", fontsize=8)
+        axes.set_ylim(0, 1.15 * max(floor))
+    else:
+        axes.axhline(there, color="black", linestyle="--", linewidth=1)
+        axes.text(0, there, " what may be used", va="bottom", fontsize=8)
+        axes.set_ylim(0, 1.08 * max(there, *floor))
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
         handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False

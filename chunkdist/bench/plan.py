@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from chunkdist.bench.environment import LLAMA_3_8B, provenance, write_result
-from chunkdist.config import AUTO_FIELDS, ChunkConfig
+from chunkdist.config import ChunkConfig
 from chunkdist.flops import StepFlops
 from chunkdist.memory.cards import CARDS
 from chunkdist.memory.model_sizes import ModelSizes
@@ -90,17 +90,41 @@ def lora_model(settings: dict[str, Any]) -> PreTrainedModel:
     return found.train()  # type: ignore[no-any-return]
 
 
-def measure(models: dict[str, dict[str, Any]], lengths: Sequence[int]) -> dict[str, Any]:
-    """What the JSON holds of each model: its longest length, and a row for each length."""
-    asked = ChunkConfig(**dict.fromkeys(AUTO_FIELDS, "auto"))
-    summary: dict[str, Any] = {}
-    for name, settings in models.items():
-        model: Any = lora_model(settings)
-        sizes = ModelSizes.for_config(model, asked, device_type="cuda")
-        flops = StepFlops.of(model)
+def measure(
+    models: dict[str, dict[str, Any]], lengths: Sequence[int], write: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """What the JSON holds of each model: its longest lengths, and a row for each length.
+
+    All are planned first, then simulated, the shortest first; `write` is called after each simulation, with
+    what there is so far.
+    """
+    asked = ChunkConfig(chunk_size="auto", layers_per_group="auto", retained_chunks="auto", offload="auto")
+    found = {name: _Planned(settings, asked, lengths) for name, settings in models.items()}
+    result = {"host_bytes": HOST_BYTES, "summary": {name: one.summary for name, one in found.items()}}
+    write(result)
+    for length in lengths:
+        for name, one in found.items():
+            print(f"{name}: {length:,} tokens", file=sys.stderr, flush=True)
+            if length == lengths[0] and name == next(iter(found)):
+                check_groups(one.model, one.sizes, one.plans[length].config, num_tokens=length)
+            simulated = simulate(one.model, one.sizes, one.plans[length].config, num_tokens=length)
+            row = one.summary["lengths"][length]
+            row["simulated_step_bytes"] = simulated.peak_bytes
+            row["num_layers_run"] = simulated.num_layers_run
+            write(result)
+    return result
+
+
+class _Planned:
+    """One model's plans."""
+
+    def __init__(self, settings: dict[str, Any], asked: ChunkConfig, lengths: Sequence[int]) -> None:
+        self.model: Any = lora_model(settings)
+        self.sizes = ModelSizes.for_config(self.model, asked, device_type="cuda")
+        flops = StepFlops.of(self.model)
         jobs = {
             card: Job(
-                sizes=sizes,
+                sizes=self.sizes,
                 flops=flops,
                 card=CARDS[card],
                 available_bytes=usable_bytes(CARDS[card].memory_bytes),
@@ -109,16 +133,13 @@ def measure(models: dict[str, dict[str, Any]], lengths: Sequence[int]) -> dict[s
             )
             for card in CARD_NAMES
         }
-        rows = {}
-        for length in lengths:
-            card, plan = _first_that_fits(jobs, asked, length)
-            print(f"{name}: {length:,} tokens, {plan.config}", file=sys.stderr, flush=True)
-            if length == lengths[0]:
-                check_groups(model, sizes, plan.config, num_tokens=length)
-            rows[length] = _row(model, sizes, card, plan, length)
-        longest = {card: longest_length(job, asked) for card, job in jobs.items()}
-        summary[name] = {"model": settings, "longest": longest, "lengths": rows}
-    return {"host_bytes": HOST_BYTES, "summary": summary}
+        found = {length: _first_that_fits(jobs, asked, length) for length in lengths}
+        self.plans = {length: plan for length, (_, plan) in found.items()}
+        self.summary: dict[str, Any] = {
+            "model": settings,
+            "longest": {card: longest_length(job, asked) for card, job in jobs.items()},
+            "lengths": {length: _row(card, plan) for length, (card, plan) in found.items()},
+        }
 
 
 def _first_that_fits(jobs: dict[str, Job], asked: ChunkConfig, length: int) -> tuple[str, Plan]:
@@ -131,9 +152,8 @@ def _first_that_fits(jobs: dict[str, Job], asked: ChunkConfig, length: int) -> t
     return largest, plan_step(jobs[largest], asked, length)
 
 
-def _row(model: Any, sizes: ModelSizes, card: str, plan: Plan, length: int) -> dict[str, Any]:
+def _row(card: str, plan: Plan) -> dict[str, Any]:
     estimate, config = plan.estimate, plan.config
-    found = simulate(model, sizes, config, num_tokens=length)
     weights, optimizer = estimate.device["weights"], estimate.device["optimizer"]
     return {
         "card": card,
@@ -147,8 +167,7 @@ def _row(model: Any, sizes: ModelSizes, card: str, plan: Plan, length: int) -> d
         "peak_bytes": estimate.peak_bytes,
         "host_bytes": estimate.host_bytes,
         "formula_step_bytes": estimate.peak_bytes - weights - optimizer,
-        "simulated_step_bytes": found.peak_bytes,
-        "num_layers_run": found.num_layers_run,
+        "simulated_step_bytes": None,
         "predicted_s": plan.time.seconds,
     }
 
@@ -164,14 +183,16 @@ def table(result: dict[str, Any]) -> str:
     for name, found in result["summary"].items():
         for num_tokens, row in found["lengths"].items():
             formula, simulated = row["formula_step_bytes"], row["simulated_step_bytes"]
-            fixed = row["peak_bytes"] - formula
+            counted = "not yet counted"
+            if simulated is not None:
+                fixed = row["peak_bytes"] - formula
+                counted = f"{(fixed + simulated) / gib:.2f} GiB ({formula / simulated - 1:+.1%})"
             lines.append(
                 f"| {name} | {int(num_tokens):,} | {row['chunk_size']:,} | {row['layers_per_group']} | "
                 f"{row['retained_chunks']} | {'rebuilt' if row['rebuilds_kv'] else 'kept'} | "
                 f"{row['offload']} | "
                 f"{row['peak_bytes'] / gib:.2f} GiB{'' if row['card'] == CARD_NAMES[0] else ' *'} | "
-                f"{(fixed + simulated) / gib:.2f} GiB ({formula / simulated - 1:+.1%}) | "
-                f"{row['host_bytes'] / gib:.1f} GiB | {row['predicted_s']:,.0f} s |"
+                f"{counted} | {row['host_bytes'] / gib:.1f} GiB | {row['predicted_s']:,.0f} s |"
             )
     return "\n".join(lines)
 
@@ -186,13 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a tiny model, in seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
     options = parser.parse_args(given)
-    result = {
-        **provenance("plan", given),
-        "method": "live bytes under FakeTensorMode; no GPU",
-        **measure(SMALL if options.smoke else MODELS, (512, 2048) if options.smoke else LENGTHS),
-    }
+    head = {**provenance("plan", given), "method": "live bytes under FakeTensorMode; no GPU"}
+    result = measure(
+        SMALL if options.smoke else MODELS,
+        (512, 2048) if options.smoke else LENGTHS,
+        lambda found: write_result({**head, **found}, options.json),
+    )
     print(table(result))
-    write_result(result, options.json)
     return 0
 
 

@@ -40,14 +40,12 @@ def twin_of(model: nn.Module, num_layers: int) -> nn.Module:
     Weights have the shapes that they have when gathered; quantised ones are in the dtype in which they are
     multiplied. Hooks, and the methods that `chunk_model` has replaced, stay behind.
     """
-    get_base_model: Any = getattr(model, "get_base_model", None)
-    _, _, layers = find_layers(model if get_base_model is None else get_base_model())
-    whole = nn.ModuleList(layers)
-    return _Twins(whole, num_layers).of(model)
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return _Twins(find_layers(base)[2], num_layers).of(model)
 
 
 class _Twins:
-    def __init__(self, layers: nn.ModuleList, num_layers: int) -> None:
+    def __init__(self, layers: list[nn.Module], num_layers: int) -> None:
         self._layers = [id(layer) for layer in layers]
         self._num_layers = num_layers
         self._made: dict[int, Any] = {}
@@ -59,7 +57,7 @@ class _Twins:
         kind = next(base for base in type(module).__mro__ if not issubclass(base, FSDPModule))
         if any(hasattr(p, "quant_state") for p in module._parameters.values()):
             kind = nn.Linear
-        twin = object.__new__(kind)
+        twin = kind.__new__(kind)
         self._made[id(module)] = twin
         state = {
             name: value
