@@ -28,10 +28,12 @@ def page_with_table(page: str, result: dict[str, Any]) -> str:
 def _text(result: dict[str, Any]) -> str:
     small, large = (CARDS[name] for name in CARD_NAMES)
     lines = [
-        f"What the planner chooses for LoRA of rank 8 in bf16 on {small.name}, or, marked *, on {large.name}, with",
-        f"{result['host_bytes'] / 2**30:.0f} GiB of host memory. *Device* is by formula, weights and optimizer included;",
-        "*simulated* is the peak of the real code under fake tensors, without a GPU, and how far the formula is off",
-        "(without weights and optimizer states). Time is predicted.",
+        "What the planner chooses for LoRA of rank 8 in bf16 on "
+        f"{small.name}, or, marked *, on {large.name},",
+        f"with {result['host_bytes'] / 2**30:.0f} GiB of host memory. *Device* is by formula, weights and "
+        "optimizer included; *simulated* is the peak of the",
+        "real code under fake tensors, without a GPU, and how far the formula is off (without weights and "
+        "optimizer states). Time is predicted.",
         "",
         table(result),
         "",

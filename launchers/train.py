@@ -18,6 +18,7 @@ from chunkdist import ChunkConfig, UnsupportedModelError
 from chunkdist.check import check_gradients
 from chunkdist.integrations.arguments import TrainingOptions, parse_options
 from chunkdist.integrations.callbacks import ChunkCallback
+from chunkdist.integrations.out_of_memory import explained_out_of_memory
 from chunkdist.integrations.saving import is_disk_full, removed_if_empty, save_model
 from chunkdist.integrations.trl import (
     CheckedSFTTrainer,
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return fail(error)
         if trainer is None:
             return 1
-        with named_failures(watch):
+        chunked = options.chunk.chunk_method != "none"
+        with named_failures(watch), explained_out_of_memory(trainer, is_chunked=chunked):
             trainer.train(resume_from_checkpoint=trainer.resumes_from)
             print_once(f"model saved to {save_model(trainer)}")
         return 0

@@ -67,7 +67,7 @@ def resolve_auto(
     weights = Job(
         sizes=sizes,
         flops=StepFlops.of(model),
-        card=_card(device),
+        card=card_of(device),
         available_bytes=available_bytes,
         host_bytes=host_bytes,
         num_rows=num_rows,
@@ -92,7 +92,8 @@ def resolve_auto(
     )
 
 
-def _card(device: torch.device) -> Card:
+def card_of(device: torch.device) -> Card:
+    """What the time is predicted with."""
     if device.type == "cuda":
         return card_named(torch.cuda.get_device_name(device))
     return CARDS["rtx3090"]  # only the order of schedules matters

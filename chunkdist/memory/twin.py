@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class _Twins:
         kind = next(base for base in type(module).__mro__ if not issubclass(base, FSDPModule))
         if any(hasattr(p, "quant_state") for p in module._parameters.values()):
             kind = nn.Linear
-        twin = kind.__new__(kind)
+        twin = cast(nn.Module, kind.__new__(kind))
         self._made[id(module)] = twin
         state = {
             name: value

@@ -115,7 +115,7 @@ def test_states_at_the_starts_of_chunks(hybrid: tuple[Any, ChunkConfig, dict[int
 
 
 def test_llama_3_8b_per_token() -> None:
-    """docs/memory.md: 34 hidden states, K/V of one layer, their gradients in fp32 and in bf16; cosine, sine and
+    """docs/memory.md: 34 hidden states, K/V of one layer and their gradients in fp32, cosine, sine and
     position. The kernel's gradients per query head are taken in parts."""
     with torch.device("meta"):
         model = llama(
