@@ -82,7 +82,7 @@ def run_plan(options: TrainingOptions, asked: PlanOptions, console: Console) -> 
     Raises:
         ValueError: the config has no model, no chunks or no length.
     """
-    config = check_options(options)
+    config = check_options(options, will_train=False)
     if config is None:
         raise ValueError("chunk_method=none has no chunks to plan: write seco")
     settings = step_sizes(options.training)

@@ -210,7 +210,11 @@ class StepMoments:
         return sum(self.sizes.cells[i].state_bytes for i in layers) * (self.num_chunks - 1) * self.num_rows
 
     def _retained(self, layers: range, num_chunks: int) -> Parts:
-        saved = sum(self.sizes.cells[i].saved.at(self.chunk_tokens) for i in layers)
+        """Of whole groups."""
+        last = {group[-1] for group in self.groups}
+        saved = sum(
+            self.sizes.cells[i].saved.at(self.chunk_tokens) if i in last else self._graph(i) for i in layers
+        )
         return {"retained cells": saved * num_chunks}
 
     def _gradients(self, layers_done: int) -> int:
