@@ -2,7 +2,7 @@
 
 Where layers are alike, one group of them is run: what each other group adds is its input, and its K/V where
 they are kept (none of which stays on the device with `offload="host"`). `check_groups` counts whether that
-holds. Models whose layers differ are run whole.
+holds. Models whose layers differ, and steps with retained chunks, are run whole.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def simulate(
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     num_layers = len(sizes.cells)
     height = num_layers if config.layers_per_group == "all" else int(config.layers_per_group)
-    alike = len(set(layer_kinds(base))) == 1 and not num_layers % height
+    alike = len(set(layer_kinds(base))) == 1 and not num_layers % height and not config.retained_chunks
     run = min(num_layers, groups_run * height) if alike else num_layers
     peak, host = _run(model, run, config, num_tokens, num_rows, autocast)
     missing = (num_layers - run) // height
