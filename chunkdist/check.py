@@ -119,7 +119,7 @@ def check_gradients(
     device = next(iter(parameters.values())).device
     sample = short_sample(batch, max_tokens=max_tokens, device=device)
     num_tokens = sample["input_ids"].shape[1]
-    chunk_size = check_chunk_size(num_tokens, int(config.chunk_size))
+    chunk_size = check_chunk_size(num_tokens, int(config.without_auto().chunk_size))
     check_config = dataclasses.replace(config, chunk_size=chunk_size, sampler=None, control_variate="auto")
     dtype = _working_dtype(model, device)
     steps = _Steps(model, parameters, sample, check_config)
@@ -224,7 +224,8 @@ def _unchunked(model: nn.Module, config: ChunkConfig) -> Iterator[None]:
     except ValueError:
         yield
         return
-    if report.chunk_size != config.chunk_size or report.retained_chunks != config.retained_chunks:
+    given = report.chunk_size, report.retained_chunks
+    if not config.has_auto and given != (config.chunk_size, config.retained_chunks):
         raise ValueError(
             f"the model is chunked with chunk_size={report.chunk_size} and retained_chunks="
             f"{report.retained_chunks}, the check got {config.chunk_size} and {config.retained_chunks}: "

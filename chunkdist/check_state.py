@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from chunkdist.memory.retained import free_bytes
+from chunkdist.memory.auto import free_bytes
 
 _QUANTISED = {"Params4bit", "Int8Params"}
 

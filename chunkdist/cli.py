@@ -1,7 +1,7 @@
-"""The `chunkdist` command: `chunkdist check CONFIG`, `chunkdist preview CONFIG` and `chunkdist env`.
+"""The `chunkdist` command: `chunkdist plan CONFIG`, `check CONFIG`, `preview CONFIG` and `env`.
 
-Exit status 0: fine; 1: the answer is no (gradients differ); 2: the input is at fault, one line on stderr says
-how.
+Exit status 0: fine; 1: the answer is no (gradients differ, nothing fits); 2: the input is at fault,
+one line on stderr says how.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from chunkdist.cli_plan import add_plan
 
 if TYPE_CHECKING:
     from chunkdist.config import ChunkConfig
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns the exit status."""
     parser = argparse.ArgumentParser(prog="chunkdist", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add_plan(commands)
     _add_check(commands)
     _add_preview(commands)
     _add_env(commands)
@@ -104,7 +107,7 @@ def _preview(arguments: argparse.Namespace, options_given: list[str]) -> int:
         raise ValueError("chunk_method=none has no chunks to show: write seco")
     console = Console(highlight=False)
     tokenizer: Any = trainer.processing_class
-    sizes = {"chunk_size": int(config.chunk_size), "max_segment_tokens": arguments.tokens}
+    sizes = {"chunk_size": int(config.without_auto().chunk_size), "max_segment_tokens": arguments.tokens}
     for title, samples in first_streams(trainer, arguments.streams, num_ranks=arguments.num_ranks):
         for line in render(title, samples, tokenizer, **sizes):
             console.print(line)

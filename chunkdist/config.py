@@ -3,8 +3,8 @@ device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
@@ -20,9 +20,11 @@ class ChunkConfig:
 
     Args:
         chunk_size: Tokens of a chunk. A sequence of T tokens runs as ceil(T / chunk_size) chunks; in models
-            with state other than K/V, chunks also end where sequences do, and 1 means 2.
+            with state other than K/V, chunks also end where sequences do, and 1 means 2. `"auto"`: what is
+            fastest of what fits into free memory, determined once, before the first step.
         layers_per_group: Consecutive decoder layers that form one autograd node; `"all"` is the schedule of
-            SeCO (arXiv 2505.16710), 1 keeps the least K/V, and is what DeepSpeed ZeRO-3 needs.
+            SeCO (arXiv 2505.16710), 1 keeps the least K/V, and is what DeepSpeed ZeRO-3 needs. `"auto"`: as
+            for `chunk_size`.
         retained_chunks: The last chunks of a stream, whose graphs are kept from the forward instead of being
             rebuilt in the backward (the K of ChunkFlow, arXiv 2503.02356). More is faster and takes more
             memory: no more than so many graphs exist at a time, whatever the stream holds. `"auto"`: as many
@@ -32,7 +34,8 @@ class ChunkConfig:
         kv_grad_dtype: Dtype in which the gradients of keys and values are summed over the chunks that read
             them; never narrower than the keys and values themselves. `None`: their own dtype.
         offload: Where the input of groups, K/V that are not rebuilt, and states wait for the backward:
-            `"none"`: on the device; `"host"`: in host memory, but for the last group's.
+            `"none"`: on the device; `"host"`: in host memory, but for the last group's. `"auto"`: on the host
+            where they must, as for `chunk_size`.
         attention: The attention backend. `"auto"` takes the fastest that can do what the layer asks for.
         rebuild_kv: Whether K/V are rebuilt in the backward (by the layer's norm and projections) instead of
             being kept from the forward. `"auto"`: rebuilt when a group is one layer and no chunk is retained,
@@ -43,7 +46,6 @@ class ChunkConfig:
 
     Raises:
         ValueError: a value is out of its range, or two values exclude each other.
-        NotImplementedError: a value is part of the design but not built yet.
     """
 
     chunk_size: int | Literal["auto"]
@@ -57,17 +59,13 @@ class ChunkConfig:
     control_variate: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("chunk_size", "layers_per_group"):
-            if getattr(self, name) == "auto":
-                raise NotImplementedError(f"{name}='auto' is not built yet: write a number of {_UNITS[name]}")
-        if self.offload == "auto":
-            raise NotImplementedError("offload='auto' is not built yet: write offload='none' or 'host'")
-        _check_count("chunk_size", self.chunk_size, minimum=1)
-        if self.layers_per_group != "all":
-            _check_count("layers_per_group", self.layers_per_group, minimum=1, others=" or 'all'")
+        if self.chunk_size != "auto":
+            _check_count("chunk_size", self.chunk_size, minimum=1, others=" or 'auto'")
+        if self.layers_per_group not in ("all", "auto"):
+            _check_count("layers_per_group", self.layers_per_group, minimum=1, others=", 'all' or 'auto'")
         if self.retained_chunks != "auto":
             _check_count("retained_chunks", self.retained_chunks, minimum=0, others=" or 'auto'")
-        if self.offload not in ("none", "host"):
+        if self.offload not in ("none", "host", "auto"):
             raise ValueError(f"offload={self.offload!r} is unknown: write 'none', 'host' or 'auto'")
         if self.attention not in ATTENTION_NAMES:
             raise ValueError(
@@ -99,6 +97,16 @@ class ChunkConfig:
             )
 
     @property
+    def has_auto(self) -> bool:
+        """Whether the planner is to choose something."""
+        return any(getattr(self, name) == "auto" for name in AUTO_FIELDS)
+
+    def without_auto(self) -> ChunkConfig:
+        """What runs while the planner has not chosen: in evaluations before the first step, say."""
+        found = {name: first for name, first in AUTO_FIELDS.items() if getattr(self, name) == "auto"}
+        return replace(self, **found)
+
+    @property
     def uses_control_variate(self) -> bool:
         """Whether SpaCO's control variate is added, with `"auto"` resolved."""
         if self.control_variate == "auto":
@@ -113,6 +121,13 @@ class ChunkConfig:
         return self.rebuild_kv
 
 
+AUTO_FIELDS: dict[str, Any] = {
+    "chunk_size": 2048,
+    "layers_per_group": 1,
+    "retained_chunks": 0,
+    "offload": "none",
+}
+"""What takes `"auto"`, and what stands for it until the planner has chosen."""
 _UNITS = {"chunk_size": "tokens", "layers_per_group": "layers, or 'all'", "retained_chunks": "chunks"}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -48,11 +47,13 @@ class ChunkContext:
         has_state: bool = False,
         probe: LayerProbe | None = None,
     ) -> None:
-        self.config = config
+        self.config = config.without_auto()
+        self.asked = config
+        """The config that was given; `config` has values in the place of `"auto"`."""
         self.has_state = has_state
         self.probe = probe
         self.attention = AttentionChoice(config.attention)
-        self.host = HostMemory() if config.offload == "host" else None
+        self.host = HostMemory() if self.config.offload == "host" else None
         """Where group inputs, K/V and states wait for the backward."""
         self.stream: Stream | None = None
         """The tokens of the forward that runs; `None` outside of one, and in one that is not chunked."""
@@ -63,18 +64,20 @@ class ChunkContext:
         self.sample: ChunkSample | None = None
         """SpaCO's sample of the forward that runs, or ran last; `None`: every chunk is backpropagated."""
         self._model_configs = model_configs
-        self.retained_reason = "" if config.retained_chunks == "auto" else "as configured"
-        """Why so many chunks are retained; empty while `"auto"` is not resolved."""
+        self.reason = "" if config.has_auto else "as configured"
+        """Why these values; empty while `"auto"` is not resolved."""
 
-    def resolve_retained(self, num_chunks: int, reason: str) -> None:
-        """Puts a number in the place of `retained_chunks="auto"`."""
-        self.config = replace(self.config, retained_chunks=num_chunks)
-        self.retained_reason = reason
+    def resolve(self, config: ChunkConfig, reason: str) -> None:
+        """Puts what was chosen in the place of `"auto"`."""
+        self.config, self.reason = config.without_auto(), reason
+        if config.offload == "host" and self.host is None:
+            self.host = HostMemory()
 
     def retained_chunks(self, stream: Stream) -> range:
-        """Indices of the chunks that keep their graphs; none while `"auto"` is not resolved."""
+        """Indices of the chunks that keep their graphs."""
         num_chunks = self.config.retained_chunks
-        return stream.retained(0 if num_chunks == "auto" else num_chunks)
+        assert num_chunks != "auto"
+        return stream.retained(num_chunks)
 
     @contextmanager
     def attention_installed(self) -> Iterator[None]:

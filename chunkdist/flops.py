@@ -138,19 +138,32 @@ def num_active_parameters(model: nn.Module) -> int:
     }
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     looked_up -= {id(p) for p in head.parameters()} if head is not None else set()
-    num_experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    per_token = _first(
-        config, "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts"
-    )
+    num_all, per_token = num_experts(config), num_experts_per_token(config)
     total = 0.0
     for name, parameter in model.named_parameters():
         shape = _shape(parameter)
         # PEFT keeps a frozen copy beside a module that it trains in full.
         if id(parameter) in looked_up or len(shape) < 2 or ".original_module." in name:
             continue
-        share = per_token / num_experts if num_experts and per_token and ".experts." in f".{name}" else 1.0
+        share = per_token / num_all if num_all and per_token and ".experts." in f".{name}" else 1.0
         total += share * torch.Size(shape).numel()
     return round(total)
+
+
+def num_experts(config: Any) -> int | None:
+    """Routed experts of a layer; `None`: there are none."""
+    return _first(
+        config.get_text_config(decoder=True),
+        *("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    )
+
+
+def num_experts_per_token(config: Any) -> int | None:
+    """How many of them a token is routed to."""
+    return _first(
+        config.get_text_config(decoder=True),
+        *("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts"),
+    )
 
 
 def _per_pair(config: Any) -> tuple[tuple[int | None, int], ...]:

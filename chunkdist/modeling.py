@@ -27,7 +27,8 @@ from chunkdist.group_layer import GroupLayer
 from chunkdist.layer_group import LayerGroup
 from chunkdist.lazy_logits import lazy_logits, tiled_head
 from chunkdist.loss import tile_tokens
-from chunkdist.memory.retained import choose_retained_chunks
+from chunkdist.memory.auto import resolve_auto
+from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.state_sizes import StateSizes, state_sizes
 from chunkdist.model_layers import configs_of, find_layers, layer_states, refuse_known
 from chunkdist.offload import HostMemory
@@ -59,8 +60,10 @@ class ChunkReport:
     num_groups: int
     chunk_size: int
     retained_chunks: int
-    """0 while `"auto"` is not resolved."""
-    retained_reason: str
+    reason: str
+    """Why these values; those in the place of `"auto"` are provisional before the first step."""
+    config: ChunkConfig
+    """Without `"auto"`."""
     rebuilds_kv: bool
     attention: str
     attention_reason: str
@@ -133,17 +136,30 @@ def host_memory(model: nn.Module) -> HostMemory | None:
     return _handle(_causal_lm(model)).context.host
 
 
-def resolve_retained_chunks(model: nn.Module, **sizes: Any) -> None:
-    """Puts a number in the place of `retained_chunks="auto"`; where there is one, does nothing. The first
+def resolve_auto_values(model: nn.Module, *, activation_bytes: int | None = None, **settings: Any) -> None:
+    """Puts values in the place of each `"auto"` of the config; where there is none, does nothing. The first
     training forward does it by its own tokens, unless it has been done.
 
     Args:
-        sizes: Of the longest stream that will come, as `choose_retained_chunks` takes them.
+        activation_bytes: As in `ModelSizes.of`.
+        settings: What `resolve_auto` takes, of the longest row that will come.
     """
     handle = _handle(_causal_lm(model))
     context = handle.context
-    if context.config.retained_chunks == "auto":
-        context.resolve_retained(*choose_retained_chunks(model, context.config, handle.report(), **sizes))
+    if not context.reason:
+        sizes = handle.sizes(activation_bytes)
+        chosen, reason = resolve_auto(model, context.asked, sizes, **settings)
+        handle.regroup(chosen.layers_per_group)
+        context.resolve(chosen, reason)
+
+
+def model_sizes(model: nn.Module, activation_bytes: int | None = None) -> ModelSizes:
+    """What an estimate of a chunked model's memory follows from, for its own device; counted once.
+
+    Raises:
+        ValueError: the model is not chunked.
+    """
+    return _handle(_causal_lm(model)).sizes(activation_bytes)
 
 
 class ChunkedModel:
@@ -153,10 +169,7 @@ class ChunkedModel:
         entries, decoder, layers = find_layers(model)
         refuse_known(model, entries[-1], layers)
         num_layers = len(layers)
-        height = num_layers if config.layers_per_group == "all" else config.layers_per_group
-        assert isinstance(height, int)
-        if height > num_layers:
-            raise ValueError(f"layers_per_group={height}, but the model has {num_layers} layers: write 'all'")
+        height = self._height(config.without_auto().layers_per_group, num_layers)
         self.model = model
         self.entries = entries
         self._states = layer_states(model.config.get_text_config(), layers)
@@ -173,12 +186,11 @@ class ChunkedModel:
         self._zero3 = Zero3Layers(layers, height)
         self.groups: list[LayerGroup] = []
         self._state_sizes: StateSizes | None = None
+        self._sizes: dict[int | None, ModelSizes] = {}
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
         for start in range(0, num_layers, height):
             self.groups.append(self._group(layers[start : start + height], start))
-        for num_above, group in enumerate(reversed(self.groups)):
-            group.num_above = num_above
-        self.groups[-1].is_last = True
+        self._number_groups()
         if tiled_head(model) is None:
             logger.warning(
                 "chunkdist: the logits of the whole sequence will be made: the output layer, %s, is no plain "
@@ -213,6 +225,36 @@ class ChunkedModel:
                 for module in layer.layer.modules():
                     module.__dict__.pop(LAYER_ATTRIBUTE, None)
 
+    def sizes(self, activation_bytes: int | None) -> ModelSizes:
+        if activation_bytes not in self._sizes:
+            device_type = next(self.model.parameters()).device.type
+            self._sizes[activation_bytes] = ModelSizes.for_config(
+                self.model, self.context.asked, device_type=device_type, activation_bytes=activation_bytes
+            )
+        return self._sizes[activation_bytes]
+
+    def regroup(self, layers_per_group: Any) -> None:
+        """Other groups of the same layers."""
+        layers = [layer for group in self.groups for layer in group.layers]
+        height = self._height(layers_per_group, len(layers))
+        if height == max(len(group.layers) for group in self.groups):
+            return
+        self._zero3.check_height(height)
+        starts = range(0, len(layers), height)
+        self.groups = [LayerGroup(layers[start : start + height], self.context) for start in starts]
+        self._number_groups()
+
+    def _number_groups(self) -> None:
+        for num_above, group in enumerate(reversed(self.groups)):
+            group.num_above, group.is_last = num_above, num_above == 0
+
+    @staticmethod
+    def _height(layers_per_group: int | str, num_layers: int) -> int:
+        height = num_layers if layers_per_group == "all" else int(layers_per_group)
+        if height > num_layers:
+            raise ValueError(f"layers_per_group={height}, but the model has {num_layers} layers: write 'all'")
+        return height
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ChunkedModel:
         memo[id(self)] = twin = object.__new__(type(self))
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -231,8 +273,9 @@ class ChunkedModel:
             layers_per_group=max(len(group.layers) for group in self.groups),
             num_groups=len(self.groups),
             chunk_size=int(config.chunk_size),
-            retained_chunks=0 if config.retained_chunks == "auto" else config.retained_chunks,
-            retained_reason=self.context.retained_reason or "auto: chosen in the first step",
+            retained_chunks=int(config.retained_chunks),
+            reason=self.context.reason or "auto: chosen in the first step",
+            config=config,
             rebuilds_kv=config.rebuilds_kv,
             attention=" and ".join(reasons) or config.attention,
             attention_reason="; ".join(reasons.values()) or "chosen in the first step",
@@ -268,7 +311,9 @@ def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if handle is not None and model.training and torch.is_grad_enabled():
         given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
         for tokens in [x for x in given if isinstance(x, Tensor)][:1]:
-            resolve_retained_chunks(model, num_tokens=tokens.shape[1], num_rows=tokens.shape[0])
+            mixed = 2 if torch.is_autocast_enabled(tokens.device.type) else None
+            num_rows, num_tokens = tokens.shape[:2]
+            resolve_auto_values(model, num_tokens=num_tokens, num_rows=num_rows, activation_bytes=mixed)
     with nullcontext() if handle is None or kwargs.get("labels") is None else lazy_logits(handle.model):
         return model.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
 

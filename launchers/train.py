@@ -19,6 +19,7 @@ from chunkdist.check import check_gradients
 from chunkdist.integrations.arguments import TrainingOptions, parse_options
 from chunkdist.integrations.callbacks import ChunkCallback
 from chunkdist.integrations.checked_trainer import CheckedSFTTrainer, print_once
+from chunkdist.integrations.out_of_memory import explained_out_of_memory
 from chunkdist.integrations.pipeline import PipelineSFTTrainer
 from chunkdist.integrations.saving import is_disk_full, removed_if_empty, save_model
 from chunkdist.integrations.trl import build_trainer, check_blocker, chunk_trainer, first_batch
@@ -38,9 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return fail(error)
         if trainer is None:
             return 1
-        if watch is not None and isinstance(trainer, PipelineSFTTrainer):
-            watch.role_of = trainer.role_of
-        with named_failures(watch):
+        chunked = options.chunk.chunk_method != "none"
+        if isinstance(trainer, PipelineSFTTrainer):
+            chunked = False
+            if watch is not None:
+                watch.role_of = trainer.role_of
+        with named_failures(watch), explained_out_of_memory(trainer, is_chunked=chunked):
             trainer.train(resume_from_checkpoint=trainer.resumes_from)
             print_once(f"model saved to {save_model(trainer)}")
         return 0

@@ -13,11 +13,11 @@ from chunkdist import ChunkConfig
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"chunk_size": 0}, "chunk_size=0 is not a count of tokens: write an integer >= 1"),
+        ({"chunk_size": 0}, "chunk_size=0 is not a count of tokens: write an integer >= 1 or 'auto'"),
         ({"chunk_size": -4}, "chunk_size=-4"),
         ({"chunk_size": 2.5}, "chunk_size=2.5"),
         ({"chunk_size": True}, "chunk_size=True"),
-        ({"layers_per_group": 0}, "write an integer >= 1 or 'all'"),
+        ({"layers_per_group": 0}, "write an integer >= 1, 'all' or 'auto'"),
         ({"layers_per_group": "some"}, "layers_per_group='some'"),
         ({"retained_chunks": -1}, "retained_chunks=-1"),
         ({"attention": "flash"}, "write one of auto, math, cpu_flash, varlen, flash_attn"),
@@ -32,13 +32,11 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
         ChunkConfig(**{"chunk_size": 16, **values})
 
 
-@pytest.mark.parametrize(
-    "values",
-    [{"chunk_size": "auto"}, {"layers_per_group": "auto"}, {"offload": "auto"}],
-)
-def test_what_is_not_built_yet_says_so(values: dict[str, Any]) -> None:
-    with pytest.raises(NotImplementedError, match="not built yet"):
-        ChunkConfig(**{"chunk_size": 16, **values})
+def test_what_stands_for_auto_until_the_planner_has_chosen() -> None:
+    config = ChunkConfig(chunk_size="auto", layers_per_group="auto", retained_chunks="auto", offload="auto")
+    assert config.has_auto
+    assert config.without_auto() == ChunkConfig(chunk_size=2048)
+    assert not config.without_auto().has_auto
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from chunkdist.data.long_tail import long_tailed_lengths
 from chunkdist.data.streams import join_sequences, stream_of
 from chunkdist.layer_group import GroupRun
 from chunkdist.memory import LiveBytes
-from chunkdist.memory.retained import USABLE_SHARE, choose_retained_chunks
-from chunkdist.modeling import chunk_report, resolve_retained_chunks
+from chunkdist.memory.auto import USABLE_SHARE, resolve_auto
+from chunkdist.modeling import chunk_report, model_sizes, resolve_auto_values
 from tests.models import batch, gradients, largest_difference, packed_batch, tiny_llama, with_lora
 
 
@@ -153,15 +154,21 @@ def test_the_peak_is_set_by_the_longest_sequence_and_the_chunk(retained: int) ->
 
 
 class TestAuto:
-    def chosen(self, available_bytes: int | None, model: Any = None) -> tuple[int, str]:
-        model = model or chunk_model(tiny_llama(), ChunkConfig(chunk_size=16, retained_chunks="auto"))
-        config = ChunkConfig(chunk_size=16, retained_chunks="auto")
-        return choose_retained_chunks(
-            model, config, chunk_report(model), num_tokens=160, available_bytes=available_bytes
+    def chosen(self, available_bytes: int | None) -> tuple[int, str]:
+        model = self.model
+        config, reason = resolve_auto(
+            model, self.config, model_sizes(model), num_tokens=160, available_bytes=available_bytes
         )
+        return int(config.retained_chunks), reason
+
+    config = ChunkConfig(chunk_size=16, retained_chunks="auto")
+
+    @pytest.fixture(autouse=True)
+    def _model(self) -> None:
+        self.model: Any = chunk_model(tiny_llama(dtype=torch.float32), self.config)
 
     def test_on_a_cpu_it_is_half_of_what_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("chunkdist.memory.retained.free_host_bytes", lambda: 3000 * 1024)
+        monkeypatch.setattr("chunkdist.memory.auto.free_host_bytes", lambda: 3000 * 1024)
         assert 0 < self.chosen(None)[0] == self.chosen(1500 * 1024)[0] < self.chosen(3000 * 1024)[0]
 
     def test_follows_from_the_memory(self) -> None:
@@ -176,14 +183,11 @@ class TestAuto:
     def test_a_step_fits_into_what_was_allowed(self) -> None:
         """Where some chunks are allowed, not all, what the real step holds is covered by the margin."""
         for kib in (700, 900, 1300):
-            model = chunk_model(
-                tiny_llama(dtype=torch.float32), ChunkConfig(chunk_size=16, retained_chunks="auto")
-            )
-            num_chunks, _ = self.chosen(kib * 1024, model)
+            num_chunks, _ = self.chosen(kib * 1024)
             assert 0 < num_chunks < 10
-            model._chunkdist_model.context.resolve_retained(num_chunks, "")
-            gradient_bytes = sum(p.numel() * 4 for p in model.parameters())
-            peak = peak_bytes(model, [batch(num_tokens=160)]) + gradient_bytes
+            context = self.model._chunkdist_model.context
+            context.resolve(replace(self.config, retained_chunks=num_chunks), "as in this test")
+            peak = peak_bytes(self.model, [batch(num_tokens=160)])
             assert peak * USABLE_SHARE["cuda"] <= kib * 1024
 
     def test_is_resolved_once_in_the_first_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +198,7 @@ class TestAuto:
         assert largest_difference(found, gradients(tiny_llama(), inputs)) < 1e-10
         report = chunk_report(model)
         assert report.retained_chunks == 3
-        resolve_retained_chunks(model, num_tokens=16)
+        resolve_auto_values(model, num_tokens=16)
         assert chunk_report(model) == report
         assert reruns_of(model, inputs, monkeypatch) == []
 
@@ -207,5 +211,6 @@ class TestAuto:
 
     def test_without_room_keys_and_values_are_rebuilt(self) -> None:
         model: Any = chunk_model(tiny_llama(), ChunkConfig(chunk_size=8, retained_chunks="auto"))
-        model._chunkdist_model.context.resolve_retained(0, "")
+        context = model._chunkdist_model.context
+        context.resolve(replace(context.asked, retained_chunks=0), "no room")
         assert chunk_report(model).rebuilds_kv

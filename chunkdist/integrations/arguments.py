@@ -176,8 +176,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> TrainingOptions:
     return OptionParser().parse(sys.argv[1:] if arguments is None else arguments)
 
 
-def check_options(options: TrainingOptions) -> ChunkConfig | None:
+def check_options(options: TrainingOptions, *, will_train: bool = True) -> ChunkConfig | None:
     """What can be said from the options alone. Returns the chunk config.
+
+    Args:
+        will_train: False: packages that only training needs may be missing.
 
     Raises:
         ValueError, NotImplementedError: options exclude each other, or one would silently do harm.
@@ -236,7 +239,8 @@ def check_options(options: TrainingOptions) -> ChunkConfig | None:
         raise ValueError(
             "load_in_4bit=True needs use_peft: true, quantised weights are not trained themselves"
         )
-    if (model.load_in_4bit or model.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+    is_quantised = model.load_in_4bit or model.load_in_8bit
+    if will_train and is_quantised and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("load_in_4bit=True needs bitsandbytes: pip install 'chunkdist[qlora]'")
     if training.max_length is not None and training.max_length < 2:
         raise ValueError(f"max_length={training.max_length} leaves no token to predict: write at least 2")

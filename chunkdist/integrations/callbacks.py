@@ -25,10 +25,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from chunkdist.config import ChunkConfig
 from chunkdist.flops import peak_flops
+from chunkdist.integrations.engines import engine_of
 from chunkdist.integrations.metrics_file import MetricsFile, draw
 from chunkdist.integrations.start_table import start_table, step_sizes, with_expected_attention
 from chunkdist.integrations.token_counter import TokenCounter
-from chunkdist.modeling import ChunkReport, chunk_report, resolve_retained_chunks
+from chunkdist.modeling import ChunkReport, chunk_report, resolve_auto_values
 from chunkdist.sampling import SampleReport
 
 if TYPE_CHECKING:
@@ -113,13 +114,13 @@ class ChunkCallback(TrainerCallback):
         if self._config is not None:
             sizes = step_sizes(args, self._stream_tokens)
             if sizes["num_tokens"] is not None:
-                resolve_retained_chunks(self._model, **sizes)
+                resolve_auto_values(self._model, **sizes, engine=engine_of(args))
         if not state.is_world_process_zero:
             return
         self._try(lambda: self._open_metrics(state.global_step))
         if self._config is not None:
             report = chunk_report(self._model)
-            self._expected = with_expected_attention(self._model, self._config, report, args)
+            self._expected = with_expected_attention(self._model, report, args)
             console = Console(width=None if sys.stdout.isatty() else 110)
             console.print(start_table(self._model, self._config, self._expected, args, self._stream_tokens))
 

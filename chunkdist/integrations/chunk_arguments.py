@@ -61,7 +61,7 @@ class ChunkArguments:
         "compare with.",
         choices=("seco", "spaco", "none"),
     )
-    chunk_size: int = _of_config("chunk_size", default=4096)
+    chunk_size: str = _of_config("chunk_size", default="4096")
     layers_per_group: str = _of_config("layers_per_group", default="1")
     retained_chunks: str = _of_config("retained_chunks", default="0")
     chunk_packing: bool = option(
@@ -96,7 +96,7 @@ class ChunkArguments:
         offload: Any = self.chunk_offload
         attention: Any = self.chunk_attention
         return ChunkConfig(
-            chunk_size=self.chunk_size,
+            chunk_size=_count_or_word(self.chunk_size),
             layers_per_group=_count_or_word(self.layers_per_group),
             retained_chunks=_count_or_word(self.retained_chunks),
             kv_grad_dtype=_KV_GRAD_DTYPES[self.chunk_kv_grad_dtype],

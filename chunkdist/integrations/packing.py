@@ -60,6 +60,11 @@ def check_packing(options: TrainingOptions) -> None:
             "chunk_packing=True with chunk_method=none: streams of mixed length need chunks; write "
             "chunk_method: seco, or packing: true for TRL's packing"
         )
+    if options.chunk.chunk_size == "auto":
+        raise ValueError(
+            "chunk_size=auto with chunk_packing=True: streams are assigned by their chunks before memory is "
+            "looked at; write the chunk_size that `chunkdist plan` prints"
+        )
     refused = {
         "packing": training.packing,
         "padding_free": training.padding_free,

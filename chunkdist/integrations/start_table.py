@@ -13,8 +13,9 @@ from transformers import TrainingArguments
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.base import AttentionVariant
 from chunkdist.config import ChunkConfig
-from chunkdist.memory.estimate import MemoryEstimate, estimate_memory
-from chunkdist.modeling import ChunkReport
+from chunkdist.integrations.engines import engine_of
+from chunkdist.memory.estimate import FIXED, SEQUENCE, MemoryEstimate, estimate_memory
+from chunkdist.modeling import ChunkReport, model_sizes
 
 GIB = 2**30
 
@@ -37,7 +38,7 @@ def start_table(
         table.add_column(column, overflow="fold")
     for row in (
         *_schedule_rows(config, report, stream_tokens or num_tokens(args)),
-        *_memory_rows(model, config, report, args, stream_tokens),
+        *_memory_rows(model, report, args, stream_tokens),
     ):
         table.add_row(*row)
     return table
@@ -49,7 +50,7 @@ def num_tokens(args: TrainingArguments) -> int | None:
 
 
 def step_sizes(args: TrainingArguments, stream_tokens: int | None = None) -> dict[str, Any]:
-    """What `estimate_memory` asks about a trainer's micro-batches; `num_tokens` may be `None`: not known."""
+    """What an estimate asks about a trainer's steps; `num_tokens` may be `None`: not known."""
     tokens, rows = num_tokens(args), args.per_device_train_batch_size
     if stream_tokens is not None:
         tokens, rows = stream_tokens, 1
@@ -59,7 +60,8 @@ def step_sizes(args: TrainingArguments, stream_tokens: int | None = None) -> dic
         "num_tokens": tokens,
         "num_rows": rows,
         "activation_bytes": 2 if args.bf16 or args.fp16 else None,
-        "optimizer": "" if args.deepspeed else str(getattr(args.optim, "value", args.optim)),
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "num_micro_batches": args.gradient_accumulation_steps,
     }
 
 
@@ -67,16 +69,17 @@ def _schedule_rows(
     config: ChunkConfig, report: ChunkReport, tokens: int | None
 ) -> list[tuple[str, str, str]]:
     size = report.chunk_size
-    chunks = (
-        "as configured"
-        if tokens is None
-        else f"as configured: {-(-tokens // size):,} chunks of {tokens:,} tokens"
-    )
+    chunks = report.reason if config.chunk_size == "auto" else "as configured"
+    if tokens is not None:
+        chunks += f": {-(-tokens // size):,} chunks of {tokens:,} tokens"
     height = report.layers_per_group
     groups = {
         1: "the least K/V memory, what ZeRO-3 needs",
         report.num_layers: "all layers: the schedule of SeCO",
     }
+    why_groups = groups.get(height, "as configured")
+    if config.layers_per_group == "auto":
+        why_groups = report.reason
     kept = "rebuilt in the backward" if report.rebuilds_kv else "kept from the forward"
     if config.rebuild_kv != "auto":
         why_kept = "as configured"
@@ -89,7 +92,7 @@ def _schedule_rows(
             else "rebuilding would rerun a group's layers"
         )
     retained = (
-        report.retained_reason
+        report.reason
         if config.retained_chunks == "auto"
         else "less memory"
         if report.retained_chunks == 0
@@ -98,54 +101,47 @@ def _schedule_rows(
     return [
         ("attention", report.attention, report.attention_reason),
         ("chunk size", f"{size:,} tokens", chunks),
-        ("layers per group", f"{height} of {report.num_layers}", groups.get(height, "as configured")),
+        ("layers per group", f"{height} of {report.num_layers}", why_groups),
         ("retained chunks", str(report.retained_chunks), retained),
         ("keys and values", kept, why_kept),
     ]
 
 
 def _memory_rows(
-    model: nn.Module,
-    config: ChunkConfig,
-    report: ChunkReport,
-    args: TrainingArguments,
-    stream_tokens: int | None,
+    model: nn.Module, report: ChunkReport, args: TrainingArguments, stream_tokens: int | None
 ) -> list[tuple[str, str, str]]:
-    tokens = stream_tokens or num_tokens(args)
     sizes = step_sizes(args, stream_tokens)
-    optimizer = sizes["optimizer"]
-    sizes["num_tokens"] = sizes["num_tokens"] or report.chunk_size
-    estimate = estimate_memory(model, config, report, **sizes)
-    fixed = [f"weights {_gib(estimate.weights_bytes)}", f"gradients {_gib(estimate.gradients_bytes)}"]
-    if estimate.optimizer_bytes is None:
-        fixed.append("the optimizer's states not counted")
-    else:
-        fixed.append(f"{optimizer} {_gib(estimate.optimizer_bytes)}")
+    tokens, activation_bytes = sizes.pop("num_tokens"), sizes.pop("activation_bytes")
+    estimate = estimate_memory(
+        model_sizes(model, activation_bytes),
+        report.config,
+        num_tokens=tokens or report.chunk_size,
+        engine=engine_of(args),
+        **sizes,
+    )
     growing = f"{estimate.sequence_bytes_per_token / 1024:,.0f} KiB a token"
+    parts = _parts(estimate, growing)
+    if not estimate.is_complete:
+        parts.append("the optimizer's states not counted")
     if tokens is None:
-        return [("expected memory", f"{_gib(estimate.peak_bytes - estimate.sequence_bytes)} and {growing}",
-                 "; ".join([*fixed, *_step_parts(estimate)]))]  # fmt: skip
-    sequence = f"sequence {_gib(estimate.sequence_bytes)} ({growing})"
-    return [
-        (
-            "expected memory",
-            f"about {_gib(estimate.peak_bytes)}",
-            "; ".join([*fixed, sequence, *_step_parts(estimate)]),
-        )
-    ]
+        fixed = estimate.peak_bytes - estimate.sequence_bytes
+        return [("expected memory", f"{_gib(fixed)} and {growing}", "; ".join(parts))]
+    return [("expected memory", f"about {_gib(estimate.peak_bytes)}", "; ".join(parts))]
 
 
-def _step_parts(estimate: MemoryEstimate) -> list[str]:
-    return [f"one cell {_gib(estimate.cell_bytes)} or one tile of logits {_gib(estimate.head_bytes)}"]
+def _parts(estimate: MemoryEstimate, growing: str) -> list[str]:
+    """Where the bytes go, at the peak."""
+    parts = [f"{name} {_gib(size)}" for name, size in estimate.device.items() if name in FIXED]
+    parts.append(f"sequence {_gib(estimate.sequence_bytes)} ({growing})")
+    rest = {k: size for k, size in estimate.device.items() if k not in (*FIXED, *SEQUENCE)}
+    return [*parts, *(f"{name} {_gib(size)}" for name, size in {**rest, **estimate.host}.items())]
 
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.3g} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.3g} MiB"
 
 
-def with_expected_attention(
-    model: nn.Module, config: ChunkConfig, report: ChunkReport, args: TrainingArguments
-) -> ChunkReport:
+def with_expected_attention(model: nn.Module, report: ChunkReport, args: TrainingArguments) -> ChunkReport:
     """`report` with the attention that the first step will most likely choose, where it has not chosen yet.
 
     Asks the same rules, about a query made from the model's config.
@@ -166,7 +162,7 @@ def with_expected_attention(
         if window is None
         else [window if kind == "sliding_attention" else None for kind in sorted(kinds)]
     )
-    choice = AttentionChoice(config.attention)
+    choice = AttentionChoice(report.config.attention)
     for window in windows:
         softcap = getattr(text, "attn_logit_softcapping", None)
         choice.backend_for(q_TND, AttentionVariant(scale=head_dim**-0.5, window=window, softcap=softcap))

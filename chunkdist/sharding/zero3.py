@@ -54,13 +54,17 @@ class Zero3Layers:
     """
 
     def __init__(self, layers: Sequence[nn.Module], layers_per_group: int) -> None:
-        if layers_per_group > 1 and (is_deepspeed_zero3_enabled() or is_sharded(layers[0])):
-            _refuse_group(layers_per_group)
         self._layers = tuple(layers)
+        self.check_height(layers_per_group)
         self._handles: list[RemovableHandle] = []
         for layer in layers:
             layer.__dict__[_LEAF] = True  # not by DeepSpeed's function: it may be imported later
         self._handles.append(layers[0].register_forward_pre_hook(_require_grad, prepend=True))
+
+    def check_height(self, layers_per_group: int) -> None:
+        """Raises `ValueError` for groups of several layers under ZeRO-3."""
+        if layers_per_group > 1 and (is_deepspeed_zero3_enabled() or is_sharded(self._layers[0])):
+            _refuse_group(layers_per_group)
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -8,8 +8,8 @@ import psutil
 import pytest
 import torch
 
+from chunkdist.memory.auto import free_bytes
 from chunkdist.memory.host import free_host_bytes
-from chunkdist.memory.retained import free_bytes
 
 GROUP = "/job.slice/task"
 

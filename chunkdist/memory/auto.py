@@ -1,0 +1,109 @@
+"""`"auto"` in a `ChunkConfig`: the planner's choice for the memory that is really free, made once, before the
+first step, and alike on all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import distributed, nn
+
+from chunkdist.config import AUTO_FIELDS, ChunkConfig
+from chunkdist.flops import StepFlops
+from chunkdist.memory.cards import CARDS, Card, card_named
+from chunkdist.memory.engine import SINGLE, Engine
+from chunkdist.memory.host import free_host_bytes
+from chunkdist.memory.model_sizes import ModelSizes
+from chunkdist.memory.planner import Job, choose_retained, gib, plan_step
+
+USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
+"""Of the free memory: the rest is for what the estimate leaves out (a kernel's scratch space, the allocator's
+gaps), on a CPU also for other processes."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process could still take: of the GPU, what its allocator holds unused included; of the
+    host, its share. Other processes' is not free, nor is what a MIG card has not been given."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return free_host_bytes()
+
+
+def resolve_auto(
+    model: nn.Module,
+    config: ChunkConfig,
+    sizes: ModelSizes,
+    *,
+    num_tokens: int,
+    num_rows: int = 1,
+    optimizer: str = "",
+    engine: Engine = SINGLE,
+    num_micro_batches: int = 1,
+    available_bytes: int | None = None,
+) -> tuple[ChunkConfig, str]:
+    """`config` with values in the place of `"auto"`, and why these.
+
+    Weights lie in memory already; gradients and optimizer states count as if they did not yet. With several
+    ranks, all must call it unless only `retained_chunks` is asked for: they plan for the least memory and the
+    longest row among them, since other groups would be gathered in another order.
+
+    Args:
+        sizes: Of `model`.
+        num_tokens: Of the longest row that will come.
+        available_bytes: What may be used beside the weights; `None`: `USABLE_SHARE` of what is free.
+
+    Raises:
+        ValueError: nothing fits; says what would be needed at least.
+    """
+    device = next(model.parameters()).device
+    share = USABLE_SHARE.get(device.type, min(USABLE_SHARE.values()))
+    if available_bytes is None:
+        available_bytes = int(free_bytes(device) * share)
+    host_bytes = int(free_host_bytes() * USABLE_SHARE["cpu"])
+    asked = [name for name in AUTO_FIELDS if getattr(config, name) == "auto"]
+    if asked != ["retained_chunks"]:
+        available_bytes, host_bytes, num_tokens = _alike(device, available_bytes, host_bytes, num_tokens)
+    weights = Job(
+        sizes=sizes,
+        flops=StepFlops.of(model),
+        card=card_of(device),
+        available_bytes=available_bytes,
+        host_bytes=host_bytes,
+        num_rows=num_rows,
+        engine=engine,
+        optimizer=optimizer,
+        num_micro_batches=num_micro_batches,
+    )
+    there = weights.estimate(config.without_auto(), num_tokens).device["weights"]
+    job = replace(weights, available_bytes=available_bytes + there)
+    if asked == ["retained_chunks"]:
+        chosen = choose_retained(job, config, num_tokens)
+    else:
+        chosen = plan_step(job, config, num_tokens).config
+    estimate = job.estimate(chosen, num_tokens)
+    choice = ", ".join(f"{name}={getattr(chosen, name)}" for name in asked)
+    if asked == ["retained_chunks"]:
+        num_chunks = -(-num_tokens // int(chosen.chunk_size))
+        choice = f"{chosen.retained_chunks} of the {num_chunks} chunks of {num_tokens:,} tokens"
+    return chosen, (
+        f"auto: {choice}; a step then needs {gib(estimate.step_bytes)} of {gib(available_bytes)}, "
+        f"{share:.0%} of what is free"
+    )
+
+
+def card_of(device: torch.device) -> Card:
+    """What the time is predicted with."""
+    if device.type == "cuda":
+        return card_named(torch.cuda.get_device_name(device))
+    return CARDS["rtx3090"]  # only the order of schedules matters
+
+
+def _alike(device: torch.device, available: int, host: int, num_tokens: int) -> tuple[int, int, int]:
+    """The least memory and the most tokens of all ranks."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return available, host, num_tokens
+    least = torch.tensor([available, host, -num_tokens], dtype=torch.int64, device=device)
+    distributed.all_reduce(least, op=distributed.ReduceOp.MIN)
+    available, host, longest = least.tolist()
+    return available, host, -longest

@@ -1,0 +1,112 @@
+"""How long a step takes, predicted: FLOPs, bytes moved and launches of each cell against a card's ceilings.
+
+A figure to choose schedules by, not a measurement: what kernels reach of a ceiling is assumed, and the same
+for all cards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chunkdist.config import ChunkConfig
+from chunkdist.flops import StepFlops, num_pairs
+from chunkdist.memory.cards import Card
+from chunkdist.memory.engine import SINGLE, Engine
+from chunkdist.memory.model_sizes import ModelSizes
+
+MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.7, 0.55, 0.8, 0.8
+"""What kernels are taken to reach of a card's ceilings."""
+_LAUNCH_S, _LAUNCHES = 5e-6, 60
+"""Of one kernel, and how many a layer has in one direction."""
+_PASSES_OVER_GRAPH = 3
+"""How often the bytes of a cell's graph go through the memory: written, read, and as gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds.
+
+    Args:
+        compute_s: Of the cells and the head.
+        host_s: Of the copies to and from the host, beside them.
+        collectives_s: Of gathers and reductions, beside them.
+        num_chunks: Of a row: a group's first chunk in the backward, and its last one in the forward, are
+            waited for.
+    """
+
+    compute_s: float
+    host_s: float
+    collectives_s: float
+    num_chunks: int
+
+    @property
+    def seconds(self) -> float:
+        """The slowest of the three that run beside each other, and the copies that nothing runs beside."""
+        return max(self.compute_s, self.host_s, self.collectives_s) + self.host_s / self.num_chunks
+
+
+def step_time(
+    sizes: ModelSizes,
+    flops: StepFlops,
+    config: ChunkConfig,
+    card: Card,
+    *,
+    num_tokens: int,
+    num_rows: int = 1,
+    engine: Engine = SINGLE,
+    host_bytes: int = 0,
+) -> StepTime:
+    """Of one forward and backward of one rank.
+
+    Args:
+        config: Without `"auto"`.
+        num_tokens: Of a row, one sequence.
+        host_bytes: What waits on the host: written once, read once.
+    """
+    num_layers, tokens = len(sizes.cells), num_tokens * num_rows
+    height = num_layers if config.layers_per_group == "all" else int(config.layers_per_group)
+    chunk = min(int(config.chunk_size), num_tokens)
+    num_chunks = -(-num_tokens // chunk)
+    retained = 0 if config.retained_chunks == "auto" else min(config.retained_chunks, num_chunks)
+    again = 1 - retained / num_chunks
+    trained = sizes.all_weights.num_trainable / max(1, sizes.all_weights.num_numbers)
+    # Forward, rerun, gradients of inputs and of what is trained; K/V once more where they are rebuilt.
+    passes = 1 + again + 1 + trained
+    attention_passes = 1 + again + 2.5  # the kernels' backward has five products, their forward two
+    if config.rebuilds_kv and num_chunks > 1:
+        passes += _projections(sizes) if height == 1 else 1
+        attention_passes += 0 if height == 1 else 1
+    head = 2 * sizes.head_width * (sizes.stream.hidden_bytes // sizes.element_bytes)
+    forward = flops.per_token / 3 - head
+    matmul = tokens * (forward * passes + head * (2 + (sizes.head_numbers_trained > 0)))
+    pairs = sum(cost / 3 * num_pairs(num_tokens, window) for window, cost in flops.per_pair) * num_rows
+    arithmetic_s = matmul / (card.flops * MATMUL_SHARE)
+    arithmetic_s += pairs * attention_passes / (card.flops * ATTENTION_SHARE)
+    moved = _bytes_moved(sizes, tokens=tokens, num_chunks=num_chunks, passes=passes)
+    launches = _LAUNCH_S * _LAUNCHES * num_layers * num_chunks * (passes + 1)
+    sharded = 0
+    if engine.num_ranks > 1:
+        every = sizes.all_weights
+        sharded = 2 * every.whole_trainable_bytes + (2 * every.whole_bytes if engine.shards_weights else 0)
+    return StepTime(
+        compute_s=max(arithmetic_s, launches) + moved / (card.bandwidth * BANDWIDTH_SHARE),
+        host_s=2 * host_bytes / (card.host_bandwidth * LINK_SHARE),
+        collectives_s=sharded / (card.link_bandwidth * LINK_SHARE),
+        num_chunks=num_chunks,
+    )
+
+
+def _projections(sizes: ModelSizes) -> float:
+    """The share of a layer's matrices that make queries, keys and values, by their width; of layers alike."""
+    cell, weights = sizes.cells[-1], sizes.layers[-1]
+    hidden = sizes.stream.hidden_bytes // sizes.element_bytes
+    return min(1.0, hidden * (hidden + cell.kv_numbers) / max(1, weights.num_numbers))
+
+
+def _bytes_moved(sizes: ModelSizes, *, tokens: int, num_chunks: int, passes: float) -> float:
+    """Through the card's memory: graphs, and for each chunk the weights, and the gradients of all keys before
+    it."""
+    graphs = _PASSES_OVER_GRAPH * tokens * sum(cell.saved.per_token for cell in sizes.cells)
+    weights = passes * num_chunks * sum(w.whole_bytes for w in sizes.layers)
+    of_keys = sum(2 * c.workspace_per_key + 2 * c.kv_numbers * sizes.kv_grad_bytes for c in sizes.cells)
+    return graphs + weights + of_keys * tokens * (num_chunks + 1) / 2

@@ -1,0 +1,111 @@
+"""A model's twin without storage: the same modules and adapters, weights that are fake, and only its first
+layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedConfig
+
+from chunkdist.model_layers import find_layers
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OWN = ("forward", "_compiled_call_impl", "_loss_function")
+"""Set on instances: by a chunked model, and by engines that wrap a call."""
+
+
+def layer_kinds(model: Any) -> list[object]:
+    """For each decoder layer what its memory depends on; layers with the same answer are alike."""
+    layers = find_layers(model)[2]
+    types = list(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    types = types if len(types) == len(layers) else [""] * len(layers)
+    return [
+        (
+            type(layer),
+            kind,
+            tuple((n, _shape(p), p.dtype, p.requires_grad) for n, p in layer.named_parameters()),
+        )
+        for layer, kind in zip(layers, types, strict=True)
+    ]
+
+
+def twin_of(model: nn.Module, num_layers: int) -> nn.Module:
+    """The first `num_layers` decoder layers of `model`, and all around them, under a `FakeTensorMode`.
+
+    Weights have the shapes that they have when gathered; quantised ones are in the dtype in which they are
+    multiplied. Hooks, and the methods that `chunk_model` has replaced, stay behind.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return _Twins(find_layers(base)[2], num_layers).of(model)
+
+
+class _Twins:
+    def __init__(self, layers: list[nn.Module], num_layers: int) -> None:
+        self._layers = [id(layer) for layer in layers]
+        self._num_layers = num_layers
+        self._made: dict[int, Any] = {}
+
+    def of(self, module: nn.Module) -> nn.Module:
+        if id(module) in self._made:
+            twin: nn.Module = self._made[id(module)]
+            return twin
+        kind = next(base for base in type(module).__mro__ if not issubclass(base, FSDPModule))
+        if any(hasattr(p, "quant_state") for p in module._parameters.values()):
+            kind = nn.Linear
+        twin = cast(nn.Module, kind.__new__(kind))
+        self._made[id(module)] = twin
+        state = {
+            name: value
+            for name, value in module.__dict__.items()
+            if name not in _OWN and not name.startswith(("_chunkdist", "_z3", "_fsdp", "ds_"))
+        }
+        for name, value in state.items():
+            if name in _HOOKS or name.endswith("_hooks") or "hooks_" in name:
+                state[name] = type(value)() if isinstance(value, dict) else value
+            elif isinstance(value, PreTrainedConfig):
+                state[name] = self._configs(value)
+            elif isinstance(value, nn.Module):
+                state[name] = self.of(value)
+        state["_parameters"] = {name: self._fake(p) for name, p in module._parameters.items()}
+        state["_buffers"] = {name: self._fake(b) for name, b in module._buffers.items()}
+        children = dict(module._modules)
+        if [id(child) for child in children.values()] == self._layers:
+            children = dict(list(children.items())[: self._num_layers])
+        state["_modules"] = {name: None if c is None else self.of(c) for name, c in children.items()}
+        twin.__dict__.update(state)
+        return twin
+
+    def _configs(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """A copy for so many layers."""
+        twin: PreTrainedConfig = self._once(config, copy.deepcopy)
+        text: Any = twin.get_text_config(decoder=True)
+        self._made.setdefault(id(config.get_text_config(decoder=True)), text)
+        text.__dict__["num_hidden_layers"] = self._num_layers  # not by `setattr`: kinds of layers are counted
+        for part in (twin, text):
+            part._experts_implementation = "batched_mm"  # others look at values
+        return twin
+
+    def _once(self, value: Any, make: Callable[[Any], Any]) -> Any:
+        if id(value) not in self._made:
+            self._made[id(value)] = make(value)
+        return self._made[id(value)]
+
+    def _fake(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else self._once(x, _fake)
+
+
+def _fake(x: Tensor) -> Tensor:
+    dtype = getattr(getattr(x, "quant_state", None), "dtype", x.dtype)
+    empty = torch.empty(_shape(x), dtype=dtype, device="cpu")
+    return nn.Parameter(empty, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else empty
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    """Of the whole parameter, where engines have taken a part of it away or bitsandbytes has packed it."""
+    quant_state = getattr(x, "quant_state", None)
+    return tuple(getattr(x, "ds_shape", x.shape) if quant_state is None else quant_state.shape)

@@ -1,0 +1,128 @@
+"""The planner keeps to its memory, takes the fastest, says what is missing; `"auto"` runs what it chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from chunkdist import ChunkConfig, chunk_model
+from chunkdist.flops import StepFlops
+from chunkdist.memory.cards import CARDS
+from chunkdist.memory.engine import Engine
+from chunkdist.memory.model_sizes import ModelSizes
+from chunkdist.memory.planner import Job, NothingFits, longest_length, plan_step
+from chunkdist.memory.simulate import check_groups, simulate
+from chunkdist.modeling import chunk_report, layers_of, resolve_auto_values
+from tests.models import batch, gradients, largest_difference, tiny_llama, with_lora
+
+AUTO = ChunkConfig(chunk_size="auto", layers_per_group="auto", retained_chunks="auto", offload="auto")
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def job() -> Job:
+    model = with_lora(tiny_llama(dtype=torch.bfloat16, num_layers=8, hidden_size=64))
+    return Job(
+        sizes=ModelSizes.for_config(model, AUTO, device_type="cuda"),
+        flops=StepFlops.of(model),
+        card=CARDS["rtx3090"],
+        available_bytes=64 * MIB,
+        host_bytes=64 * MIB,
+    )
+
+
+def test_the_plan_fits_and_more_memory_is_not_slower(job: Job) -> None:
+    times = []
+    for mib in (24, 32, 64, 256, 1024):
+        roomy = replace(job, available_bytes=mib * MIB)
+        plan = plan_step(roomy, AUTO, 16384)
+        assert plan.estimate.peak_bytes <= mib * MIB
+        assert plan.estimate.host_bytes <= job.host_bytes
+        assert not plan.config.has_auto
+        times.append(plan.time.seconds)
+    assert all(after <= 1.03 * before for before, after in pairwise(times))
+    assert times[-1] < times[0]
+
+
+def test_what_is_set_stays(job: Job) -> None:
+    asked = replace(AUTO, chunk_size=1024, offload="none")
+    plan = plan_step(replace(job, available_bytes=1024 * MIB), asked, 8192)
+    assert (plan.config.chunk_size, plan.config.offload) == (1024, "none")
+    assert plan.config.retained_chunks == 8, "there is room for all graphs"
+
+
+def test_where_nothing_fits_the_least_is_named(job: Job) -> None:
+    with pytest.raises(NothingFits, match=r"16,384 tokens need .* GiB on the device") as caught:
+        plan_step(replace(job, available_bytes=MIB), AUTO, 16384)
+    assert caught.value.nearest.estimate.peak_bytes > MIB
+
+
+def test_the_longest_length_is_the_longest(job: Job) -> None:
+    longest = longest_length(job, AUTO)
+    assert longest % 1024 == 0
+    plan_step(job, AUTO, longest)
+    with pytest.raises(NothingFits):
+        plan_step(job, AUTO, longest + 1024)
+    assert longest_length(replace(job, available_bytes=2 * job.available_bytes), AUTO) > longest
+    assert longest_length(replace(job, host_bytes=0), AUTO) < longest
+
+
+def test_zero3_has_groups_of_one_layer(job: Job) -> None:
+    sharded = replace(job, engine=Engine(name="zero3", num_ranks=4), available_bytes=1024 * MIB)
+    assert plan_step(sharded, AUTO, 4096).config.layers_per_group == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_tokens"),
+    [
+        ({"layers_per_group": 2, "rebuild_kv": True}, 1024),
+        ({"layers_per_group": 2, "rebuild_kv": False, "offload": "host"}, 1024),
+    ],
+)
+def test_the_formula_is_within_5_percent_of_the_simulation(
+    job: Job, settings: dict[str, Any], num_tokens: int
+) -> None:
+    model = with_lora(tiny_llama(dtype=torch.bfloat16, num_layers=8, hidden_size=64))
+    config = ChunkConfig(chunk_size=256, **settings)
+    found = simulate(model, job.sizes, config, num_tokens=num_tokens)
+    assert job.estimate(config, num_tokens).step_bytes == pytest.approx(found.peak_bytes, rel=0.05)
+    assert found.num_layers_run == 2
+    if "offload" not in settings:
+        check_groups(model, job.sizes, config, num_tokens=num_tokens)
+
+
+class TestAuto:
+    @pytest.fixture
+    def model(self) -> Iterator[Any]:
+        model: Any = chunk_model(tiny_llama(), AUTO)
+        yield model
+        model._chunkdist_model.remove()
+
+    def test_the_first_step_chooses_and_is_exact(self, model: Any) -> None:
+        assert chunk_report(model).reason == "auto: chosen in the first step"
+        inputs = batch(num_tokens=48)
+        found = gradients(model, inputs)
+        assert largest_difference(found, gradients(tiny_llama(), inputs)) < 1e-10
+        report = chunk_report(model)
+        assert not report.config.has_auto
+        assert report.reason.startswith("auto: chunk_size=512, layers_per_group=")
+
+    @pytest.mark.parametrize("offload", ["none", "host"])
+    def test_other_groups_are_formed(self, model: Any, offload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        chosen = ChunkConfig(chunk_size=8, layers_per_group=2, offload=offload)  # type: ignore[arg-type]
+        monkeypatch.setattr("chunkdist.modeling.resolve_auto", lambda *args, **kwargs: (chosen, "so it is"))
+        resolve_auto_values(model, num_tokens=48)
+        assert (chunk_report(model).layers_per_group, chunk_report(model).reason) == (2, "so it is")
+        assert [len(layer.group.layers) for layer in layers_of(model)] == [2, 2, 2, 2]
+        assert [layer.group.is_last for layer in layers_of(model)] == [False, False, True, True]
+        inputs = batch(num_tokens=48)
+        assert largest_difference(gradients(model, inputs), gradients(tiny_llama(), inputs)) < 1e-10
+
+    def test_without_room_there_is_one_clear_error(self, model: Any) -> None:
+        with pytest.raises(ValueError, match=r"8,192 tokens need .* GiB on the device"):
+            resolve_auto_values(model, num_tokens=8192, available_bytes=0)
