@@ -26,9 +26,18 @@ from chunkdist.memory.twin import layer_kinds, twin_of
 from chunkdist.model_layers import find_layers, mixer_of
 from chunkdist.replay import undisturbed_rng
 
-_CHUNKS, _STATE_CHUNKS = (1024, 4096), (64, 256)
-"""Tokens of the two chunk sizes, around those in use, where a longer one takes no longer; and for layers with
-state, whose torch code loops over blocks of 64 tokens, or over tokens."""
+_CHUNKS = (1024, 4096)
+"""Tokens of the two chunk sizes, around those in use: a longer one takes no longer."""
+
+
+def _chunks_of(base: Any) -> tuple[int, int]:
+    """The two sizes for one model. Torch code of layers with state loops over blocks of 64 tokens or over
+    tokens, so few are taken; state-space layers fill up to blocks of a size in the config."""
+    if all(mixer_of(layer) is None for layer in find_layers(base)[2]):
+        return _CHUNKS
+    text = base.config.get_text_config(decoder=True)
+    block = max(64, *(getattr(text, name, None) or 0 for name in ("mamba_chunk_size", "chunk_size")))
+    return block, 4 * block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +231,7 @@ def measure_cells(
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     kinds = layer_kinds(base)
     firsts = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
-    chunks = _CHUNKS if all(mixer_of(layer) is None for layer in find_layers(base)[2]) else _STATE_CHUNKS
+    chunks = _chunks_of(base)
     config = ChunkConfig(chunk_size=1, rebuild_kv=False, attention=attention, kv_grad_dtype=kv_grad_dtype)
     num_layers = max(firsts.values()) + 1
     runs = {size: _run(model, num_layers, size, config, device_type, autocast) for size in chunks}

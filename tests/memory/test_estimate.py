@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.granitemoehybrid import GraniteMoeHybridConfig
 from transformers.models.qwen3_5 import Qwen3_5TextConfig
 
 from chunkdist import ChunkConfig, chunk_model
@@ -113,6 +114,41 @@ def test_states_at_the_starts_of_chunks(hybrid: tuple[Any, ChunkConfig, dict[int
     )  # docs/memory.md: n + 1 while a layer with state runs, here the first of two
     expected = inputs_and_grads + report.state.state_bytes / config.chunk_size
     assert (high - low) / (more - fewer) == pytest.approx(expected, rel=0.05)
+
+
+def granite() -> Any:
+    """State spaces, which fill up to blocks of 256 tokens."""
+    values: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "shared_intermediate_size": 512,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "num_hidden_layers": 2,
+        "layer_types": ["mamba", "attention"],
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 64,
+        "mamba_d_state": 64,
+        "mamba_n_groups": 1,
+        "vocab_size": 64,
+        "pad_token_id": None,
+        "use_cache": False,
+    }
+    return AutoModelForCausalLM.from_config(GraniteMoeHybridConfig(**values), dtype=torch.bfloat16)
+
+
+def test_state_spaces() -> None:
+    config, mode = ChunkConfig(chunk_size=512, retained_chunks=1, attention="varlen"), FakeTensorMode()
+    with mode:
+        model = chunk_model(fake_model(granite, mode), config)
+        ids = torch.zeros(1, 1536, dtype=torch.long)
+        with LiveBytes(exclude=[*model.parameters(), *model.buffers(), ids]) as live:
+            model(input_ids=ids, labels=ids).loss.backward()
+        sizes = model_sizes(model)
+    estimate = estimate_memory(sizes, config, num_tokens=1536)
+    assert estimate.step_bytes == pytest.approx(live.peak_bytes, rel=0.1)
 
 
 def test_llama_3_8b_per_token() -> None:
