@@ -16,6 +16,7 @@ from chunkdist.attention.function import Cell
 from chunkdist.context import ChunkContext
 from chunkdist.exact_classes import CLASSES, TRANSFORMERS_VERSION
 from chunkdist.kv_store import KVStore
+from chunkdist.probe import LayerProbe
 from chunkdist.schedule import Chunk
 from chunkdist.state_relay import StateStore
 from tests.model_zoo import OVERRIDES, class_names, tiny_model
@@ -90,6 +91,8 @@ def test_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sees_positions_counted_inside_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_layers, "_counts_tokens", lambda kind: False)
+    assert run_class("Llama4ForCausalLM").outcome == "refused", "by the probe"
+    monkeypatch.setattr(LayerProbe, "check", lambda *args: None)
     assert run_class("Llama4ForCausalLM").outcome == "wrong"
 
 
