@@ -13,12 +13,10 @@ checked, and the figures for all layers follow.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +27,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.environment import LLAMA_3_8B, provenance, write_result
-from chunkdist.bench.step import BASELINE, set_checkpointing
+from chunkdist.bench.options import parsed, parser_of
+from chunkdist.bench.ways import BASELINE, set_checkpointing
 from chunkdist.lazy_logits import lazy_logits
 from chunkdist.memory import LiveBytes
 from chunkdist.memory.fake import fake_model
@@ -193,14 +192,10 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="chunkdist bench memory", description="Peak memory of a step, by sequence length."
-    )
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, in seconds")
+    parser = parser_of("memory", "Peak memory of a step, by sequence length.")
     parser.add_argument("--only", default="", metavar="WORD", help="the ways whose names have it")
     parser.add_argument("--num-tokens", type=int, nargs="+", help="ascending; default: 16384 32768")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
-    options = parser.parse_args(given)
+    options = parsed(parser, given)
     lengths = options.num_tokens or ([32, 64] if options.smoke else [2**14, 2**15])
     if len(lengths) < 2 or lengths != sorted(set(lengths)) or lengths[0] < 1:
         parser.error(f"--num-tokens {lengths}: write two or more lengths, ascending")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chunkdist.bench import memory
-from chunkdist.bench.step import BASELINE
+from chunkdist.bench.ways import BASELINE
 
 
 @pytest.mark.slow
