@@ -9,9 +9,16 @@ import importlib
 from collections.abc import Sequence
 
 BENCHMARKS = {
+    "all": "all that a GPU is wanted for, in parts of ten minutes",
+    "attention": "every attention backend of this machine against `math`: errors, then rates",
+    "compare": "what moved between two results; fails on a slowdown",
+    "gradient-error": "the error of bf16 gradients, chunked and plain, by length and chunk size",
     "hybrid-memory": "bytes a token of a hybrid model, without a GPU",
     "long-tail": "an epoch of long-tailed data: token streams, padding, packing",
+    "max-length": "the longest sequence that fits a given memory",
     "memory": "bytes a token of an 8B model, without a GPU",
+    "offload": "the time of a step with and without host offload",
+    "overhead": "host time of a cell, and the share of a step that is spent in kernels",
     "spaco": "the time of a SpaCO step beside its parts",
     "spaco-study": "what SpaCO's samplers cost in loss",
     "step": "time and memory of a step by length, beside each baseline",

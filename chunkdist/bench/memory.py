@@ -93,6 +93,12 @@ def peak_bytes(way: Way, sizes: dict[str, int], num_tokens: int) -> tuple[int, i
         return live.peak_bytes, 0 if host is None else host.held_bytes
 
 
+def weight_bytes(sizes: dict[str, int]) -> int:
+    """Of the model's weights and its adapters, in bf16."""
+    with torch.device("meta"):
+        return sum(p.numel() * p.element_size() for p in _lora_llama(sizes, 1).parameters())
+
+
 def _lora_llama(sizes: dict[str, int], num_tokens: int) -> nn.Module:
     settings: dict[str, Any] = {**sizes, "max_position_embeddings": num_tokens, "use_cache": False}
     model = AutoModelForCausalLM.from_config(
@@ -143,10 +149,7 @@ def measure(
                 found = peak_bytes(way, {**sizes, "num_hidden_layers": num}, num_tokens)
                 measured[num_tokens][num], on_host[num_tokens][num] = found
         peaks, host = (
-            {
-                length: _of_all_layers(by_layers, sizes["num_hidden_layers"])
-                for length, by_layers in of.items()
-            }
+            {length: of_all_layers(by_layers, sizes["num_hidden_layers"]) for length, by_layers in of.items()}
             for of in (measured, on_host)
         )
         slope = (peaks[lengths[-1]] - peaks[lengths[0]]) / (lengths[-1] - lengths[0])
@@ -166,7 +169,8 @@ def _check_layers_are_alike(way: Way, peaks: dict[int, int]) -> None:
         raise RuntimeError(f"{way.name}: layers do not add the same to the peak ({peaks}): run all of them")
 
 
-def _of_all_layers(peaks: dict[int, int], num_layers: int) -> int:
+def of_all_layers(peaks: dict[int, int], num_layers: int) -> int:
+    """The peak of a model of `num_layers`, from those of models with the two numbers of layers in `peaks`."""
     few, some = sorted(peaks)[:2]
     return peaks[few] + (peaks[some] - peaks[few]) * (num_layers - few) // (some - few)
 

@@ -27,18 +27,22 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def parser_of(
-    name: str, description: str, *options: str, num_rounds: tuple[int, int] = (1, 1)
+    name: str,
+    description: str,
+    *options: str,
+    num_rounds: tuple[int, int] = (1, 1),
+    has_result: bool = True,
 ) -> argparse.ArgumentParser:
-    """A parser with `--smoke`, `--json`, and those of the shared options that are named.
+    """A parser with those of the shared options that are named.
 
     Args:
         num_rounds: Default of `--repetitions`, and with `--smoke`.
+        has_result: With `--smoke` and `--json`.
     """
     parser = argparse.ArgumentParser(prog=f"chunkdist bench {name}", description=description)
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes, in seconds: the figures mean nothing"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
+    if has_result:
+        parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: the figures mean nothing")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
     for option in options:
         settings = dict(_OPTIONS[option])
         settings["help"] = settings["help"].format(*num_rounds)

@@ -44,7 +44,7 @@ def cost_of(call: Callable[[], Any], *, on_gpu: bool) -> Cost:
 def median_s(call: Callable[[], Any], *, on_gpu: bool, num_calls: int = 5) -> float:
     """Median seconds of a call, after one to warm up. On CUDA, by events."""
     call()
-    seconds = []
+    seconds: list[float] = []
     for _ in range(num_calls):
         if on_gpu:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -70,7 +70,8 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int | None = None) -> fl
     size = size or (16384 if on_gpu else 1024)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = median_s(lambda: a @ b, on_gpu=on_gpu, num_calls=10 if on_gpu else 5)
-    return float(2 * size**3 / seconds)
+    num_flops: int = 2 * size**3
+    return num_flops / seconds
 
 
 def step_flops(model: torch.nn.Module, num_tokens: int) -> dict[str, int]:
