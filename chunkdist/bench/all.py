@@ -40,7 +40,13 @@ class Job:
 
 JOBS = (
     Job(part=1, name="attention", file="attention", limit_s=90),
-    Job(part=1, name="step", file="step-8b", options=f"--model 8b --num-tokens {_LENGTHS} --repetitions 3"),
+    Job(
+        part=1,
+        name="step",
+        file="step-8b",
+        options=f"--model 8b --num-tokens {_LENGTHS} --repetitions 2",
+        limit_s=170,
+    ),
     Job(part=1, name="overhead", file="overhead-8b", options="--model 8b --repetitions 3", limit_s=60),
     Job(part=1, name="gradient-error", file="gradient-error", limit_s=90),
     Job(
@@ -55,8 +61,8 @@ JOBS = (
         part=2,
         name="step",
         file="step-8b-24gib",
-        options=f"--model 8b --memory-gib 24 --num-tokens {_LENGTHS} --repetitions 3 --offload",
-        limit_s=150,
+        options=f"--model 8b --memory-gib 24 --num-tokens {_LENGTHS} --repetitions 2 --offload",
+        limit_s=190,
     ),
     Job(
         part=2,
@@ -76,15 +82,15 @@ JOBS = (
         part=3,
         name="step",
         file="step-8b-64k",
-        options="--model 8b --num-tokens 65536 --repetitions 1 --chunk-sizes 2048 8192 16384 --groups 4",
-        limit_s=330,
+        options="--model 8b --num-tokens 65536 --repetitions 1 --chunk-sizes 8192",
+        limit_s=440,
     ),
     Job(
         part=3,
         name="step",
         file="step-1b",
-        options="--model 1b --num-tokens 32768 131072 --repetitions 1 --offload",
-        limit_s=240,
+        options="--model 1b --num-tokens 32768 --repetitions 1 --groups 4",
+        limit_s=150,
     ),
 )
 
