@@ -1,4 +1,4 @@
-"""The `chunkdist` command: `chunkdist plan CONFIG`, `check CONFIG`, `preview CONFIG` and `env`.
+"""The `chunkdist` command: `chunkdist plan CONFIG`, `check CONFIG`, `preview CONFIG`, `bench NAME`, `env`.
 
 Exit status 0: fine; 1: the answer is no (gradients differ, nothing fits); 2: the input is at fault,
 one line on stderr says how.
@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from chunkdist.bench import BENCHMARKS
+from chunkdist.bench import run as run_benchmark
 from chunkdist.cli_plan import add_plan
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_plan(commands)
     _add_check(commands)
     _add_preview(commands)
+    _add_bench(commands)
     _add_env(commands)
     try:
         arguments, others = parser.parse_known_args(argv)
@@ -85,6 +88,21 @@ def _add_preview(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--tokens", type=int, default=200, help="tokens of a sequence shown; default: 200")
     parser.set_defaults(run=_preview)
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    width = max(map(len, BENCHMARKS))
+    parser = commands.add_parser(
+        "bench",
+        help="run one of the benchmarks that the docs quote",
+        description="Benchmarks:\n" + "\n".join(f"  {name:{width}}  {x}" for name, x in BENCHMARKS.items()),
+        epilog="Options of one benchmark: chunkdist bench NAME --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", metavar="NAME", choices=list(BENCHMARKS))
+    parser.add_argument("options", metavar="...", nargs=argparse.REMAINDER, help="options of the benchmark")
+    parser.set_defaults(run=_bench)
 
 
 def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -139,6 +157,13 @@ def _check(arguments: argparse.Namespace, options_given: list[str]) -> int:
         result = check_gradients(trainer.model, first_batch(trainer), config)
     print(result.report())
     return 0 if result.passed else 1
+
+
+def _bench(arguments: argparse.Namespace, others: list[str]) -> int:
+    try:
+        return run_benchmark(arguments.name, [*others, *arguments.options])
+    except SystemExit as stop:  # its own options: argparse has said what is wrong, or --help
+        return int(stop.code or 0)
 
 
 def _env(arguments: argparse.Namespace, others: list[str]) -> int:

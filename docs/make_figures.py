@@ -18,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chunkdist import ChunkConfig, chunk_model
-from chunkdist.bench.step import BASELINE
+from chunkdist.bench.ways import BASELINE
 
 Result = dict[str, Any]
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,10 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import chunkdist.bench
 import chunkdist.check
 from chunkdist import ChunkConfig, chunk_model
+from chunkdist.bench import BENCHMARKS
 from chunkdist.cli import main
 from chunkdist.integrations.arguments import parse_options
 from chunkdist.integrations.trl import build_trainer
@@ -95,6 +97,34 @@ class TestEnv:
     def test_takes_no_arguments(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["env", "--all"]) == 2
         assert "'--all'" in capsys.readouterr().err
+
+
+class TestBench:
+    def test_help_lists_every_benchmark(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["bench", "--help"]) == 0
+        out = capsys.readouterr().out
+        for name, line in BENCHMARKS.items():
+            assert re.search(rf"^  {name} +{re.escape(line)}$", out, re.M)
+
+    def test_every_name_has_a_module_and_every_module_a_name(self) -> None:
+        folder = Path(chunkdist.bench.__file__).parent
+        programs = {file.stem for file in folder.glob("*.py") if "__main__" in file.read_text()}
+        assert programs == {name.replace("-", "_") for name in BENCHMARKS}
+
+    def test_options_go_to_the_benchmark(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = tmp_path / "result.json"
+        options = ["--smoke", "--repetitions", "1", "--json", str(file)]
+        assert main(["bench", "spaco", *options]) == 0
+        assert json.loads(file.read_text())["benchmark"] == "spaco"
+        assert main(["bench", "spaco", "--help"]) == 0
+        assert "--budgets" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "arguments", [[], ["no-such"], ["spaco", "--no-such"], ["spaco", "--budgets", "0"]]
+    )
+    def test_wrong_usage(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["bench", *arguments]) == 2
+        assert "usage: chunkdist bench" in capsys.readouterr().err
 
 
 class TestUsage:

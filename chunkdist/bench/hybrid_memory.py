@@ -16,10 +16,8 @@ is checked between the two longest that are counted.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.environment import provenance, write_result
+from chunkdist.bench.options import parsed, parser_of
 from chunkdist.memory import LiveBytes
 from chunkdist.memory.fake import fake_model
 from chunkdist.modeling import chunk_report, layers_of
@@ -222,12 +221,8 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="chunkdist bench hybrid-memory", description="Peak memory of a step of a hybrid model."
-    )
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, in seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
-    options = parser.parse_args(given)
+    parser = parser_of("hybrid-memory", "Peak memory of a step of a hybrid model.")
+    options = parsed(parser, given)
     result = {
         **provenance("hybrid-memory", given),
         "method": "live bytes under FakeTensorMode; no GPU",

@@ -20,7 +20,6 @@ in what a micro-batch is:
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -28,7 +27,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +37,8 @@ from chunkdist import chunk_model, unchunk_model
 from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.long_tail_simulation import simulate
 from chunkdist.bench.long_tail_ways import BASELINE, BATCH_SEQUENCES, SEGMENT_FLASH, SIZES, Sizes, Way, ways
-from chunkdist.bench.step import set_checkpointing
+from chunkdist.bench.options import parsed, parser_of
+from chunkdist.bench.ways import set_checkpointing
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.long_tail import long_tailed_lengths
 from chunkdist.data.streams import NO_LABEL, stream_of
@@ -207,24 +206,18 @@ def simulation_table(simulation: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="chunkdist bench long_tail", description="An epoch of long-tailed data, by how it is batched."
+    parser = parser_of(
+        *("long-tail", "An epoch of long-tailed data, by how it is batched."),
+        *("repetitions", "threads"),
+        num_rounds=(2, 1),
     )
-    parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: the times mean nothing")
     parser.add_argument(
         "--simulation-only",
         action="store_true",
         help="measure nothing; replace the simulation in --json FILE",
     )
-    parser.add_argument("--repetitions", type=int, help="rounds; default: 2, with --smoke 1")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
-    options = parser.parse_args(given)
-    num_rounds = (1 if options.smoke else 2) if options.repetitions is None else options.repetitions
-    if num_rounds < 1:
-        parser.error(f"--repetitions {num_rounds} is no count: write an integer >= 1")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = parsed(parser, given)
+    num_rounds = options.repetitions
     print("simulation", file=sys.stderr)
     simulation = simulate(max_batches=2 if options.smoke else None)
     if options.simulation_only:

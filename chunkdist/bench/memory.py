@@ -13,12 +13,10 @@ checked, and the figures for all layers follow.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +27,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.environment import LLAMA_3_8B, provenance, write_result
-from chunkdist.bench.step import BASELINE, set_checkpointing
+from chunkdist.bench.options import parsed, parser_of
+from chunkdist.bench.ways import BASELINE, set_checkpointing
 from chunkdist.lazy_logits import lazy_logits
 from chunkdist.memory import LiveBytes
 from chunkdist.memory.fake import fake_model
@@ -94,6 +93,12 @@ def peak_bytes(way: Way, sizes: dict[str, int], num_tokens: int) -> tuple[int, i
         return live.peak_bytes, 0 if host is None else host.held_bytes
 
 
+def weight_bytes(sizes: dict[str, int]) -> int:
+    """Of the model's weights and its adapters, in bf16."""
+    with torch.device("meta"):
+        return sum(p.numel() * p.element_size() for p in _lora_llama(sizes, 1).parameters())
+
+
 def _lora_llama(sizes: dict[str, int], num_tokens: int) -> nn.Module:
     settings: dict[str, Any] = {**sizes, "max_position_embeddings": num_tokens, "use_cache": False}
     model = AutoModelForCausalLM.from_config(
@@ -144,10 +149,7 @@ def measure(
                 found = peak_bytes(way, {**sizes, "num_hidden_layers": num}, num_tokens)
                 measured[num_tokens][num], on_host[num_tokens][num] = found
         peaks, host = (
-            {
-                length: _of_all_layers(by_layers, sizes["num_hidden_layers"])
-                for length, by_layers in of.items()
-            }
+            {length: of_all_layers(by_layers, sizes["num_hidden_layers"]) for length, by_layers in of.items()}
             for of in (measured, on_host)
         )
         slope = (peaks[lengths[-1]] - peaks[lengths[0]]) / (lengths[-1] - lengths[0])
@@ -167,7 +169,8 @@ def _check_layers_are_alike(way: Way, peaks: dict[int, int]) -> None:
         raise RuntimeError(f"{way.name}: layers do not add the same to the peak ({peaks}): run all of them")
 
 
-def _of_all_layers(peaks: dict[int, int], num_layers: int) -> int:
+def of_all_layers(peaks: dict[int, int], num_layers: int) -> int:
+    """The peak of a model of `num_layers`, from those of models with the two numbers of layers in `peaks`."""
     few, some = sorted(peaks)[:2]
     return peaks[few] + (peaks[some] - peaks[few]) * (num_layers - few) // (some - few)
 
@@ -193,14 +196,10 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="chunkdist bench memory", description="Peak memory of a step, by sequence length."
-    )
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, in seconds")
+    parser = parser_of("memory", "Peak memory of a step, by sequence length.")
     parser.add_argument("--only", default="", metavar="WORD", help="the ways whose names have it")
     parser.add_argument("--num-tokens", type=int, nargs="+", help="ascending; default: 16384 32768")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
-    options = parser.parse_args(given)
+    options = parsed(parser, given)
     lengths = options.num_tokens or ([32, 64] if options.smoke else [2**14, 2**15])
     if len(lengths) < 2 or lengths != sorted(set(lengths)) or lengths[0] < 1:
         parser.error(f"--num-tokens {lengths}: write two or more lengths, ascending")

@@ -8,14 +8,12 @@ one process; a ratio is the median of the ratios of each round.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,8 @@ from transformers import PreTrainedModel
 
 from chunkdist import ChunkConfig, FixedBudgetSampler, chunk_model, unchunk_model
 from chunkdist.bench.environment import provenance, write_result
-from chunkdist.bench.step import SIZES, Sizes
+from chunkdist.bench.options import dtype_on, parsed, parser_of
+from chunkdist.bench.sizes import SIZES, Sizes
 
 NUM_CHUNKS = 128
 
@@ -116,26 +115,19 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="chunkdist bench spaco", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--smoke", action="store_true", help="a tiny model, in seconds: the figures mean nothing"
+    parser = parser_of(
+        *("spaco", "The time of a SpaCO step beside its parts."),
+        *("model", "repetitions", "device"),
+        num_rounds=(5, 5),
     )
-    models = [name for name in SIZES if name != "smoke"]
-    parser.add_argument("--model", choices=models, default="10m", help="default: 10m")
     parser.add_argument("--num-tokens", type=int, help="tokens of the sequence; default: the model's own")
     parser.add_argument("--budgets", type=int, nargs="+", default=[8], help="chunks kept; default: 8")
-    parser.add_argument("--repetitions", type=int, default=5, help="rounds; default: 5")
-    parser.add_argument("--device", default="cpu", help="cpu (fp32) or cuda (bf16)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
-    options = parser.parse_args(given)
+    options = parsed(parser, given)
     sizes = SIZES["smoke" if options.smoke else options.model]
     num_tokens = options.num_tokens or sizes.num_tokens
     num_chunks = 16 if options.smoke else NUM_CHUNKS
     if num_tokens % num_chunks or not all(0 < budget <= num_chunks for budget in options.budgets):
         parser.error(f"write a multiple of {num_chunks} tokens, and budgets from 1 to {num_chunks}")
-    if options.repetitions < 1:
-        parser.error(f"--repetitions {options.repetitions} is no count: write an integer >= 1")
-    dtype = torch.float32 if torch.device(options.device).type == "cpu" else torch.bfloat16
     result = {
         **provenance("spaco", given, device=options.device),
         "num_repetitions": options.repetitions,
@@ -143,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             replace(sizes, num_tokens=num_tokens, chunk_size=num_tokens // num_chunks),
             options.budgets,
             device=options.device,
-            dtype=dtype,
+            dtype=dtype_on(options.device),
             num_rounds=options.repetitions,
         ),
     }

@@ -1,225 +1,153 @@
-"""The time of a training step: chunked, and with Hugging Face's gradient checkpointing, in one process.
+"""The time and memory of a training step by length: chunked, and by each baseline, in one process.
 
-A step is a forward with its loss and a backward, without the optimizer. All ways run on the same weights and
-tokens, with flash attention and the same tiled loss, in turn, in an order that rotates: what disturbs the
-machine disturbs all of them. A ratio is the median of the ratios of each round.
+A step is a forward with its loss and a backward, without the optimizer. All ways (`chunkdist.bench.ways`) run
+on the same weights and tokens, with flash attention and the same tiled loss, in turn, in an order that
+rotates: what disturbs the machine disturbs all of them. A ratio is the median of the ratios of each round. A
+way that runs out of memory says so, and is left out at longer lengths.
 
-    python -m chunkdist.bench.step [--smoke] [--json FILE] [--repetitions N] [--device cuda] [--offload]
+    python -m chunkdist.bench.step [--smoke] [--json FILE] [--repetitions N] [--device cuda] [--model 8b]
+        [--num-tokens N ...] [--chunk-sizes N ...] [--groups N ...] [--memory-gib 24] [--offload]
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from chunkdist import ChunkConfig, chunk_model, unchunk_model
 from chunkdist.bench.environment import provenance, write_result
-from chunkdist.lazy_logits import lazy_logits
+from chunkdist.bench.options import check_counts, dtype_on, parsed, parser_of
+from chunkdist.bench.sizes import SIZES, Sizes
+from chunkdist.bench.timing import Cost, cost_of, limit_gpu_memory, matmul_flops, step_flops
+from chunkdist.bench.ways import Way, baselines, chunked, prepared
 
-BASELINE = "gradient checkpointing"
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """A Llama, and the sequence it is trained on."""
+class Step(Cost):
+    """One step of one way."""
 
     num_tokens: int
-    chunk_size: int
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-
-    def model(self, device: str, dtype: torch.dtype) -> PreTrainedModel:
-        """The model, with random weights: neither speed nor memory depend on their values."""
-        config = LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_layers,
-            num_attention_heads=self.num_heads,
-            num_key_value_heads=self.num_kv_heads,
-            max_position_embeddings=self.num_tokens,
-            use_cache=False,
-        )
-        torch.manual_seed(0)
-        with torch.device(device):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa"
-            )
-        model.train()
-        return model
-
-
-SIZES = {
-    "smoke": Sizes(
-        num_tokens=64,
-        chunk_size=16,
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-    ),
-    "10m": Sizes(
-        num_tokens=8192,
-        chunk_size=1024,
-        vocab_size=256,
-        hidden_size=320,
-        intermediate_size=896,
-        num_layers=8,
-        num_heads=5,
-        num_kv_heads=5,
-    ),
-    "1b": Sizes(
-        num_tokens=32768,
-        chunk_size=4096,
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_layers=16,
-        num_heads=32,
-        num_kv_heads=8,
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One step of one way. `cpu_s` is of all threads of the process; memory is the GPU's, `None` on a CPU."""
-
     round: int
     way: str
-    wall_s: float
-    cpu_s: float
-    peak_allocated_bytes: int | None
-    peak_reserved_bytes: int | None
-
-
-def ways(chunk_size: int, *, offload: bool = False) -> dict[str, ChunkConfig | None]:
-    """What is compared, by name; `None` is the baseline."""
-    offloaded = {"chunked, host offload": ChunkConfig(chunk_size=chunk_size, offload="host")}
-    return {
-        BASELINE: None,
-        "chunked, K/V kept": ChunkConfig(chunk_size=chunk_size, rebuild_kv=False),
-        "chunked, K/V rebuilt (default)": ChunkConfig(chunk_size=chunk_size),
-        "chunked, one group of all layers": ChunkConfig(chunk_size=chunk_size, layers_per_group="all"),
-        **(offloaded if offload else {}),
-    }
 
 
 def measure(
     sizes: Sizes,
+    ways: Sequence[Way],
+    lengths: Sequence[int],
     *,
     device: str,
     dtype: torch.dtype,
     num_rounds: int,
     report: Callable[[str], None],
-    offload: bool = False,
 ) -> dict[str, Any]:
-    """Runs every way once to warm up, then `num_rounds` times; returns what the JSON holds of it.
+    """Runs every way at every length once to warm up, then `num_rounds` times; returns what the JSON holds.
 
-    The warm-up compares the gradients: a fast wrong step is no step.
+    The warm-up compares the gradients with those of the first way: a fast wrong step is no step.
+
+    Args:
+        lengths: Tokens, ascending.
     """
-    model = sizes.model(device, dtype)
-    ids = torch.randint(
-        0, sizes.vocab_size, (1, sizes.num_tokens), generator=torch.Generator().manual_seed(1)
-    ).to(device)
-    contenders = ways(sizes.chunk_size, offload=offload)
+    model = replace(sizes, num_tokens=lengths[-1]).model(device, dtype)
+    rate = matmul_flops(device, dtype)
+    left = list(ways)
+    rows: list[dict[str, Any]] = []
     steps: list[Step] = []
-    expected: dict[str, Tensor] = {}
-    differences: dict[str, float] = {}
-    for way, config in contenders.items():
-        report(f"warm-up: {way}")
-        _timed_step(model, ids, config, way=way, number=0)
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        if config is None:
-            expected = {name: grad.clone() for name, grad in grads.items()}
-        differences[way] = _largest_difference(grads, expected)
-    expected.clear()
-    names = list(contenders)
-    for number in range(1, num_rounds + 1):
-        report(f"round {number} of {num_rounds}")
-        shift = (number - 1) % len(names)
-        for way in names[shift:] + names[:shift]:
-            steps.append(_timed_step(model, ids, contenders[way], way=way, number=number))
+    for num_tokens in lengths:
+        report(f"{num_tokens:,} tokens")
+        ids = replace(sizes, num_tokens=num_tokens).tokens(device)
+        differences = _warmed_up(model, ids, left, report)
+        rows += [
+            {"num_tokens": num_tokens, "way": way.name, "outcome": OUT_OF_MEMORY}
+            for way in ways
+            if way.name not in differences
+        ]
+        left = [way for way in left if way.name in differences]
+        here: list[Step] = []
+        for number in range(1, num_rounds + 1):
+            report(f"round {number} of {num_rounds}")
+            shift = (number - 1) % max(1, len(left))
+            for way in left[shift:] + left[:shift]:
+                cost = attempt(model, ids, way)
+                if cost is None:
+                    raise RuntimeError(f"{way.name} ran out of memory after it had room in its warm-up")
+                here.append(Step(**asdict(cost), num_tokens=num_tokens, round=number, way=way.name))
+        steps += here
+        flops = step_flops(model, num_tokens)
+        base = ways[0].name if ways[0] in left else None
+        rows += [
+            {
+                "num_tokens": num_tokens,
+                "way": way.name,
+                "outcome": "ran",
+                **_summary(here, way.name, base),
+                "largest_gradient_difference": differences[way.name],
+                **_utilisation(here, way.name, num_tokens, flops, rate),
+            }
+            for way in left
+        ]
+    longest = [row for row in rows if row["num_tokens"] == lengths[-1] and row["outcome"] == "ran"]
+    names = [way.name for way in ways]
     return {
         "model": {
             **asdict(sizes),
+            "num_tokens": lengths[-1],
             "num_parameters": model.num_parameters(),
             "dtype": str(dtype).removeprefix("torch."),
         },
-        "summary": {
-            way: {**_summary(steps, way), "largest_gradient_difference": differences[way]} for way in names
-        },
+        "baseline": names[0],
+        "matmul_flops": rate,
+        "rows": sorted(rows, key=lambda row: (row["num_tokens"], names.index(row["way"]))),
+        "summary": {row["way"]: row for row in longest},
         "steps": [asdict(step) for step in steps],
     }
 
 
-def _timed_step(
-    model: PreTrainedModel, ids: Tensor, config: ChunkConfig | None, *, way: str, number: int
-) -> Step:
-    on_gpu = ids.is_cuda
+def _warmed_up(
+    model: Any, ids: Tensor, ways: Sequence[Way], report: Callable[[str], None]
+) -> dict[str, float | None]:
+    """By way that does not run out of memory, how far its gradients are from the first one's; `None` where
+    that one has not run."""
+    expected: dict[str, Tensor] = {}
+    differences: dict[str, float | None] = {}
+    for number, way in enumerate(ways):
+        report(f"warm-up: {way.name}")
+        if attempt(model, ids, way) is None:
+            report(f"{way.name}: {OUT_OF_MEMORY}")
+            continue
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if number == 0:
+            expected = {name: grad.clone() for name, grad in grads.items()}
+        differences[way.name] = largest_difference(grads, expected) if expected else None
+    return differences
+
+
+def attempt(model: Any, ids: Tensor, way: Way) -> Cost | None:
+    """The cost of one step; `None` where it runs out of the GPU's memory. The gradients stay."""
     model.zero_grad(set_to_none=True)
-    if config is None:
-        set_checkpointing(model, True)
-        same_loss: AbstractContextManager[None] = lazy_logits(model)
-    else:
-        chunk_model(model, config)
-        if config.offload == "host":  # its memory is pinned in the first step
-            model(input_ids=ids, labels=ids).loss.backward()
-            model.zero_grad(set_to_none=True)
-        same_loss = nullcontext()  # a chunked model does it itself
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
-    with same_loss:
-        loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    if on_gpu:
-        torch.cuda.synchronize()
-    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
-    if config is None:
-        set_checkpointing(model, False)
-    else:
-        unchunk_model(model)
-    return Step(
-        round=number,
-        way=way,
-        wall_s=wall_s,
-        cpu_s=cpu_s,
-        peak_allocated_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
-        peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_gpu else None,
-    )
+    try:
+        with prepared(model, way, on_gpu=ids.is_cuda) as step:
+            if way.config is not None and way.config.offload == "host":  # its memory is pinned in the first
+                step(ids)
+                model.zero_grad(set_to_none=True)
+            return cost_of(lambda: step(ids), on_gpu=ids.is_cuda)
+    except torch.OutOfMemoryError:
+        pass  # here, so that the traceback no longer holds tensors when memory is given back
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
 
 
-def set_checkpointing(model: Any, on: bool) -> None:
-    """Hugging Face's gradient checkpointing, under the name that this version of transformers has for it."""
-    # `activation_*` is new in transformers 5, the old names go with version 6: then this needs no choice
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
-        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(model, f"{name}_checkpointing_disable")()
-
-
-def _largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Over all parameters, the norm of the difference, relative to the norm."""
     assert found.keys() == expected.keys()
     return max(
@@ -228,92 +156,117 @@ def _largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -
     )
 
 
-def _summary(steps: Sequence[Step], way: str) -> dict[str, float | int | None]:
+def _summary(steps: Sequence[Step], way: str, baseline: str | None) -> dict[str, float | int | None]:
     mine = [step for step in steps if step.way == way]
-    base = [step for step in steps if step.way == BASELINE]
+    base = [step for step in steps if step.way == baseline]
     result: dict[str, float | int | None] = {}
     for name in ("wall_s", "cpu_s"):
-        times, base_times = ([getattr(step, name) for step in part] for part in (mine, base))
-        rounds = zip(_by_round(mine, name), _by_round(base, name), strict=True)
-        ratios = [time_s / max(base_s, 1e-9) for time_s, base_s in rounds]
-        short = name.removesuffix("_s")
+        short, times = name.removesuffix("_s"), _by_round(mine, name)
+        result[f"median_{name}"] = statistics.median(times)
+        if not base:
+            continue
+        base_times = _by_round(base, name)
+        ratios = [time_s / max(base_s, 1e-9) for time_s, base_s in zip(times, base_times, strict=True)]
         result |= {
-            f"median_{name}": statistics.median(times),
             f"{short}_ratio": statistics.median(ratios),
             f"{short}_ratio_lowest": min(ratios),
             f"{short}_ratio_highest": max(ratios),
             f"{short}_ratio_of_fastest": min(times) / max(min(base_times), 1e-9),
         }
-    peaks = [step.peak_allocated_bytes for step in mine if step.peak_allocated_bytes is not None]
-    return result | {"peak_allocated_bytes": max(peaks, default=None)}
+    for name in ("peak_allocated_bytes", "peak_reserved_bytes"):
+        peaks = [getattr(step, name) for step in mine]
+        result[name] = max((peak for peak in peaks if peak is not None), default=None)
+    return result
 
 
 def _by_round(steps: Sequence[Step], name: str) -> list[float]:
     return [getattr(step, name) for step in sorted(steps, key=lambda step: step.round)]
 
 
+def _utilisation(
+    steps: Sequence[Step], way: str, num_tokens: int, flops: dict[str, int], rate: float
+) -> dict[str, float]:
+    median_s = statistics.median(step.wall_s for step in steps if step.way == way)
+    return {
+        "tokens_per_s": num_tokens / median_s,
+        "mfu": flops["by_convention"] / median_s / rate,
+        "mfu_needed": flops["needed"] / median_s / rate,
+    }
+
+
 def table(result: dict[str, Any]) -> str:
-    """The summary, for people to read."""
+    """All rows, for people to read."""
     model, machine = result["model"], result["hardware"]
     lines = [
         f"Llama of {model['num_parameters'] / 1e6:.1f}M parameters ({model['num_layers']} layers, hidden "
         f"{model['hidden_size']}, vocabulary {model['vocab_size']:,}), {model['dtype']}, "
-        f"{model['num_tokens']:,} tokens in chunks of {model['chunk_size']:,}",
+        f"LoRA rank {model['lora_rank'] or '-'}, chunks of {model['chunk_size']:,}",
         f"{machine.get('gpu', machine['cpu'])}, {machine['num_threads']} CPU threads, "
-        f"medians of {result['num_repetitions']} rounds",
-        "",
-        f"{'':34}{'wall time':>11}{'ratio':>8}{'CPU time':>11}{'ratio':>8}{'gradients':>11}{'peak':>11}",
+        f"medians of {result['num_repetitions']} rounds, a large matrix product "
+        f"{result['matmul_flops'] / 1e12:.3g} TFLOP/s",
     ]
-    for way, row in result["summary"].items():
-        peak = row["peak_allocated_bytes"]
+    num_tokens = None
+    for row in result["rows"]:
+        if row["num_tokens"] != num_tokens:
+            num_tokens = row["num_tokens"]
+            head = f"{f'{num_tokens:,} tokens':44}"
+            lines += ["", head + f"{'wall':>11}{'ratio':>8}{'CPU':>8}{'MFU':>8}{'gradients':>11}{'peak':>12}"]
+        if row["outcome"] != "ran":
+            lines.append(f"{row['way']:44}{row['outcome']:>19}")
+            continue
+        peak, difference = row["peak_allocated_bytes"], row["largest_gradient_difference"]
+        ratios = "".join(f"{row.get(f'{name}_ratio', float('nan')):8.3f}" for name in ("wall", "cpu"))
         lines.append(
-            f"{way:34}{row['median_wall_s']:9.3f} s{row['wall_ratio']:8.3f}"
-            f"{row['median_cpu_s']:9.3f} s{row['cpu_ratio']:8.3f}{row['largest_gradient_difference']:11.1e}"
-            + (f"{peak / 2**30:7.2f} GiB" if peak else f"{'-':>11}")
+            f"{row['way']:44}{row['median_wall_s']:9.3f} s{ratios}{row['mfu']:8.1%}"
+            + (f"{'-':>11}" if difference is None else f"{difference:11.1e}")
+            + (f"{peak / 2**30:8.2f} GiB" if peak else f"{'-':>12}")
         )
-    lines += ["", f"ratio: to {BASELINE}, median over rounds; gradients: largest relative difference from it"]
-    return "\n".join(lines)
+    lines += [
+        "",
+        f"ratio, of wall and CPU time: to {result['baseline']}, median over rounds; gradients: largest",
+    ]
+    return "\n".join(
+        [*lines, "relative difference from it; MFU: model FLOPs (frozen weights too) at that rate"]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="chunkdist bench step", description="Time of a chunked step against checkpointing."
+    parser = parser_of(
+        *("step", "Time and memory of a step, chunked and by each baseline."),
+        *("model", "repetitions", "device", "threads", "memory-gib"),
+        num_rounds=(7, 2),
     )
-    parser.add_argument(
-        "--smoke", action="store_true", help="a tiny model, in seconds: the figures mean nothing"
-    )
-    models = [name for name in SIZES if name != "smoke"]
-    parser.add_argument("--model", choices=models, default="10m", help="default: 10m")
-    parser.add_argument("--num-tokens", type=int, help="tokens of the sequence; default: the model's own")
+    parser.add_argument("--num-tokens", type=int, nargs="+", help="lengths; default: the model's own")
     parser.add_argument("--chunk-size", type=int, help="tokens of a chunk; default: the model's own")
-    parser.add_argument("--repetitions", type=int, help="rounds; default: 7, with --smoke 2")
-    parser.add_argument("--device", default="cpu", help="cpu (fp32) or cuda (bf16)")
+    parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[], help="others, of the default way")
+    parser.add_argument("--groups", type=int, nargs="+", default=[], help="groups of so many layers, too")
     parser.add_argument("--offload", action="store_true", help="host offload, too")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
-    options = parser.parse_args(given)
+    options = parsed(parser, given)
+    check_counts(parser, options, "chunk_sizes", "groups")
     sizes = SIZES["smoke" if options.smoke else options.model]
-    given_sizes = {key: getattr(options, key) for key in ("num_tokens", "chunk_size")}
-    sizes = replace(sizes, **{key: value for key, value in given_sizes.items() if value is not None})
-    num_rounds = (2 if options.smoke else 7) if options.repetitions is None else options.repetitions
-    counts = {"repetitions": num_rounds, "num-tokens": sizes.num_tokens, "chunk-size": sizes.chunk_size}
-    for name, count in counts.items():
-        if count < 1:
-            parser.error(f"--{name} {count} is no count: write an integer >= 1")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    dtype = torch.float32 if torch.device(options.device).type == "cpu" else torch.bfloat16
+    sizes = replace(sizes, chunk_size=options.chunk_size or sizes.chunk_size)
+    limit_gpu_memory(options.memory_gib)
     result = {
         **provenance("step", given, device=options.device),
-        "num_repetitions": num_rounds,
+        "num_repetitions": options.repetitions,
+        "memory_gib": options.memory_gib,
         **measure(
             sizes,
+            [
+                *baselines(sizes.chunk_size, on_gpu=options.device.startswith("cuda")),
+                *chunked(
+                    sizes.chunk_size,
+                    offload=options.offload,
+                    chunk_sizes=options.chunk_sizes,
+                    groups=options.groups,
+                ),
+            ],
+            sorted(options.num_tokens or [sizes.num_tokens]),
             device=options.device,
-            dtype=dtype,
-            num_rounds=num_rounds,
-            offload=options.offload,
+            dtype=dtype_on(options.device),
+            num_rounds=options.repetitions,
             report=lambda line: print(line, file=sys.stderr),
         ),
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chunkdist.bench import memory
-from chunkdist.bench.step import BASELINE
+from chunkdist.bench.ways import BASELINE
 
 
 @pytest.mark.slow
@@ -30,8 +30,8 @@ def test_layers_that_differ_are_not_extrapolated() -> None:
         memory._check_layers_are_alike(memory.Way(name="x"), {8: 10, 12: 20, 16: 31})
 
 
-def test_the_peak_of_all_layers() -> None:
-    assert memory._of_all_layers({8: 10, 12: 18}, 32) == 58
+def test_the_peakof_all_layers() -> None:
+    assert memory.of_all_layers({8: 10, 12: 18}, 32) == 58
 
 
 @pytest.mark.parametrize("lengths", [["64"], ["64", "32"]])

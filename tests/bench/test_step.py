@@ -3,44 +3,142 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 
 from chunkdist.bench import step
+from chunkdist.bench.environment import hardware
+from chunkdist.bench.sizes import SIZES
+from chunkdist.bench.timing import step_flops
+from chunkdist.bench.ways import BASELINE, Way, baselines, chunked
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "step.json"
-    assert step.main(["--smoke", "--offload", "--json", str(file)]) == 0
+    given = ["--smoke", "--offload", "--num-tokens", "40", "64", "--chunk-sizes", "8", "--groups", "2"]
+    assert step.main([*given, "--json", str(file)]) == 0
     result = json.loads(file.read_text())
-    ways = list(step.ways(16, offload=True))
-    assert "chunked, host offload" in ways
+    ways = [
+        *(way.name for way in baselines(16, on_gpu=False)),
+        *(way.name for way in chunked(16, offload=True, chunk_sizes=[8], groups=[2])),
+    ]
+    assert {"chunked, host offload", "the paper's chunk loop", "chunked, chunks of 8"} <= set(ways)
     assert result["command"].startswith("python -m chunkdist.bench.step --smoke")
     assert result["versions"]["torch"]
     assert result["hardware"]["cpu"]
+    assert result["matmul_flops"] > 0
     assert list(result["summary"]) == ways
-    assert len(result["steps"]) == 2 * len(ways)
-    for way in ways:
-        row = result["summary"][way]
+    assert [(row["num_tokens"], row["way"]) for row in result["rows"]] == [
+        (num_tokens, way) for num_tokens in (40, 64) for way in ways
+    ]
+    assert len(result["steps"]) == 2 * 2 * len(ways)
+    out = capsys.readouterr().out
+    for row in result["rows"]:
         assert row["wall_ratio"] > 0
         assert row["cpu_ratio"] > 0
+        assert row["tokens_per_s"] == pytest.approx(row["num_tokens"] / row["median_wall_s"])
+        assert 0 < row["mfu"] == row["mfu_needed"], "nothing is frozen"
         assert row["largest_gradient_difference"] < 1e-5
-        assert way in capsys.readouterr().out or way in step.table(result)
-    assert result["summary"][step.BASELINE]["wall_ratio"] == 1
+        assert row["way"] in out
+    assert result["summary"][BASELINE]["wall_ratio"] == 1
 
 
-def test_the_order_of_the_ways_rotates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def lora_model() -> Any:
+    return replace(SIZES["smoke"], lora_rank=2).model("cpu", torch.float32)
+
+
+@pytest.mark.parametrize("way", [*baselines(16, on_gpu=False), *chunked(16)], ids=lambda way: way.name)
+def test_every_way_has_the_gradients_of_the_plain_model(lora_model: Any, way: Way) -> None:
+    """50 tokens: the last chunk is not full."""
+    ids = replace(SIZES["smoke"], num_tokens=50).tokens("cpu")
+    lora_model.zero_grad()
+    lora_model(input_ids=ids, labels=ids).loss.backward()
+    trained = {name: p for name, p in lora_model.named_parameters() if p.requires_grad}
+    expected = {name: p.grad.clone() for name, p in trained.items()}
+    assert len(expected) == 8
+    assert all(grad.norm() > 0 for grad in expected.values())
+    assert step.attempt(lora_model, ids, way) is not None
+    assert step.largest_difference({name: p.grad for name, p in trained.items()}, expected) < 1e-5
+
+
+def test_what_checkpointing_saves_is_handed_to_the_host(
+    lora_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[torch.Size] = []
+    real = save_on_cpu.__init__
+
+    def counting(self: save_on_cpu, pin_memory: bool) -> None:
+        real(self, pin_memory)
+        pack = self.pack_hook
+        self.pack_hook = lambda x: (saved.append(x.shape), pack(x))[1]
+
+    monkeypatch.setattr(save_on_cpu, "__init__", counting)
+    ids, sizes = SIZES["smoke"].tokens("cpu"), SIZES["smoke"]
+    way = next(way for way in baselines(16, on_gpu=False) if way.saved_on_host)
+    assert step.attempt(lora_model, ids, way) is not None
+    assert saved.count(torch.Size((1, sizes.num_tokens, sizes.hidden_size))) >= sizes.num_layers
+
+
+def test_a_way_without_room_is_left_out_at_longer_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = step.prepared, []
+
+    @contextmanager
+    def small_memory(model: Any, way: Way, *, on_gpu: bool) -> Iterator[Any]:
+        with real(model, way, on_gpu=on_gpu) as run:
+
+            def in_small_memory(ids: Tensor) -> Tensor:
+                seen.append((way.name, ids.shape[1]))
+                if way.method == "plain" and way.config is None and ids.shape[1] > 16:
+                    raise torch.OutOfMemoryError
+                return run(ids)
+
+            yield in_small_memory
+
+    monkeypatch.setattr(step, "prepared", small_memory)
+    sizes, ways = SIZES["smoke"], baselines(16, on_gpu=False)[:2]
+    settings = {"device": "cpu", "dtype": torch.float32, "num_rounds": 1, "report": lambda line: None}
+    result = step.measure(sizes, ways, [16, 32, 48], **settings)
+    outcomes = {(row["way"], row["num_tokens"]): row["outcome"] for row in result["rows"]}
+    assert [outcomes["plain", length] for length in (16, 32, 48)] == ["ran", *[step.OUT_OF_MEMORY] * 2]
+    assert all(outcomes[BASELINE, length] == "ran" for length in (16, 32, 48))
+    assert ("plain", 48) not in seen
+    provided = {"hardware": hardware("cpu"), "num_repetitions": 1}
+    assert table_line(step.table({**result, **provided}), "plain", 1).endswith(step.OUT_OF_MEMORY)
+
+
+def table_line(table: str, way: str, number: int) -> str:
+    return [line for line in table.splitlines() if line.startswith(f"{way} ")][number]
+
+
+def test_frozen_matrices_have_no_gradient_to_compute(lora_model: Any) -> None:
+    flops = step_flops(lora_model, 10)
+    sizes = SIZES["smoke"]
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * sizes.intermediate_size
+    frozen = sizes.num_layers * layer + 32 * sizes.vocab_size
+    assert flops["by_convention"] - flops["needed"] == 2 * 10 * frozen
+
+
+def test_the_order_of_the_ways_rotates(tmp_path: Path) -> None:
     file = tmp_path / "step.json"
     step.main(["--smoke", "--repetitions", "3", "--json", str(file)])
     steps = json.loads(file.read_text())["steps"]
     firsts = [next(entry["way"] for entry in steps if entry["round"] == number) for number in (1, 2, 3)]
-    assert firsts == list(step.ways(16))[:3]
+    assert firsts == [way.name for way in baselines(16, on_gpu=False)][:3]
 
 
 def test_a_median_of_ratios_within_rounds() -> None:
     def made(number: int, way: str, wall_s: float) -> step.Step:
         return step.Step(
+            num_tokens=8,
             round=number,
             way=way,
             wall_s=wall_s,
@@ -50,15 +148,18 @@ def test_a_median_of_ratios_within_rounds() -> None:
         )
 
     other = "other"
-    slow_machine = [made(1, step.BASELINE, 1.0), made(2, step.BASELINE, 10.0), made(3, step.BASELINE, 2.0)]
+    slow_machine = [made(1, BASELINE, 1.0), made(2, BASELINE, 10.0), made(3, BASELINE, 2.0)]
     steps = [*slow_machine, made(3, other, 2.4), made(1, other, 1.1), made(2, other, 9.0)]
-    row = step._summary(steps, other)
+    row = step._summary(steps, other, BASELINE)
     assert row["wall_ratio"] == pytest.approx(1.1)
     assert (row["wall_ratio_lowest"], row["wall_ratio_highest"]) == (pytest.approx(0.9), pytest.approx(1.2))
     assert row["median_wall_s"] == 2.4
 
 
-@pytest.mark.parametrize("arguments", [["--repetitions", "0"], ["--chunk-size", "-1"], ["--num-tokens", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--repetitions", "0"], ["--chunk-size", "-1"], ["--num-tokens", "64", "0"], ["--groups", "0"]],
+)
 def test_counts_are_checked(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         step.main(["--smoke", *arguments])

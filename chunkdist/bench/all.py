@@ -1,0 +1,150 @@
+"""All that a GPU is wanted for, in parts of at most ten minutes: each benchmark in a process of its own.
+
+One that fails, or takes longer than it may, is reported in its JSON, and the others go on. Backends are
+checked before anything else; where one is wrong, no figure that follows is worth anything, and the exit
+status is 1. So it is when any benchmark has failed.
+
+    python -m chunkdist.bench.all --json-dir DIR [--part 1] [--only WORD] [--device cuda]
+    python -m chunkdist.bench.all --json-dir DIR --smoke          # the same commands in small, on a CPU
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chunkdist.bench import module_of
+from chunkdist.bench.environment import provenance, write_result
+from chunkdist.bench.options import parsed, parser_of
+
+_LENGTHS = "4096 8192 16384"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One benchmark with its options; its result goes to `{file}.json`. It is stopped after `limit_s`."""
+
+    part: int
+    name: str
+    file: str
+    options: str = ""
+    limit_s: int = 120
+
+
+JOBS = (
+    Job(part=1, name="attention", file="attention", limit_s=90),
+    Job(
+        part=1,
+        name="step",
+        file="step-8b",
+        options=f"--model 8b --num-tokens {_LENGTHS} --repetitions 2",
+        limit_s=170,
+    ),
+    Job(part=1, name="overhead", file="overhead-8b", options="--model 8b --repetitions 3", limit_s=60),
+    Job(part=1, name="gradient-error", file="gradient-error", limit_s=90),
+    Job(
+        part=1,
+        name="offload",
+        file="offload-8b",
+        options="--model 8b --num-tokens 16384 --repetitions 3",
+        limit_s=90,
+    ),
+    Job(part=1, name="spaco", file="spaco-1b", options="--model 1b --num-tokens 16384", limit_s=90),
+    Job(
+        part=2,
+        name="step",
+        file="step-8b-24gib",
+        options=f"--model 8b --memory-gib 24 --num-tokens {_LENGTHS} --repetitions 2 --offload",
+        limit_s=190,
+    ),
+    Job(
+        part=2,
+        name="max-length",
+        file="max-length-24gib",
+        options="--memory-gib 24 --start 65536 --limit 262144 --seconds 80 --only host",
+        limit_s=250,
+    ),
+    Job(
+        part=2,
+        name="max-length",
+        file="max-length-24gib-checkpointing",
+        options="--memory-gib 24 --start 8192 --limit 131072 --seconds 60 --only checkpointing",
+        limit_s=150,
+    ),
+    Job(
+        part=3,
+        name="step",
+        file="step-8b-64k",
+        options="--model 8b --num-tokens 65536 --repetitions 1 --chunk-sizes 8192",
+        limit_s=440,
+    ),
+    Job(
+        part=3,
+        name="step",
+        file="step-1b",
+        options="--model 1b --num-tokens 32768 --repetitions 1 --groups 4",
+        limit_s=150,
+    ),
+)
+
+
+def run(job: Job, folder: Path, *, device: str, smoke: bool) -> dict[str, Any]:
+    """Runs a job; what became of it: `seconds`, and `failed`, which says how, where it has."""
+    file = folder / f"{job.file}.json"
+    file.unlink(missing_ok=True)
+    options = ["--smoke"] if smoke else ["--device", device, *shlex.split(job.options)]
+    command = [sys.executable, "-m", module_of(job.name), *options, "--json", str(file)]
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=job.limit_s, check=False)
+        output, errors = done.stdout, done.stderr
+        failed = None if done.returncode == 0 else f"exit status {done.returncode}"
+    except subprocess.TimeoutExpired as expired:
+        output, errors = (_text(part) for part in (expired.stdout, expired.stderr))
+        failed = f"stopped after {job.limit_s} s"
+    print(output, flush=True)
+    row: dict[str, Any] = {"job": job.file, "seconds": time.perf_counter() - start}
+    if failed is not None:
+        row["failed"] = failed
+        report = {"failed": failed, "errors": errors[-4000:]}
+        partial = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        command_given = provenance(job.name, options, device=device)
+        write_result({**command_given, **partial, **report}, file)
+        print(f"{job.file}: {failed}\n{errors[-2000:]}", flush=True)
+    return row
+
+
+def _text(part: Any) -> str:
+    return part.decode(errors="replace") if isinstance(part, bytes) else part or ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the jobs; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = parser_of("all", "All that a GPU is wanted for.", "device", has_result=False)
+    parser.set_defaults(device="cuda")
+    parser.add_argument("--smoke", action="store_true", help="in small, on a CPU: the figures mean nothing")
+    parser.add_argument("--json-dir", type=Path, required=True, metavar="DIR", help="where the results go")
+    parser.add_argument("--part", type=int, choices=sorted({job.part for job in JOBS}), help="default: all")
+    parser.add_argument("--only", default="", metavar="WORD", help="the jobs whose names have it")
+    options = parsed(parser, given)
+    jobs = [job for job in JOBS if options.part in (None, job.part) and options.only in job.file]
+    if not jobs:
+        parser.error(f"--only {options.only}: no job has it in its name")
+    options.json_dir.mkdir(parents=True, exist_ok=True)
+    device = "cpu" if options.smoke else options.device
+    rows = [run(job, options.json_dir, device=device, smoke=options.smoke) for job in jobs]
+    for row in rows:
+        print(f"{row['job']:34}{row['seconds']:8.1f} s  {row.get('failed', 'done')}")
+    return 1 if any("failed" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

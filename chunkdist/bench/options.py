@@ -1,0 +1,76 @@
+"""Command-line options that benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chunkdist.bench.sizes import SIZES
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {
+        "choices": [name for name in SIZES if name != "smoke"],
+        "default": "10m",
+        "help": "default: 10m",
+    },
+    "repetitions": {"type": int, "help": "rounds; default: {}, with --smoke {}"},
+    "device": {"default": "cpu", "help": "cpu (fp32) or cuda (bf16)"},
+    "threads": {"type": int, "help": "CPU threads; default: torch's own choice"},
+    "memory-gib": {
+        "type": float,
+        "help": "GPU memory that the run may take, less 1 GiB for the context and the desktop",
+    },
+}
+
+
+def parser_of(
+    name: str,
+    description: str,
+    *options: str,
+    num_rounds: tuple[int, int] = (1, 1),
+    has_result: bool = True,
+) -> argparse.ArgumentParser:
+    """A parser with those of the shared options that are named.
+
+    Args:
+        num_rounds: Default of `--repetitions`, and with `--smoke`.
+        has_result: With `--smoke` and `--json`.
+    """
+    parser = argparse.ArgumentParser(prog=f"chunkdist bench {name}", description=description)
+    if has_result:
+        parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: the figures mean nothing")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
+    for option in options:
+        settings = dict(_OPTIONS[option])
+        settings["help"] = settings["help"].format(*num_rounds)
+        parser.add_argument(f"--{option}", **settings)
+    parser.set_defaults(default_rounds=num_rounds)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """The options, with the number of rounds filled in and counts checked; sets the number of threads."""
+    options = parser.parse_args(arguments)
+    if getattr(options, "repetitions", 0) is None:
+        options.repetitions = options.default_rounds[options.smoke]
+    check_counts(parser, options, "repetitions", "threads", "num_tokens", "chunk_size")
+    if getattr(options, "threads", None) is not None:
+        torch.set_num_threads(options.threads)
+    return options
+
+
+def check_counts(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """Ends the program where one of these options, or a number of its list, is not at least 1."""
+    for name in names:
+        given = getattr(options, name, None)
+        for count in given if isinstance(given, list) else [given]:
+            if isinstance(count, int) and count < 1:
+                parser.error(f"--{name.replace('_', '-')} {count} is no count: write an integer >= 1")
+
+
+def dtype_on(device: str) -> torch.dtype:
+    """What models are timed in."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16

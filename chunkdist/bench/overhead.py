@@ -1,0 +1,144 @@
+"""Host time of a cell, and the share of a step that is spent in kernels, by chunk size.
+
+Steps are timed without the profiler, one more runs under it. *Kernels* are, on CUDA, what runs on the device;
+on a CPU, torch's operators by their own time. *Host* is what a step takes beside them on a CPU, and on CUDA
+the time until all work is queued: as long as it is below the device's, the device does not wait.
+A cell is one layer on one chunk, run once; a step runs each twice, the second time with a backward.
+
+    python -m chunkdist.bench.overhead [--smoke] [--json FILE] [--repetitions N] [--device cuda] [--model 8b]
+        [--num-tokens N] [--chunk-sizes N ...]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from chunkdist import ChunkConfig
+from chunkdist.bench.environment import provenance, write_result
+from chunkdist.bench.options import check_counts, dtype_on, parsed, parser_of
+from chunkdist.bench.sizes import SIZES, Sizes
+from chunkdist.bench.ways import BASELINE, Way, prepared
+
+
+def kernel_seconds(step_profile: profile, *, on_gpu: bool) -> float:
+    """Of all kernels under the profiler."""
+    events = step_profile.key_averages()
+    if on_gpu:
+        return sum(float(event.self_device_time_total) for event in events) / 1e6
+    ops = (event for event in events if event.key.startswith(("aten::", "chunkdist::")))
+    return sum(float(event.self_cpu_time_total) for event in ops) / 1e6
+
+
+def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, float]:
+    """Medians of seconds: of a step, until its work is queued, and in kernels."""
+    on_gpu = ids.is_cuda
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    walls, queued = [], []
+    with prepared(model, way, on_gpu=on_gpu) as step:
+        for number in range(num_rounds + 1):  # the first one warms up
+            model.zero_grad(set_to_none=True)
+            _wait(on_gpu)
+            start = time.perf_counter()
+            step(ids)
+            done = time.perf_counter()
+            _wait(on_gpu)
+            if number:
+                walls.append(time.perf_counter() - start)
+                queued.append(done - start)
+        model.zero_grad(set_to_none=True)
+        with profile(activities=activities) as step_profile:
+            step(ids)
+            _wait(on_gpu)
+    wall_s, kernel_s = statistics.median(walls), kernel_seconds(step_profile, on_gpu=on_gpu)
+    host_s = statistics.median(queued) if on_gpu else max(0.0, wall_s - kernel_s)
+    return {"wall_s": wall_s, "host_s": host_s, "kernel_s": kernel_s}
+
+
+def _wait(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+def measure(
+    sizes: Sizes, chunk_sizes: Sequence[int], *, device: str, dtype: torch.dtype, num_rounds: int
+) -> dict[str, Any]:
+    """What the JSON holds: by chunk size, and of gradient checkpointing, which runs each layer twice, too."""
+    model = sizes.model(device, dtype)
+    ids = sizes.tokens(device)
+    ways = [(sizes.num_tokens, Way(name=BASELINE))]
+    ways += [
+        (size, Way(name=f"chunks of {size:,}", config=ChunkConfig(chunk_size=size))) for size in chunk_sizes
+    ]
+    rows = []
+    for chunk_size, way in ways:
+        num_cells = 2 * sizes.num_layers * -(-sizes.num_tokens // chunk_size)
+        found = timed(model, ids, way, num_rounds)
+        rows.append(
+            {
+                "way": way.name,
+                "chunk_size": chunk_size,
+                "num_cells": num_cells,
+                **found,
+                "host_s_per_cell": found["host_s"] / num_cells,
+                "kernel_share": min(1.0, found["kernel_s"] / found["wall_s"]),
+            }
+        )
+    return {"model": {**asdict(sizes), "num_parameters": model.num_parameters()}, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows, for people to read."""
+    model = result["model"]
+    lines = [
+        f"Llama of {model['num_parameters'] / 1e6:.1f}M parameters, {model['num_tokens']:,} tokens",
+        f"{'':28}{'cells':>8}{'step':>11}{'host':>11}{'host a cell':>14}{'in kernels':>12}",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"{row['way']:28}{row['num_cells']:8,}{row['wall_s']:9.3f} s{row['host_s']:9.3f} s"
+            f"{row['host_s_per_cell'] * 1e3:11.2f} ms{row['kernel_share']:12.1%}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = parser_of(
+        *("overhead", "Host time of a cell, and the share of kernels."),
+        *("model", "repetitions", "device", "threads"),
+        num_rounds=(5, 1),
+    )
+    parser.add_argument("--num-tokens", type=int, help="tokens of the sequence; default: the model's own")
+    parser.add_argument("--chunk-sizes", type=int, nargs="+", help="default: 1, 1/2 and 1/4 of the model's")
+    options = parsed(parser, given)
+    check_counts(parser, options, "chunk_sizes")
+    sizes = SIZES["smoke" if options.smoke else options.model]
+    sizes = replace(sizes, num_tokens=options.num_tokens or sizes.num_tokens)
+    result = {
+        **provenance("overhead", given, device=options.device),
+        "num_repetitions": options.repetitions,
+        **measure(
+            sizes,
+            options.chunk_sizes or [sizes.chunk_size // part for part in (1, 2, 4)],
+            device=options.device,
+            dtype=dtype_on(options.device),
+            num_rounds=options.repetitions,
+        ),
+    }
+    print(table(result))
+    write_result(result, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""One command runs all; and two results are compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chunkdist.bench import BENCHMARKS, all, compare
+from chunkdist.bench.all import JOBS, Job
+
+
+def test_a_job_that_fails_is_reported_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = (
+        Job(part=1, name="no-such", file="broken"),
+        Job(part=1, name="step", file="slow", limit_s=1),
+        Job(part=1, name="spaco", file="works"),
+        Job(part=2, name="attention", file="not asked for"),
+    )
+    monkeypatch.setattr(all, "JOBS", jobs)
+    assert all.main(["--smoke", "--part", "1", "--json-dir", str(tmp_path / "new")]) == 1
+    found = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "new").glob("*.json")}
+    assert found.keys() == {"broken", "slow", "works"}
+    assert found["broken"]["failed"] == "exit status 1"
+    assert "no_such" in found["broken"]["errors"]
+    assert found["slow"]["failed"] == "stopped after 1 s"
+    assert found["slow"]["versions"]
+    assert "failed" not in found["works"]
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[0] for line in lines] == ["broken", "slow", "works"]
+    assert lines[-1].endswith("done")
+
+
+def test_jobs_are_such_that_a_part_ends_in_ten_minutes() -> None:
+    for part in {job.part for job in JOBS}:
+        assert sum(job.limit_s for job in JOBS if job.part == part) <= 600
+    assert len({job.file for job in JOBS}) == len(JOBS)
+    assert {job.name for job in JOBS} <= BENCHMARKS.keys()
+    assert JOBS[0].name == "attention", "before anything is timed"
+
+
+class _Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.file)
+def test_options_of_jobs_are_understood(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All checks of the options pass; what runs after them does not run."""
+    import importlib
+    import shlex
+
+    module = importlib.import_module(all.module_of(job.name))
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise _Parsed
+
+    monkeypatch.setattr(module, "provenance", stop)
+    if hasattr(module, "limit_gpu_memory"):
+        monkeypatch.setattr(module, "limit_gpu_memory", lambda memory_gib: None)
+    options = [] if job.name == "max-length" else ["--device", "cuda"]
+    with pytest.raises(_Parsed):
+        module.main([*options, *shlex.split(job.options)])
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    row = {"num_tokens": 64, "way": "chunked", "outcome": "ran", "wall_ratio": 1.0, "median_wall_s": 2.0}
+    return {"benchmark": "step", "rows": [{**row, "peak_allocated_bytes": 100, **changes}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, 0),
+        ({"wall_ratio": 1.2}, 1),
+        ({"wall_ratio": 0.5}, 0),
+        ({"median_wall_s": 9.0}, 0),  # another machine: the ratio is judged
+        ({"peak_allocated_bytes": 120}, 1),
+        ({"outcome": "out of memory"}, 1),
+    ],
+)
+def test_a_slowdown_fails(changes: dict[str, Any], status: int, tmp_path: Path) -> None:
+    for name, content in {"old": result(), "new": result(**changes)}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    files = [str(tmp_path / f"{name}.json") for name in ("old", "new")]
+    assert compare.main(files) == status
+
+
+def test_seconds_are_judged_where_there_is_no_ratio() -> None:
+    old, new = ({"benchmark": "overhead", "rows": [{"way": "a", "wall_s": s}]} for s in (1.0, 3.0))
+    (change,) = compare.moved(old, new)
+    assert change["worse"] == pytest.approx(3)
+    assert "WORSE" in compare.table([change], 1.1)
+    old, new = ({"benchmark": "max-length", "rows": [{"way": "a", "fits": n}]} for n in (100, 50))
+    assert compare.moved(old, new)[0]["worse"] == pytest.approx(2), "shorter is worse"
+
+
+def test_what_cannot_be_compared() -> None:
+    with pytest.raises(ValueError, match="of step and spaco"):
+        compare.moved(result(), {"benchmark": "spaco", "summary": {}})
+    with pytest.raises(ValueError, match="no row in common"):
+        compare.moved(result(), result(way="other"))

@@ -1,0 +1,79 @@
+"""The search finds the longest, on trials of any cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from chunkdist.bench import max_length, memory
+from chunkdist.bench.max_length import Found, longest
+from chunkdist.bench.sizes import SIZES
+
+
+@pytest.mark.parametrize("most", [0, 16, 31, 100, 1000, 1007, 5000])
+@pytest.mark.parametrize("start", [1, 64, 10_000])
+def test_the_longest_is_found(most: int, start: int) -> None:
+    tried: list[int] = []
+
+    def fits(num_tokens: int) -> bool:
+        tried.append(num_tokens)
+        return num_tokens <= most
+
+    found = longest(fits, start=start, step=16, limit=4100, is_late=lambda: False)
+    assert all(length % 16 == 0 and 0 < length <= 4096 for length in tried)
+    assert len(set(tried)) == len(tried)
+    assert found.fits <= most
+    assert found.fits in (0, *tried)
+    assert not found.out_of_time
+    if most >= 4096:
+        assert found == Found(fits=4096, fails=None, out_of_time=False)
+    else:
+        assert found.fails is not None
+        assert most < found.fails <= found.fits + max(16, found.fits // 16)
+
+
+def test_a_search_that_is_late_says_so() -> None:
+    answers = iter([False, False, True])
+    found = longest(lambda length: True, start=16, step=16, limit=4096, is_late=lambda: next(answers))
+    assert found == Found(fits=32, fails=None, out_of_time=True)
+
+
+def test_smoke(tmp_path: Path) -> None:
+    file = tmp_path / "max-length.json"
+    given = ["--smoke", "--only", "checkpointing", "--start", "512", "--json", str(file)]
+    assert max_length.main(given) == 0
+    result = json.loads(file.read_text())
+    (row,) = result["rows"]
+    assert 0 < row["fits"] < row["fails"]
+    usable = int((result["memory_gib"] - 1) * 2**30)
+    way = memory.Way(name="checkpointing")
+    peaks = [memory.peak_bytes(way, memory.SMALL, row[length])[0] for length in ("fits", "fails")]
+    weights = memory.weight_bytes(memory.SMALL)
+    assert weights + peaks[0] <= usable < weights + peaks[1], "counted with all layers"
+
+
+def test_running_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = SIZES["smoke"]
+    model, way = sizes.model("cpu", torch.float32), max_length.ways(16)[0]
+    fits = max_length.on_cuda(model, sizes, way, "cpu")
+    assert fits(32)
+    forward = model.forward
+
+    def small(input_ids: torch.Tensor, **kwargs: object) -> object:
+        if input_ids.shape[1] > 32:
+            raise torch.OutOfMemoryError
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", small)
+    assert [fits(length) for length in (32, 48)] == [True, False]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("given", [["--only", "no-such"], ["--limit", "8"], ["--start", "0"]])
+def test_bad_options(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        max_length.main(["--smoke", *given])
+    assert "error" in capsys.readouterr().err

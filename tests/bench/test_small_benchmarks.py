@@ -1,0 +1,75 @@
+"""gradient-error, offload, overhead: they run in small, and their figures are what they are said to be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chunkdist.bench import gradient_error, offload, overhead
+from chunkdist.bench.sizes import SIZES
+from chunkdist.bench.ways import Way, prepared
+
+
+def result_of(benchmark: Any, tmp_path: Path, *given: str) -> dict[str, Any]:
+    file = tmp_path / "result.json"
+    assert benchmark.main(["--smoke", *given, "--json", str(file)]) == 0
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
+def test_gradient_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = result_of(gradient_error, tmp_path, "--num-tokens", "40", "--chunk-sizes", "16")
+    rows = {row["way"]: row for row in result["rows"]}
+    assert rows["plain"]["ratio_to_plain"] == 1
+    for row in result["rows"]:
+        assert 1e-4 < row["error"] < 2e-2, "that of bf16"
+        assert row["worst"] >= row["error"] * 0.9
+        assert row["way"] in capsys.readouterr().out or row["way"] in gradient_error.table(result)
+    assert result["largest_ratio_to_plain"] < 1.5
+
+
+def test_the_truth_is_the_plain_models_gradient() -> None:
+    model, ids = SIZES["smoke"].model("cpu", torch.float64), SIZES["smoke"].tokens("cpu")
+    one_chunk = gradient_error.ChunkConfig(chunk_size=64, attention="math")
+    found = gradient_error.gradients(model, ids, Way(name="", config=one_chunk))
+    plain = gradient_error.gradients(model, ids, Way(name="", method="plain"))
+    assert gradient_error.errors(found, plain)["worst"] < 1e-12
+    name = next(iter(plain))
+    wrong = {**plain, name: plain[name] * 1.5}
+    assert gradient_error.errors(wrong, plain)["worst"] == pytest.approx(0.5)
+
+
+def test_offload(tmp_path: Path) -> None:
+    result = result_of(offload, tmp_path, "--repetitions", "1")
+    assert list(result["summary"]) == [way.name for way in offload.ways(16)]
+    assert all(row["largest_gradient_difference"] == 0 for row in result["summary"].values())
+    assert result["baseline"] == "chunked"
+
+
+def test_overhead(tmp_path: Path) -> None:
+    result = result_of(overhead, tmp_path, "--chunk-sizes", "16", "32")
+    assert [row["num_cells"] for row in result["rows"]] == [4, 16, 8]
+    for row in result["rows"]:
+        assert 0 < row["kernel_share"] <= 1
+        assert row["host_s_per_cell"] * row["num_cells"] == pytest.approx(row["host_s"])
+
+
+def test_kernels_are_counted_once() -> None:
+    a = torch.randn(300, 300)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        torch.nn.functional.linear(a, a)
+    total = max(event.cpu_time_total for event in found.key_averages()) / 1e6
+    assert 0 < overhead.kernel_seconds(found, on_gpu=False) <= total * 1.01
+
+
+def test_a_way_leaves_no_trace() -> None:
+    model, ids = SIZES["smoke"].model("cpu", torch.float32), SIZES["smoke"].tokens("cpu")
+    for way in (Way(name="", method="paper", chunk_size=16), Way(name="", saved_on_host=True)):
+        with prepared(model, way, on_gpu=False) as step:
+            step(ids)
+    assert model.config._attn_implementation == "sdpa"
+    assert not model.is_gradient_checkpointing
