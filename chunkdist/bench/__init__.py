@@ -19,6 +19,8 @@ BENCHMARKS = {
     "memory": "bytes a token of an 8B model, without a GPU",
     "offload": "the time of a step with and without host offload",
     "overhead": "host time of a cell, and the share of a step that is spent in kernels",
+    "pipeline": "bubbles and peak cells of pipelines, simulated",
+    "plan": "the planner's choices for four models, and what is counted of them",
     "spaco": "the time of a SpaCO step beside its parts",
     "spaco-study": "what SpaCO's samplers cost in loss",
     "step": "time and memory of a step by length, beside each baseline",
