@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from chunkdist.bench.ways import BASELINE
 
 @pytest.mark.slow
 def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    some = memory.ways(16)[:3]
+    some = [dataclasses.replace(way, num_layers_run=(3, 4, 5)) for way in memory.ways(16)[:3]]
     monkeypatch.setattr(memory, "ways", lambda chunk_size: some)
     file = tmp_path / "memory.json"
     assert memory.main(["--smoke", "--json", str(file)]) == 0
