@@ -311,9 +311,8 @@ class GroupRun:
         if not self.group.attends:
             return
         one_layer = len(self.group.layers) == 1
-        if (
-            one_layer and self._sample is not None
-        ):  # else sizes stay those of the forward, and so does each bit
+        drops = len(kept) < len(self.stream.chunks)
+        if one_layer and drops:  # else sizes stay those of the forward, and so does each bit
             parts = projected_parts(self.stream, run, kept, self._rng, between_kept=False)
         else:
             parts = [range(i, i + 1) for i in run if self.stream.is_read_later(i, kept)]

@@ -89,9 +89,11 @@ class ImportanceSampler:
         floor = min(self.min_probability, self.MIN_SHARE * equal)
         if num_scored + floor * (num_chunks - num_scored) <= self.budget:
             rest = (self.budget - num_scored) / max(1, num_chunks - num_scored)
-            return torch.where(scores > 0, 1.0, rest)
-        scores = scores / scores.max()  # none overflows
-        low, high = 0.0, 1 / float(scores[scores > 0].min().clamp(min=torch.finfo(torch.float64).tiny))
+            return torch.full_like(scores, max(rest, floor)).masked_fill(scores > 0, 1)
+        scores = torch.where(
+            scores > 0, (scores / scores.max()).clamp(min=1e-300), scores
+        )  # 1 / score is finite
+        low, high = 0.0, 1 / float(scores[scores > 0].min())
         for _ in range(2000):  # the sum grows with c: bisection, to the last bit
             middle = (low + high) / 2
             if middle in (low, high):
@@ -121,7 +123,7 @@ class FixedBudgetSampler:
         _check_budget(self.budget)
         if not float(self.budget).is_integer():
             raise ValueError(f"budget={self.budget} is no number of chunks: write an integer")
-        if self.cap is not None and self.cap < 1:
+        if self.cap is not None and not self.cap >= 1:
             raise ValueError(f"cap={self.cap} would shrink every gradient: write a factor >= 1, or None")
 
     def draw(self, scores: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from chunkdist import (
     IndependentSampler,
     RunSampler,
     chunk_model,
+    projected,
 )
 from chunkdist.kv_store import KVStore
 from chunkdist.layer_group import GroupRun
@@ -192,7 +193,7 @@ def test_the_control_variate_lowers_the_error() -> None:
         mean_and_error(1, "one segment", subsets_with_probability(probabilities), control_variate=on)[1]
         for on in (True, False)
     ]
-    assert errors[0] < 0.97 * errors[1]
+    assert errors[0] < 0.92 * errors[1], "0.94, when kept chunks are projected with those behind them"
 
 
 def test_the_papers_estimator_is_biased_and_its_bias_falls_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,13 +268,15 @@ def test_importance_spends_its_budget() -> None:
     few = torch.zeros(64)
     few[-4:] = 1
     p = ImportanceSampler(8).probabilities(few)
+    assert p.dtype == torch.float64, "weights are 1 / p to the last bit"
+    assert float(ImportanceSampler(4).probabilities(torch.tensor([1, *[5e-324] * 7]).double()).sum()) > 3.9
     assert p[-4:].tolist() == [1] * 4
     assert p[:-4].tolist() == pytest.approx([4 / 60] * 60)
 
 
 @pytest.mark.parametrize("between_kept", [True, False])
 def test_chunks_that_are_only_projected_go_together(between_kept: bool) -> None:
-    stream = Stream(num_tokens=NUM_CHUNKS * CHUNK_SIZE, chunks=cut(24, 4), segment_starts=((0,),))
+    stream = Stream(num_tokens=24, chunks=cut(24, 4), segment_starts=((0,),))
     same = [RngState(torch.zeros(2), [], [], "cpu")] * 6
     drawn = [RngState(torch.full((2,), i), [], [], "cpu") for i in range(6)]
     find = functools.partial(projected_parts, stream, range(6), between_kept=between_kept)
@@ -286,15 +289,34 @@ def test_chunks_that_are_only_projected_go_together(between_kept: bool) -> None:
 
 
 @pytest.mark.parametrize("control_variate", [True, False])
-def test_dropout_before_the_attention_is_the_forwards(control_variate: bool) -> None:
-    def found(**settings: Any) -> dict[str, Tensor]:
-        model = with_lora(tiny_llama(), lora_dropout=0.5)
-        chunk_model(model, ChunkConfig(chunk_size=CHUNK_SIZE, rebuild_kv=True, **settings))
-        torch.manual_seed(0)
-        return gradients(model, batch(num_tokens=NUM_CHUNKS * CHUNK_SIZE))
+def test_dropout_before_the_attention_is_the_forwards(
+    control_variate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Projected together or one by one, chunks get the random numbers of the forward."""
 
-    sampled = found(sampler=Fixed(), control_variate=control_variate)
-    assert largest_difference(sampled, found()) < 1e-12
+    def found() -> dict[str, Tensor]:
+        sampler = Fixed()
+        sampler.weights = torch.tensor([0.0, 0, 3, 0, 3, 0])
+        config = ChunkConfig(chunk_size=CHUNK_SIZE, sampler=sampler, control_variate=control_variate)
+        model = chunk_model(with_lora(tiny_llama(), lora_dropout=0.5), config)
+        torch.manual_seed(0)
+        return gradients(model, batch(num_tokens=24))
+
+    together = found()
+    monkeypatch.setattr(projected, "_MAX_TOKENS", 0)
+    assert largest_difference(together, found()) < 1e-12
+
+
+def test_a_sample_of_all_chunks_has_the_bits_of_the_exact_step() -> None:
+    """Also where the bits of a product depend on the number of its rows."""
+
+    def found(sampler: Any) -> dict[str, Tensor]:
+        model = tiny_llama(num_layers=2, hidden_size=320, dtype=torch.float32, initializer_range=0.05)
+        chunk_model(model, ChunkConfig(chunk_size=3, sampler=sampler))
+        return gradients(model, batch(num_tokens=24))
+
+    exact, sampled = found(None), found(IndependentSampler(budget=1000))
+    assert all(torch.equal(sampled[name], exact[name]) for name in exact)
 
 
 @pytest.mark.parametrize(
