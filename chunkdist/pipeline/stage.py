@@ -26,7 +26,7 @@ from chunkdist.model_layers import configs_of, find_layers, layer_states, refuse
 from chunkdist.modeling import _HANDLE
 from chunkdist.parameters import GroupParameters
 from chunkdist.pipeline.cell import LayerStores, StageCell
-from chunkdist.probe import LayerProbe, is_known
+from chunkdist.probe import LayerProbe, needs_probe
 from chunkdist.replay import undisturbed_rng
 from chunkdist.schedule import Chunk, Stream
 from chunkdist.state_relay import StateStore
@@ -72,7 +72,7 @@ class ModelStage(nn.Module):
         states = layer_states(model.config.get_text_config(), all_layers)
         self.has_state = any(state.relays for state in states)
         """Whether layers keep state other than keys and values: then sequences do not share chunks."""
-        self._probe = LayerProbe() if self.has_state and not is_known(type(model)) else None
+        self._probe = LayerProbe() if needs_probe(model, has_state=self.has_state) else None
         self._context = ChunkContext(config, configs_of([*entries, decoder, *all_layers]))
         self._cell: StageCell | None = None
         self._layers: list[GroupLayer] = []
@@ -81,6 +81,12 @@ class ModelStage(nn.Module):
         self._seen: list[dict[str, Any]] | None = None
         """What layers are called with, in a pass that does nothing but look at it."""
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        norms = [
+            module
+            for name, module in decoder.named_children()
+            if "norm" in type(module).__name__.lower() or "norm" in name.lower()
+        ]
+        _refuse_other_parameters(model, [embeddings, head, *norms, *all_layers])
         self.is_tied = head.weight is embeddings.weight
         self.hidden_dtype: torch.dtype = embeddings.weight.dtype  # type: ignore[assignment]
         self.hidden_size: int = model.config.get_text_config().hidden_size
@@ -94,9 +100,8 @@ class ModelStage(nn.Module):
             _empty(embeddings)
         if not self.is_last:
             _empty(head)
-            for name, module in decoder.named_children():
-                if "norm" in type(module).__name__.lower() or "norm" in name.lower():
-                    _empty(module)
+            for module in norms:
+                _empty(module)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -243,6 +248,17 @@ def _equal(first: Any, second: Any) -> bool:
     if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
         return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
     return type(first) is type(second)
+
+
+def _refuse_other_parameters(model: nn.Module, owned: list[nn.Module]) -> None:
+    """A parameter that every stage has is trained on one and saved from another."""
+    known = {id(p) for module in owned for p in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has {name} outside of layers, embeddings, last norm and head: which "
+                "stage of a pipeline owns it is not known"
+            )
 
 
 def _empty(module: nn.Module | None) -> None:

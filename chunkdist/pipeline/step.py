@@ -155,7 +155,12 @@ class Pipeline:
             {rank: [_Action.from_str(name) for name in row] for rank, row in enumerate(schedule.rows())}
         )
         args = (indices,) if self.stage.is_first else ()
-        runtime.step(*args, index=indices, target=indices, return_outputs=False)
+        try:
+            runtime.step(*args, index=indices, target=indices, return_outputs=False)
+        except RuntimeError as error:
+            if error.__cause__ is not None:  # torch wraps what a stage has raised
+                raise error.__cause__ from None
+            raise
         self._add_tied_grads()
         self._reduce_grads()
         return self._loss(device)
@@ -173,7 +178,8 @@ class Pipeline:
             UnsupportedModelError: the model's positions would depend on how the tokens are passed.
         """
         runs = pack_runs(lengths, int(self.config.chunk_size), shares_chunks=not self.stage.has_state)
-        refuse_segments(self.stage.model, max(lengths))  # a chunk is called by itself, as a segment is
+        # A chunk is called by itself, as a segment is; what fills it up is a segment, too.
+        refuse_segments(self.stage.model, max(*lengths, *(run.num_empty for run in runs)))
         return runs
 
     def _take_grads(self) -> dict[nn.Parameter, Tensor]:

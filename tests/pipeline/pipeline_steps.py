@@ -105,7 +105,7 @@ def probed_step(case: PipelineCase) -> tuple[StepResult, int]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "LayerProbe", Noted)
-        patch.setattr(stage, "is_known", lambda model_class: False)
+        patch.setattr(stage, "needs_probe", lambda model, has_state: True)
         result = pipeline_step(case)
     (probe,) = made
     return result, len(probe.passed)
@@ -114,7 +114,8 @@ def probed_step(case: PipelineCase) -> tuple[StepResult, int]:
 def unsupported() -> dict[str, str]:
     """What is said to models that a pipeline would compute wrongly, by what they do; on the last stage."""
     said = {}
-    for name, plant in {"tokens": _pass_tokens, "dynamic": _make_dynamic}.items():
+    plants = {"tokens": _pass_tokens, "dynamic": _make_dynamic, "filler": _make_dynamic}
+    for name, plant in plants.items():
         case = PipelineCase(lengths=(20,))
         pipeline, model, _ = _pipeline(case)
         plant(model)
@@ -130,7 +131,7 @@ def unsupported() -> dict[str, str]:
                 hidden=torch.randn(1, 8, 32, dtype=torch.float64),
             )
             try:
-                pipeline.runs([20])
+                pipeline.runs([20] if name != "filler" else [3])
                 pipeline.stage.run_layers(cell)
             except UnsupportedModelError as error:
                 said[name] = str(error)
@@ -148,7 +149,7 @@ def _pass_tokens(model: Any) -> None:
 
 def _make_dynamic(model: Any) -> None:
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    model.config.max_position_embeddings = 16
+    model.config.max_position_embeddings = 4
 
 
 def refusals() -> dict[str, str]:
@@ -160,6 +161,7 @@ def refusals() -> dict[str, str]:
     object.__setattr__(offloaded, "offload", "host")
     two = [range(2), range(2, 3)]
     chunked = chunk_model(tiny_llama(num_layers=3), config)
+    gpt2: Any = tiny_model("GPT2LMHeadModel")
     tries: dict[str, tuple[Any, ChunkConfig, list[range]]] = {
         "three stages": (tiny_llama(num_layers=3), config, [range(1), range(1, 2), range(2, 3)]),
         "other layers": (tiny_llama(num_layers=2), config, [range(2, 3), range(2, 3)]),
@@ -168,6 +170,7 @@ def refusals() -> dict[str, str]:
         "offload": (tiny_llama(num_layers=3), offloaded, two),
         "chunked": (chunked, config, two),
         "peft": (with_lora(tiny_llama(num_layers=3)), config, two),
+        "learned positions": (gpt2, config, [range(1), range(1, 2)]),
     }
     said = {}
     for name, arguments in tries.items():

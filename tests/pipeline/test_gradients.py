@@ -98,6 +98,7 @@ def test_models_that_a_pipeline_would_compute_wrongly_are_refused(two_ranks: Ran
     _, said = two_ranks.run(unsupported)
     assert said["tokens"].startswith("LlamaForCausalLM passes its layers position_embeddings, made of the")
     assert "rope_type=dynamic" in said["dynamic"]
+    assert "rope_type=dynamic" in said["filler"], "what fills a chunk up counts, too"
 
 
 def test_a_rerun_draws_the_dropout_of_its_forward(two_ranks: Ranks) -> None:
@@ -119,5 +120,6 @@ def test_settings_without_a_pipeline_are_refused(two_ranks: Ranks) -> None:
     assert said["sampler"].startswith("sampler is set, and a pipeline backpropagates every chunk")
     assert said["retained_chunks"].startswith("retained_chunks='auto', but a pipeline")
     assert said["offload"].startswith("offload='host', but a stage keeps K/V")
+    assert said["learned positions"].startswith("GPT2LMHeadModel has transformer.wpe.weight outside of")
     assert said["chunked"].startswith("the model is chunked already")
     assert said["peft"].startswith("PeftModelForCausalLM is not a transformers model")

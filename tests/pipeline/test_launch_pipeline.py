@@ -134,6 +134,9 @@ def test_replicas_share_weights_and_go_on(
             "pipeline_forwards_ahead=2 with pipeline_stages=1",
         ),
         ({"retained_chunks": "auto"}, "retained_chunks=auto with pipeline_stages=2"),
+        ({"eval_packing": True}, "eval_packing=True with pipeline_stages=2"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 with pipeline_stages=2"),
+        ({"loss_type": "dft"}, "loss_type=dft with pipeline_stages=2"),
     ],
     ids=str,
 )
