@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,6 +57,11 @@ def find_layers(model: PreTrainedModel) -> tuple[list[nn.Module], nn.Module, lis
             f"{name} has no module that takes input_ids, other than itself: cannot tell where it begins"
         )
     return entries, decoder, layers
+
+
+def causal_lm_of(model: Any) -> Any:
+    """A PEFT model's own; else itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _lists_of(num_layers: object, root: nn.Module) -> list[tuple[str, nn.Module]]:

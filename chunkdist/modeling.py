@@ -28,9 +28,10 @@ from chunkdist.layer_group import LayerGroup
 from chunkdist.lazy_logits import lazy_logits, tiled_head
 from chunkdist.loss import tile_tokens
 from chunkdist.memory.auto import resolve_auto
+from chunkdist.memory.engine import SINGLE
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.state_sizes import StateSizes, state_sizes
-from chunkdist.model_layers import configs_of, find_layers, layer_states, refuse_known
+from chunkdist.model_layers import causal_lm_of, configs_of, find_layers, layer_states, refuse_known
 from chunkdist.offload import HostMemory
 from chunkdist.probe import LayerProbe, needs_probe
 from chunkdist.sampling import SampleReport
@@ -147,19 +148,21 @@ def resolve_auto_values(model: nn.Module, *, activation_bytes: int | None = None
     handle = _handle(_causal_lm(model))
     context = handle.context
     if not context.reason:
-        sizes = handle.sizes(activation_bytes)
+        sizes = handle.sizes(activation_bytes, settings.get("engine", SINGLE).weights_dtype)
         chosen, reason = resolve_auto(model, context.asked, sizes, **settings)
         handle.regroup(chosen.layers_per_group)
         context.resolve(chosen, reason)
 
 
-def model_sizes(model: nn.Module, activation_bytes: int | None = None) -> ModelSizes:
+def model_sizes(
+    model: nn.Module, activation_bytes: int | None = None, weights_dtype: torch.dtype | None = None
+) -> ModelSizes:
     """What an estimate of a chunked model's memory follows from, for its own device; counted once.
 
     Raises:
         ValueError: the model is not chunked.
     """
-    return _handle(_causal_lm(model)).sizes(activation_bytes)
+    return _handle(_causal_lm(model)).sizes(activation_bytes, weights_dtype)
 
 
 class ChunkedModel:
@@ -186,7 +189,7 @@ class ChunkedModel:
         self._zero3 = Zero3Layers(layers, height)
         self.groups: list[LayerGroup] = []
         self._state_sizes: StateSizes | None = None
-        self._sizes: dict[int | None, ModelSizes] = {}
+        self._sizes: dict[tuple[int | None, torch.dtype | None], ModelSizes] = {}
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
         for start in range(0, num_layers, height):
             self.groups.append(self._group(layers[start : start + height], start))
@@ -225,13 +228,12 @@ class ChunkedModel:
                 for module in layer.layer.modules():
                     module.__dict__.pop(LAYER_ATTRIBUTE, None)
 
-    def sizes(self, activation_bytes: int | None) -> ModelSizes:
-        if activation_bytes not in self._sizes:
-            device_type = next(self.model.parameters()).device.type
-            self._sizes[activation_bytes] = ModelSizes.for_config(
-                self.model, self.context.asked, device_type=device_type, activation_bytes=activation_bytes
-            )
-        return self._sizes[activation_bytes]
+    def sizes(self, activation_bytes: int | None, weights_dtype: torch.dtype | None = None) -> ModelSizes:
+        if (key := (activation_bytes, weights_dtype)) not in self._sizes:
+            named: Any = {"activation_bytes": activation_bytes, "weights_dtype": weights_dtype}
+            named["device_type"] = next(self.model.parameters()).device.type
+            self._sizes[key] = ModelSizes.for_config(self.model, self.context.asked, **named)
+        return self._sizes[key]
 
     def regroup(self, layers_per_group: Any) -> None:
         """Other groups of the same layers."""
@@ -333,8 +335,7 @@ def _method(forward: Callable[..., Any], module: nn.Module) -> MethodType:
 
 
 def _causal_lm(model: nn.Module) -> PreTrainedModel:
-    get_base_model: Any = getattr(model, "get_base_model", None)  # PEFT's
-    inner = model if get_base_model is None else get_base_model()
+    inner = causal_lm_of(model)
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(
             f"{type(inner).__name__} is not a transformers model: pass the model itself, before DDP, FSDP or "

@@ -90,8 +90,11 @@ def run_plan(options: TrainingOptions, asked: PlanOptions, console: Console) -> 
     if length is None:
         raise ValueError("max_length is not set, so there is no length to plan for: write --length N")
     model = meta_model(options)
-    sizes = sizes_of(model, options, config)
-    job = job_of(model, sizes, options, asked)
+    engine = Engine(
+        name=asked.engine, num_ranks=asked.num_ranks, gathered_element_bytes=settings["activation_bytes"]
+    )
+    sizes = sizes_of(model, options, config, engine)
+    job = job_of(model, sizes, options, asked, engine)
     table_of_job(console, job, options, asked, length)
     chosen, is_asked = best_plan(console, job, config, length)
     if chosen is None:
@@ -129,10 +132,12 @@ def meta_model(options: TrainingOptions) -> Any:
     return model.train()
 
 
-def sizes_of(model: Any, options: TrainingOptions, config: ChunkConfig) -> ModelSizes:
+def sizes_of(model: Any, options: TrainingOptions, config: ChunkConfig, engine: Engine) -> ModelSizes:
     """Of the model as the run will have it on a GPU."""
     mixed = step_sizes(options.training)["activation_bytes"]
-    sizes = ModelSizes.for_config(model, config, device_type="cuda", activation_bytes=mixed)
+    sizes = ModelSizes.for_config(
+        model, config, device_type="cuda", activation_bytes=mixed, weights_dtype=engine.weights_dtype
+    )
     if options.model.load_in_4bit or options.model.load_in_8bit:
         return quantized(
             sizes,
@@ -142,13 +147,14 @@ def sizes_of(model: Any, options: TrainingOptions, config: ChunkConfig) -> Model
     return sizes
 
 
-def job_of(model: Any, sizes: ModelSizes, options: TrainingOptions, asked: PlanOptions) -> Job:
+def job_of(
+    model: Any, sizes: ModelSizes, options: TrainingOptions, asked: PlanOptions, engine: Engine
+) -> Job:
     """What the planner is asked about."""
     settings = step_sizes(options.training)
     card = CARDS[asked.card]
     if asked.memory_gib is not None:
         card = replace(card, memory_bytes=int(asked.memory_gib * GIB))
-    element = settings["activation_bytes"]
     return Job(
         sizes=sizes,
         flops=StepFlops.of(model),
@@ -156,7 +162,7 @@ def job_of(model: Any, sizes: ModelSizes, options: TrainingOptions, asked: PlanO
         available_bytes=usable_bytes(card.memory_bytes),
         host_bytes=int(asked.host_gib * GIB),
         num_rows=settings["num_rows"],
-        engine=Engine(name=asked.engine, num_ranks=asked.num_ranks, gathered_element_bytes=element),
+        engine=engine,
         optimizer=settings["optimizer"],
         num_micro_batches=settings["num_micro_batches"],
     )
@@ -260,7 +266,8 @@ def print_choice(console: Console, job: Job, plan: Plan, length: int, *, is_aske
 def print_simulation(
     console: Console, model: Any, job: Job, plan: Plan, length: int, activation_bytes: int | None
 ) -> None:
-    """The formula against the real code."""
+    """The formula against the real code: of one rank of FSDP2; else without an engine."""
+    engine = job.engine if job.engine.name == "fsdp2" else Engine()
     found = simulate(
         model,
         job.sizes,
@@ -268,11 +275,13 @@ def print_simulation(
         num_tokens=length,
         num_rows=job.num_rows,
         autocast=torch.bfloat16 if activation_bytes == 2 else None,
+        engine=engine,
     )
-    single = replace(job, engine=Engine(), optimizer="sgd", num_micro_batches=1)
+    single = replace(job, engine=engine, optimizer="sgd", num_micro_batches=1)
     formula = single.estimate(plan.config, length).step_bytes
+    told = "one rank of FSDP2" if engine.num_ranks > 1 else "one rank"
     console.print(
-        f"simulated ({found.num_layers_run} layers, one rank, without an optimizer): {gib(found.peak_bytes)} "
+        f"simulated ({found.num_layers_run} layers, {told}, without an optimizer): {gib(found.peak_bytes)} "
         f"over the weights; the formula says {gib(formula)} ({formula / found.peak_bytes - 1:+.1%})"
     )
 

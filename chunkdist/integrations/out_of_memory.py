@@ -51,15 +51,16 @@ def explanation(trainer: Trainer) -> str:
     device = next(model.parameters()).device
     reserved = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
     unused = reserved - torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    engine = engine_of(args)
     job = Job(
-        sizes=model_sizes(model, settings["activation_bytes"]),
+        sizes=model_sizes(model, settings["activation_bytes"], engine.weights_dtype),
         flops=StepFlops.of(model),
         card=card_of(device),
         # All that this process could have, other processes' not counted; a margin for what makes gaps.
         available_bytes=int((free_bytes(device) - unused + reserved) * USABLE_SHARE["cuda"]),
         host_bytes=int(free_host_bytes() * USABLE_SHARE["cpu"]),
         num_rows=settings["num_rows"],
-        engine=engine_of(args),
+        engine=engine,
         optimizer=settings["optimizer"],
         num_micro_batches=settings["num_micro_batches"],
     )

@@ -112,11 +112,12 @@ def _memory_rows(
 ) -> list[tuple[str, str, str]]:
     sizes = step_sizes(args, stream_tokens)
     tokens, activation_bytes = sizes.pop("num_tokens"), sizes.pop("activation_bytes")
+    engine = engine_of(args)
     estimate = estimate_memory(
-        model_sizes(model, activation_bytes),
+        model_sizes(model, activation_bytes, engine.weights_dtype),
         report.config,
         num_tokens=tokens or report.chunk_size,
-        engine=engine_of(args),
+        engine=engine,
         **sizes,
     )
     growing = f"{estimate.sequence_bytes_per_token / 1024:,.0f} KiB a token"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from chunkdist.attention.varlen import SCRATCH_BYTES, VarlenBackend, why_no_kern
 from chunkdist.config import AttentionName, ChunkConfig
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.twin import layer_kinds, twin_of
-from chunkdist.model_layers import find_layers, mixer_of
+from chunkdist.model_layers import causal_lm_of, find_layers, mixer_of
 from chunkdist.replay import undisturbed_rng
 
 _CHUNKS = (1024, 4096)
@@ -215,6 +216,7 @@ def measure_cells(
     attention: AttentionName = "auto",
     device_type: str = "cpu",
     autocast: torch.dtype | None = None,
+    weights_dtype: torch.dtype | None = None,
 ) -> tuple[list[CellSizes], StreamSizes]:
     """The sizes of each decoder layer's cell, and of what runs between them. Takes about a second.
 
@@ -222,19 +224,23 @@ def measure_cells(
         model: A causal LM, or a PEFT model of one; chunked or not, its weights anywhere, or nowhere.
         device_type: `"cuda"`: with the kernels of GPUs, whatever this machine has.
         autocast: The dtype of the run's autocast, if it has one.
+        weights_dtype: Of the weights when an engine has gathered them; `None`: as they are.
 
     Raises:
         UnsupportedModelError: the model cannot be chunked.
         torch._subclasses.fake_tensor.DataDependentOutputException and its like: what runs follows from values
             (experts).
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = causal_lm_of(model)
     kinds = layer_kinds(base)
     firsts = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
     chunks = _chunks_of(base)
     config = ChunkConfig(chunk_size=1, rebuild_kv=False, attention=attention, kv_grad_dtype=kv_grad_dtype)
     num_layers = max(firsts.values()) + 1
-    runs = {size: _run(model, num_layers, size, config, device_type, autocast) for size in chunks}
+    run = partial(
+        _run, config=config, device_type=device_type, autocast=autocast, weights_dtype=weights_dtype
+    )
+    runs = {size: run(model, num_layers, size) for size in chunks}
     sizes = {kind: _cell_sizes(runs, number) for kind, number in firsts.items()}
     first = runs[chunks[0]]
     assert first.arguments_bytes is not None
@@ -279,12 +285,13 @@ def _run(
     config: ChunkConfig,
     device_type: str,
     autocast: torch.dtype | None,
+    weights_dtype: torch.dtype | None,
 ) -> _Watch:
     """One step of a twin over two chunks."""
     from chunkdist.modeling import chunk_model, layers_of
 
     with _disable_current_modes(), undisturbed_rng(torch.empty(0)), FakeTensorMode():
-        twin: Any = twin_of(model, num_layers)
+        twin: Any = twin_of(model, num_layers, weights_dtype)
         twin.train()
         chunk_model(twin, replace(config, chunk_size=chunk_tokens))
         ids = torch.zeros(1, 2 * chunk_tokens, dtype=torch.long)

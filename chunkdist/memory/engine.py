@@ -7,10 +7,13 @@ masters, gradient partitions, buckets), torch's DDP (gradients and buckets of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from chunkdist.memory.gathered import Fsdp2Gathered, Gathered, Zero3Gathered
 from chunkdist.memory.model_sizes import ModelSizes, Weights
 from chunkdist.memory.optimizers import OptimizerMemory
 
@@ -41,6 +44,12 @@ class Engine:
     bucket_numbers: int | None = None
 
     @property
+    def weights_dtype(self) -> torch.dtype | None:
+        """In which weights are while they are used, where that is not how they are kept."""
+        mixes = self.name in ("fsdp2", *_ZERO) and self.gathered_element_bytes == 2
+        return torch.bfloat16 if mixes else None
+
+    @property
     def shards_weights(self) -> bool:
         return self.name in ("fsdp2", "zero3")
 
@@ -49,9 +58,7 @@ class Engine:
     ) -> tuple[dict[str, int], dict[str, int]]:
         """What is there all the time, on the device and on the host."""
         every = sizes.all_weights
-        weights = (
-            self._local(every.local_bytes, every.whole_bytes) if self.shards_weights else every.local_bytes
-        )
+        weights = self._weights(every)
         optimizer = self._optimizer_bytes(sizes, states)
         collectives = 0
         if self.name == "ddp":
@@ -68,40 +75,35 @@ class Engine:
             device["optimizer"], host["optimizer, paged"] = 0, optimizer
         return device, host
 
-    def gradients(self, sizes: ModelSizes, layers: Sequence[Weights]) -> int:
-        """Of these layers and of what is outside of layers, once they are reduced."""
-        parts = [*layers, sizes.other]
-        if self.name == "zero3":  # one buffer for all, from the beginning
-            return self._share(sum(w.num_trainable * self._element(w) for w in [*sizes.layers, sizes.other]))
-        if self.name == "fsdp2":
-            return self._share(sum(w.whole_trainable_bytes for w in parts))
-        if self.name == "zero2":
-            return self._share(sum(w.whole_trainable_bytes for w in parts))
-        return sum(w.whole_trainable_bytes for w in parts)
+    def gradients(self, sizes: ModelSizes, parts: Sequence[Weights], *, are_summed: bool = False) -> int:
+        """Of these weights, once they are reduced.
 
-    def gathered(self, sizes: ModelSizes, layers: Iterable[int]) -> dict[str, int]:
-        """Whole weights while these layers run, and buffers of the collectives that bring them.
-
-        FSDP2: the root unit (embeddings, norm, head), the group's units, and the next one, which comes while
-        they run. ZeRO-3: as many as `max_live_numbers`.
+        Args:
+            are_summed: Over micro-batches, of which only the last is reduced, under FSDP2.
         """
-        if not self.shards_weights:
-            return {}
+        if self.name == "zero3":  # one buffer for all, from the beginning
+            return self._share(sizes.all_weights.num_trainable * self._element(sizes.all_weights))
+        if self.name == "fsdp2" and are_summed:
+            return sum(w.num_trainable * self._element(w) for w in parts)
+        trained = sum(w.whole_trainable_bytes for w in parts)
+        return self._share(trained) if self.name in ("fsdp2", "zero2") else trained
+
+    def gathered(self, sizes: ModelSizes) -> Gathered:
+        """What is gathered through a step."""
+        if self.name == "fsdp2":
+            return Fsdp2Gathered(
+                sizes, self.num_ranks, self._whole, lambda w: w.num_trainable * self._element(w)
+            )
         if self.name == "zero3":
-            live = min(self.max_live_numbers, sizes.all_weights.num_numbers)
-            return {"gathered weights": live * self._element(sizes.all_weights)}
-        running = [sizes.layers[i] for i in layers]
-        unit = max(sizes.layers, key=lambda w: w.num_numbers)
-        gathered = sum(self._whole(w) for w in (*running, unit, sizes.other))
-        reduced = unit.num_trainable * self._element(unit)
-        return {"gathered weights": gathered, "collectives": self._whole(unit) + reduced}
+            return Zero3Gathered(sizes, self.max_live_numbers, self._element(sizes.all_weights))
+        return Gathered()
 
     def update(self, sizes: ModelSizes, states: OptimizerMemory | None) -> dict[str, int]:
         """While the optimizer runs."""
         trained = sizes.all_weights.whole_trainable_bytes
         share = self.num_ranks if self.name not in ("single", "ddp") else 1
         temporary = 0 if states is None or self.offloads_optimizer else states.update * trained // share
-        return {"gradients": self.gradients(sizes, sizes.layers), "one cell": temporary}
+        return {"gradients": self.gradients(sizes, [sizes.all_weights]), "one cell": temporary}
 
     def _optimizer_bytes(self, sizes: ModelSizes, states: OptimizerMemory | None) -> int:
         if states is None:
@@ -114,9 +116,12 @@ class Engine:
             return self._share(4 * numbers + states.state_bytes(numbers, 4 * numbers, every.factored_numbers))
         return self._share(states.state_bytes(numbers, size, every.factored_numbers))
 
-    def _local(self, local: int, whole: int) -> int:
-        """Weights may have been sharded already, or not yet."""
-        return local if local < whole else self._share(whole)
+    def _weights(self, every: Weights) -> int:
+        """They may have been sharded already, or not yet; DeepSpeed keeps them as they are used."""
+        if self.shards_weights and every.local_bytes < every.whole_bytes:
+            return every.local_bytes
+        whole = self._whole(every) if self.name in _ZERO else every.local_bytes
+        return self._share(whole) if self.shards_weights else whole
 
     def _share(self, num_bytes: int) -> int:
         return -(-num_bytes // self.num_ranks)

@@ -13,8 +13,9 @@ from typing import Any
 
 from chunkdist.config import ChunkConfig
 from chunkdist.memory.engine import SINGLE, Engine
+from chunkdist.memory.gathered import Parts
 from chunkdist.memory.model_sizes import ModelSizes
-from chunkdist.memory.moments import Parts, StepMoments
+from chunkdist.memory.moments import StepMoments
 from chunkdist.memory.optimizers import OptimizerMemory
 
 FIXED = ("weights", "gradients", "optimizer", "gathered weights", "collectives")

@@ -16,7 +16,7 @@ from chunkdist.flops import num_experts, num_experts_per_token
 from chunkdist.lazy_logits import tiled_head
 from chunkdist.loss import tile_tokens
 from chunkdist.memory.cell_sizes import CellSizes, Line, StreamSizes, measure_cells
-from chunkdist.model_layers import find_layers
+from chunkdist.model_layers import causal_lm_of, find_layers
 
 if TYPE_CHECKING:
     from chunkdist.config import ChunkConfig
@@ -68,7 +68,7 @@ class ModelSizes:
 
     Args:
         cells, layers: Of each decoder layer.
-        other: Parameters outside of the layers: embeddings, norm, head.
+        embedding, head: Parameters of these; of tied ones, all outside of the layers count as the embedding.
         embedding_is_trained: Whether the first group's input needs a gradient.
         head_width: The vocabulary.
         head_tile_tokens: `None`: the logits of all tokens are made.
@@ -79,7 +79,8 @@ class ModelSizes:
 
     cells: tuple[CellSizes, ...]
     layers: tuple[Weights, ...]
-    other: Weights
+    embedding: Weights
+    head: Weights
     all_weights: Weights
     stream: StreamSizes
     embedding_is_trained: bool
@@ -90,6 +91,10 @@ class ModelSizes:
     kv_grad_bytes: int
     is_counted: bool
 
+    @property
+    def is_tied(self) -> bool:
+        return not self.head.num_numbers
+
     @classmethod
     def of(
         cls,
@@ -99,16 +104,19 @@ class ModelSizes:
         attention: AttentionName = "auto",
         device_type: str = "cpu",
         activation_bytes: int | None = None,
+        weights_dtype: torch.dtype | None = None,
     ) -> ModelSizes:
         """Looks at a model, and runs a twin of it on a few tokens. Its weights may be anywhere, or nowhere.
 
         Args:
             activation_bytes: 2: the run has autocast in bf16 or fp16.
+            weights_dtype: As in `measure_cells`.
             device_type: `"cuda"`: as on a GPU, whatever this machine has.
         """
-        causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        causal_lm = causal_lm_of(model)
         layers = find_layers(causal_lm)[2]
         inside = {id(p) for layer in layers for p in layer.parameters()}
+        outside = [p for p in model.parameters() if id(p) not in inside]
         usual = _usual_bytes(model.parameters())
         autocast = torch.bfloat16 if activation_bytes == 2 else None
         cells, stream = measure_cells(
@@ -117,6 +125,7 @@ class ModelSizes:
             attention=attention,
             device_type=device_type,
             autocast=autocast,
+            weights_dtype=weights_dtype,
         )
         element = activation_bytes or usual
         has_experts = num_experts(causal_lm.config) is not None
@@ -124,6 +133,8 @@ class ModelSizes:
             cells = [_with_experts(cell, causal_lm.config, element) for cell in cells]
         head = tiled_head(causal_lm)
         embedding = causal_lm.get_input_embeddings()
+        of_head = {id(p) for p in getattr(causal_lm.get_output_embeddings(), "parameters", list)()}
+        of_head -= {id(p) for p in embedding.parameters()}
         text = causal_lm.config.get_text_config(decoder=True)
         widths = [cell.kv_bytes // cell.kv_numbers for cell in cells if cell.kv_numbers]
         kv_element = max(widths, default=usual)
@@ -131,7 +142,8 @@ class ModelSizes:
         return cls(
             cells=tuple(cells),
             layers=tuple(Weights.of(layer.parameters()) for layer in layers),
-            other=Weights.of(p for p in model.parameters() if id(p) not in inside),
+            embedding=Weights.of(p for p in outside if id(p) not in of_head),
+            head=Weights.of(p for p in outside if id(p) in of_head),
             all_weights=Weights.of(model.parameters()),
             stream=stream,
             embedding_is_trained=any(p.requires_grad for p in embedding.parameters()),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from chunkdist.config import ChunkConfig
 from chunkdist.memory.engine import Engine
-from chunkdist.memory.model_sizes import ModelSizes
-
-Parts = dict[str, int]
-"""Bytes by name."""
+from chunkdist.memory.gathered import Parts
+from chunkdist.memory.model_sizes import ModelSizes, Weights
 
 
 class StepMoments:
@@ -37,6 +35,7 @@ class StepMoments:
         self.num_retained = min(retained, self.num_chunks)
         self.keeps_kv = not config.rebuilds_kv and self.num_chunks > 1
         self.keeps_gradients = num_micro_batches > 1
+        self.gathered = engine.gathered(sizes)
         self.hidden = sizes.stream.hidden_bytes * self.tokens
         self.positions = sizes.stream.arguments_bytes * self.tokens
 
@@ -47,6 +46,7 @@ class StepMoments:
         yield from self.loss()
         for group in range(len(self.groups)):
             yield from self.backward(group)
+        yield "the embedding", self.embedding()
 
     def host(self) -> Parts:
         """What waits on the host from the forward to the backward."""
@@ -66,8 +66,8 @@ class StepMoments:
             **self._kept(group, forward=True),
             "hidden states": self.hidden,
             "one cell": cell,
-            **self.engine.gathered(self.sizes, layers),
-            "gradients": self._gradients(len(self.sizes.layers)),
+            **self.gathered.forward(layers, cell),
+            "gradients": self._gradients([]),
         }
 
     def loss(self) -> Iterator[tuple[str, Parts]]:
@@ -76,7 +76,7 @@ class StepMoments:
         if sizes.head_tile_tokens is not None:
             tokens = min(sizes.head_tile_tokens, tokens)
         # Of a tile: log-probabilities, their gradient and that of the logits, in fp32.
-        tile = tokens * sizes.head_width * 12
+        logits = tokens * sizes.head_width
         numbers = sizes.stream.hidden_bytes // sizes.element_bytes
         # The final norm runs as a cell, too: it saves its input in fp32, and what its weight multiplies.
         norm = self.chunk_tokens * numbers * (4 + 2 * sizes.element_bytes)
@@ -86,40 +86,25 @@ class StepMoments:
             "keys and values": self._kept(last, forward=True)["keys and values"] if self.keeps_kv else 0,
             "retained cells": self._retained(range(self.groups[-1].stop), self.num_retained)["retained cells"]
             + self.num_retained * norm,
-            **self.engine.gathered(sizes, ()),
+            "hidden states": 3 * self.hidden,
         }
-        weight = sizes.head_numbers_trained
-        grads = self._gradients(len(sizes.layers))
-        yield (
-            "the loss",
-            {
-                **kept,
-                "hidden states": 3 * self.hidden,
-                "loss tile": tile,
-                "gradients": grads + weight * (4 + sizes.element_bytes),
-            },
-        )
-        yield (
-            "the loss",
-            {
-                **kept,
-                "hidden states": 3 * self.hidden,
-                "gradients": grads + 2 * weight * sizes.element_bytes,
-            },
-        )
-        yield (
-            "the norm",
-            {
-                **kept,
-                "hidden states": 3 * self.hidden,
-                "one cell": working,
-                "gradients": grads + weight * sizes.element_bytes,
-            },
-        )
+        weight, grads = sizes.head_numbers_trained, self._gradients([])
+        # Its gradient is summed in fp32; that of a tile comes when its logits are only in their dtype.
+        for tile, weight_bytes in ((12 * logits, 4), (sizes.element_bytes * logits, 4 + sizes.element_bytes)):
+            gathered = self.gathered.loss(12 * logits)
+            yield (
+                "the loss",
+                {**kept, **gathered, "loss tile": tile, "gradients": grads + weight * weight_bytes},
+            )
+        doubled = grads + 2 * weight * sizes.element_bytes
+        yield "the loss", {**kept, **self.gathered.loss_backward(), "gradients": doubled}
+        done = self._gradients([self._head])
+        yield "the norm", {**kept, **self.gathered.norm(), "one cell": working, "gradients": done}
 
     def backward(self, group: int) -> Iterator[tuple[str, Parts]]:
         sizes, layers = self.sizes, self.groups[group]
-        has_grad = group > 0 or sizes.embedding_is_trained
+        # ZeRO-3 reduces a layer in a hook on its input.
+        has_grad = group > 0 or sizes.embedding_is_trained or self.engine.name == "zero3"
         trained = [sizes.layers[i] for i in layers]
         # Summed over chunks in at least fp32.
         sums = sum(
@@ -128,8 +113,8 @@ class StepMoments:
         common = {
             **self._kept(group, forward=False),
             "hidden states": self.hidden * (2 if has_grad else 1),
-            **self.engine.gathered(sizes, layers),
-            "gradients": self._gradients(layers.stop) + sums,
+            **self.gathered.backward(layers),
+            "gradients": self._gradients([*sizes.layers[layers.stop :], self._head]) + sums,
         }
         below = range(layers.start)
         running = {**common, **self._retained(below, self.num_retained)}
@@ -143,6 +128,21 @@ class StepMoments:
         parts = {name: size for name, size in common.items() if name != "K/V gradients"}
         parts |= self._retained(below, self.num_retained)
         yield "a group's gradients", {**parts, "gradients": parts["gradients"] + copies}
+
+    def embedding(self) -> Parts:
+        """Of tied weights the head's gradient waits, and the sum with the embedding's is another."""
+        sizes = self.sizes
+        weight = sizes.embedding.num_trainable * sizes.element_bytes
+        grads = self._gradients(sizes.layers if sizes.is_tied else [*sizes.layers, sizes.head])
+        hidden = self.hidden if sizes.embedding_is_trained else 0
+        if sizes.is_tied:
+            hidden, weight = max(hidden, weight), 2 * weight
+        return {
+            "positions": self.positions,
+            "hidden states": hidden,
+            **self.gathered.embedding(),
+            "gradients": grads + weight,
+        }
 
     def _cells(self, common: Parts, layers: range) -> Iterator[tuple[str, Parts]]:
         """A cell of the running group in its backward, from its last layer down."""
@@ -217,7 +217,12 @@ class StepMoments:
         )
         return {"retained cells": saved * num_chunks}
 
-    def _gradients(self, layers_done: int) -> int:
-        """Of what has been reduced: outside of the layers, and of the layers from this one up."""
-        done = self.sizes.layers if self.keeps_gradients else self.sizes.layers[layers_done:]
-        return self.engine.gradients(self.sizes, done)
+    @property
+    def _head(self) -> Weights:
+        """What the loss leaves a gradient of."""
+        return self.sizes.embedding if self.sizes.is_tied else self.sizes.head
+
+    def _gradients(self, done: Sequence[Weights]) -> int:
+        """Of what has been reduced: of these, or of all where they are summed over micro-batches."""
+        parts = [self.sizes.all_weights] if self.keeps_gradients else done
+        return self.engine.gradients(self.sizes, parts, are_summed=self.keeps_gradients)

@@ -2,11 +2,12 @@
 
 Where layers are alike, one group of them is run: what each other group adds is its input, and its K/V where
 they are kept (none of which stays on the device with `offload="host"`). `check_groups` counts whether that
-holds. Models whose layers differ, and steps with retained chunks, are run whole.
+holds. Models whose layers differ, steps with retained chunks, and ranks of FSDP2 are run whole.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from chunkdist.config import ChunkConfig
 from chunkdist.memory.cell_sizes import GpuAttention
+from chunkdist.memory.engine import SINGLE, Engine
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.model_sizes import ModelSizes
+from chunkdist.memory.simulate_fsdp2 import fake_ranks, shard_as_accelerate
 from chunkdist.memory.twin import layer_kinds, twin_of
+from chunkdist.model_layers import causal_lm_of, find_layers
 from chunkdist.replay import undisturbed_rng
 
 _GROUPS_RUN = 1
@@ -50,6 +54,7 @@ def simulate(
     num_rows: int = 1,
     autocast: torch.dtype | None = None,
     groups_run: int = _GROUPS_RUN,
+    engine: Engine = SINGLE,
 ) -> Simulated:
     """The largest sum of live tensors in a forward and backward, as flash attention on a GPU has them.
 
@@ -57,13 +62,21 @@ def simulate(
         model: Chunked or not; its weights may be nowhere. Experts are not simulated as they are.
         sizes: Of `model`.
         config: Without `"auto"`.
+        autocast: The dtype of the run's autocast; under FSDP2, in which weights are gathered.
+        engine: Single, or FSDP2, one rank of which is run.
+
+    Raises:
+        ValueError: another engine.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if engine.name not in ("single", "fsdp2"):
+        raise ValueError(f"{engine.name} does not run under fake tensors: simulate single, or fsdp2")
+    base = causal_lm_of(model)
     num_layers = len(sizes.cells)
     height = num_layers if config.layers_per_group == "all" else int(config.layers_per_group)
     alike = len(set(layer_kinds(base))) == 1 and not num_layers % height and not config.retained_chunks
+    alike = alike and engine.name == "single"
     run = min(num_layers, groups_run * height) if alike else num_layers
-    peak, host = _run(model, run, config, num_tokens, num_rows, autocast)
+    peak, host = _run(model, run, config, num_tokens, num_rows, autocast, engine)
     missing = (num_layers - run) // height
     tokens = num_tokens * num_rows
     each = 0 if config.offload == "host" else sizes.stream.hidden_bytes * tokens
@@ -92,16 +105,25 @@ def _run(
     num_tokens: int,
     num_rows: int,
     autocast: torch.dtype | None,
+    engine: Engine,
 ) -> tuple[int, int]:
     from chunkdist.modeling import chunk_model, host_memory, layers_of
 
-    with _disable_current_modes(), undisturbed_rng(torch.empty(0)), FakeTensorMode():
+    with ExitStack() as stack:
+        mesh = stack.enter_context(fake_ranks(engine.num_ranks)) if engine.name == "fsdp2" else None
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(undisturbed_rng(torch.empty(0)))
+        stack.enter_context(FakeTensorMode())
         twin: Any = twin_of(model, num_layers)
         chunk_model(twin.train(), config)
         context = layers_of(twin)[0].group.context
         context.attention = GpuAttention(config.attention)
         context.probe = None
-        twin.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+        if num_layers < len(find_layers(causal_lm_of(model))[2]):
+            twin.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+        if mesh is not None:
+            layers = [layer.layer for layer in layers_of(twin)]
+            shard_as_accelerate(twin, layers, mesh, autocast)
         ids = torch.zeros(num_rows, num_tokens, dtype=torch.long)
         host = host_memory(twin)
         with LiveBytes(exclude=[*twin.parameters(), *twin.buffers(), ids], host=host) as live:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
-from chunkdist.model_layers import find_layers
+from chunkdist.model_layers import causal_lm_of, find_layers
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = ("forward", "_compiled_call_impl", "_loss_function")
@@ -34,18 +34,21 @@ def layer_kinds(model: Any) -> list[object]:
     ]
 
 
-def twin_of(model: nn.Module, num_layers: int) -> nn.Module:
+def twin_of(model: nn.Module, num_layers: int, dtype: torch.dtype | None = None) -> nn.Module:
     """The first `num_layers` decoder layers of `model`, and all around them, under a `FakeTensorMode`.
 
     Weights have the shapes that they have when gathered; quantised ones are in the dtype in which they are
     multiplied. Hooks, and the methods that `chunk_model` has replaced, stay behind.
+
+    Args:
+        dtype: Of the floating-point weights; `None`: as they are.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return _Twins(find_layers(base)[2], num_layers).of(model)
+    return _Twins(find_layers(causal_lm_of(model))[2], num_layers, dtype).of(model)
 
 
 class _Twins:
-    def __init__(self, layers: list[nn.Module], num_layers: int) -> None:
+    def __init__(self, layers: list[nn.Module], num_layers: int, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
         self._layers = [id(layer) for layer in layers]
         self._num_layers = num_layers
         self._made: dict[int, Any] = {}
@@ -96,11 +99,16 @@ class _Twins:
         return self._made[id(value)]
 
     def _fake(self, x: Tensor | None) -> Tensor | None:
-        return None if x is None else self._once(x, _fake)
+        return None if x is None else self._once(x, self._make_fake)
+
+    def _make_fake(self, x: Tensor) -> Tensor:
+        dtype = getattr(getattr(x, "quant_state", None), "dtype", x.dtype)
+        if isinstance(x, nn.Parameter) and dtype.is_floating_point:
+            dtype = self._dtype or dtype
+        return _fake(x, dtype)
 
 
-def _fake(x: Tensor) -> Tensor:
-    dtype = getattr(getattr(x, "quant_state", None), "dtype", x.dtype)
+def _fake(x: Tensor, dtype: torch.dtype) -> Tensor:
     empty = torch.empty(_shape(x), dtype=dtype, device="cpu")
     return nn.Parameter(empty, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else empty
 

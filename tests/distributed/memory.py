@@ -1,16 +1,19 @@
-"""What a rank holds: the bytes of its live storages, in real steps of a tiny model in fp32 with AdamW."""
+"""What a rank holds: the bytes of its live storages, in real steps of small models in fp32 with AdamW."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.memory import LiveBytes
+from chunkdist.memory.engine import Engine
+from chunkdist.memory.estimate import estimate_memory
+from chunkdist.memory.model_sizes import ModelSizes
 from tests.distributed.cases import RELEASED, Case, shard_fsdp2
-from tests.models import batch, tiny_llama
+from tests.models import batch, tiny_llama, with_lora
 
 CHUNK_SIZE = 64
 
@@ -53,6 +56,30 @@ def held_by(engine: str, lengths: tuple[int, ...]) -> Held:
     return Held(between_steps=between_steps, after_backward=after_backward, peaks=tuple(peaks))
 
 
+def formula_and_count_of_zero3(lora: bool, released: bool) -> tuple[int, int]:
+    """The formula's peak and the counted one, of weights, states and a step. Runs on every rank."""
+    num_tokens, hidden, bucket = 768, 256, 1000
+    model: nn.Module = tiny_llama(dtype=torch.float32, hidden_size=hidden, intermediate_size=3 * hidden)
+    model = with_lora(model) if lora else model  # type: ignore[arg-type]
+    config = ChunkConfig(chunk_size=128)
+    sizes = ModelSizes.for_config(chunk_model(model, config), config)
+    engine = Engine(
+        name="zero3",
+        num_ranks=distributed.get_world_size(),
+        bucket_numbers=bucket,
+        max_live_numbers=0 if released else 10**9,
+    )
+    optimizer = "adamw_torch_fused"
+    estimate = estimate_memory(sizes, config, num_tokens=num_tokens, engine=engine, optimizer=optimizer)
+    with LiveBytes() as live:
+        step = _zero3_step(model, RELEASED if released else {})
+        del model
+        for _ in range(3):
+            live.reset_peak()
+            step(num_tokens, live)
+    return estimate.peak_bytes, live.peak_bytes
+
+
 def _plain_step(model: nn.Module):  # type: ignore[no-untyped-def]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
 
@@ -66,7 +93,7 @@ def _plain_step(model: nn.Module):  # type: ignore[no-untyped-def]
     return step
 
 
-def _zero3_step(model: nn.Module):  # type: ignore[no-untyped-def]
+def _zero3_step(model: nn.Module, settings: dict[str, int] = RELEASED):  # type: ignore[no-untyped-def]
     import deepspeed
 
     from chunkdist.sharding.launch import skip_shm_build
@@ -74,10 +101,11 @@ def _zero3_step(model: nn.Module):  # type: ignore[no-untyped-def]
     skip_shm_build()
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "sub_group_size": 10**6, **RELEASED},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "sub_group_size": 10**6, **settings},
         "zero_allow_untested_optimizer": True,
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     def step(length: int, live: LiveBytes) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.cases import CHUNK_SIZE, Case
-from tests.distributed.memory import held_by, model_for_memory
+from tests.distributed.memory import formula_and_count_of_zero3, held_by, model_for_memory
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_gradients import check
 
@@ -43,3 +43,11 @@ def test_memory_shrinks_by_the_ranks_and_the_bound_of_the_chunks_stays(four_rank
             assert growth == pytest.approx(growth_alone, rel=0.02)
             beside_state = [x.peaks[1] - x.between_steps for x in (held, alone)]
             assert beside_state[0] <= beside_state[1] + 3 * layer_bytes
+
+
+@pytest.mark.parametrize(("lora", "released"), [(False, False), (False, True), (True, False)])
+def test_the_estimate_of_zero3_is_the_counted_peak(four_ranks: Ranks, lora: bool, released: bool) -> None:
+    """Of FSDP2: tests/memory/test_engine.py."""
+    for formula, counted in four_ranks.run(formula_and_count_of_zero3, lora, released):
+        print(formula, counted)
+        assert formula == pytest.approx(counted, rel=0.05)

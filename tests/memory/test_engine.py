@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ from chunkdist.memory.engine import Engine
 from chunkdist.memory.estimate import estimate_memory
 from chunkdist.memory.model_sizes import ModelSizes, quantized
 from chunkdist.memory.optimizers import OptimizerMemory
-from tests.models import tiny_llama
+from chunkdist.memory.simulate import simulate
+from tests.models import tiny_llama, with_lora
 
 CONFIG = ChunkConfig(chunk_size=64)
 
@@ -86,5 +89,26 @@ def test_gradients_of_several_micro_batches(sizes: ModelSizes) -> None:
         estimate_memory(sizes, CONFIG, num_tokens=4096, num_micro_batches=number).moments["the loss"]
         for number in (1, 2)
     )
-    in_layers = sum(w.whole_trainable_bytes for w in sizes.layers)
-    assert several - one == in_layers
+    assert several - one == sizes.all_weights.whole_trainable_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "lora", "height"),
+    [({}, False, 2), ({"tie_word_embeddings": True}, False, 1), ({"vocab_size": 8000}, True, 1)],
+)
+def test_a_rank_of_fsdp2_against_the_real_code(settings: dict[str, Any], lora: bool, height: int) -> None:
+    """Each with another moment: a group's gradients, tied weights, gathers of a large vocabulary."""
+    config = ChunkConfig(chunk_size=64, layers_per_group=height)
+    with torch.device("meta"):
+        model = tiny_llama(num_layers=4, dtype=torch.bfloat16, hidden_size=128, **settings)
+        model = with_lora(model) if lora else model
+    engine = Engine(name="fsdp2", num_ranks=4)
+    sizes = ModelSizes.for_config(model, config, device_type="cuda")
+    simulated = simulate(model, sizes, config, num_tokens=256, engine=engine)
+    estimate = estimate_memory(sizes, config, num_tokens=256, engine=engine)
+    assert estimate.step_bytes == pytest.approx(simulated.peak_bytes, rel=0.05)
+
+
+def test_deepspeed_is_not_simulated(sizes: ModelSizes) -> None:
+    with pytest.raises(ValueError, match="zero3 does not run under fake tensors"):
+        simulate(tiny_llama(), sizes, CONFIG, num_tokens=64, engine=Engine(name="zero3", num_ranks=4))
