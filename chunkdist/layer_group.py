@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from chunkdist.attention.function import KeysAndValues
 from chunkdist.cell_graph import CellGraph
@@ -28,6 +27,7 @@ from chunkdist.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.group_input import GroupInput, Hidden, tokens_of
 from chunkdist.group_layer import GroupLayer
+from chunkdist.group_node import as_node
 from chunkdist.kept import Kept
 from chunkdist.kv_store import KVStore
 from chunkdist.layer_arguments import refuse_arguments, slice_tokens
@@ -102,6 +102,10 @@ class GroupRun:
         """By chunk index, of the cells whose graph is kept."""
         self.kept = Kept(stream, len(modules), group.context, group.num_above)
 
+    def drop(self) -> None:
+        """Lets go of what was kept for the backward."""
+        self._stores, self._retained = [], {}
+
     def add(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Records one layer's arguments; all layers must get the same hidden states."""
         self._input.add(hidden)
@@ -122,8 +126,7 @@ class GroupRun:
                     probe.check(layer, hidden, arguments, self.stream)
         self.parameters = GroupParameters(layer.layer for layer in self.group.layers)
         if torch.is_grad_enabled() and (hidden.requires_grad or self.parameters.trainable):
-            output: Tensor = _GroupFunction.apply(self, hidden, *self.parameters.trainable)  # type: ignore[no-untyped-call]
-            return output
+            return as_node(self, hidden)
         with torch.no_grad():
             return self.forward(hidden, retained=(), for_backward=False)
 
@@ -326,18 +329,3 @@ class GroupRun:
 
     def _new_store(self, layer: GroupLayer, tokens: Chunk) -> KVStore | None:
         return None if layer.state is None else KVStore(tokens, self.group.context.config.kv_grad_dtype)
-
-
-class _GroupFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: GroupRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.run = run
-        output = run.forward(hidden, run.group.context.retained_chunks(run.stream))
-        ctx.save_for_backward(*run.kept.leave_device(hidden))
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        hidden = ctx.run.kept.come_back(ctx.saved_tensors)
-        return None, *ctx.run.backward(hidden, grad_output)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from chunkdist.loss import Operation, linear_cross_entropy, logits_of
+from chunkdist.recovery import attempt, no_loss
 from chunkdist.replay import AutocastState
 
 _T = torch.Tensor
@@ -227,14 +229,19 @@ def tiled_causal_lm_loss(
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    return logits.call_head(
-        lambda hidden: linear_cross_entropy(
+
+    def loss_of(hidden: Tensor) -> Tensor:
+        weight, bias = logits.head.weight, logits.head.bias
+        compute = partial(
+            linear_cross_entropy,
             hidden,
-            logits.head.weight,
-            logits.head.bias,
+            weight,
+            bias,
             shift_labels.to(hidden.device),
             operations=logits.operations,
             num_items=num_items_in_batch,
             ignore_index=ignore_index,
         )
-    )
+        return attempt(compute, lambda: no_loss(hidden, weight, bias))
+
+    return logits.call_head(loss_of)

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, Sampler
 
 from chunkdist.data.assignment import BatchPlan, plan_batch
 from chunkdist.data.cost import SequenceCost
+
+
+def longest_to_front(order: list[int], lengths: Sequence[int]) -> list[int]:
+    """`order` with the first longest of its samples in exchange for its first: too little memory is noticed
+    in the first step, not after hours."""
+    order = list(order)
+    if order:
+        position = max(range(len(order)), key=lambda position: lengths[order[position]])
+        order[0], order[position] = order[position], order[0]
+    return order
+
+
+class LongestFirst(Sampler[int]):
+    """Another sampler's order, each time with the longest sample first."""
+
+    def __init__(self, sampler: Any, lengths: Sequence[int]) -> None:
+        self._sampler, self._lengths = sampler, lengths
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(longest_to_front(list(self._sampler), self._lengths))
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
 
 
 class StreamBatchSampler(BatchSampler):
@@ -25,6 +53,7 @@ class StreamBatchSampler(BatchSampler):
         batch_sequences: Of a global batch.
         num_slots: Items of an optimizer step (gradient accumulation).
         shuffle: Another order in each epoch; else that of the data.
+        longest_first: Shuffled epochs begin with the longest sequence.
     """
 
     batch_size = 1  # accelerate: an item is whole, none is cut to even out the last one
@@ -43,6 +72,7 @@ class StreamBatchSampler(BatchSampler):
         num_slots: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        longest_first: bool = False,
     ) -> None:
         self.lengths = list(lengths)
         self.cost = cost
@@ -55,6 +85,7 @@ class StreamBatchSampler(BatchSampler):
         self._num_slots = num_slots
         self._seed = seed
         self._shuffle = shuffle
+        self._longest_first = longest_first
         self._epoch = 0
         self._order = lru_cache(maxsize=2)(self._new_order)
 
@@ -96,4 +127,5 @@ class StreamBatchSampler(BatchSampler):
         if not self._shuffle:
             return list(range(len(self.lengths)))
         generator = torch.Generator().manual_seed(self._seed + epoch)
-        return torch.randperm(len(self.lengths), generator=generator).tolist()
+        order: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
+        return longest_to_front(order, self.lengths) if self._longest_first else order

@@ -19,6 +19,7 @@ from chunkdist.data.samples import LongSamples
 from chunkdist.integrations.chunk_arguments import ChunkArguments, option
 from chunkdist.integrations.packing import check_packing
 from chunkdist.integrations.pipeline_options import check_pipeline
+from chunkdist.integrations.shrinking import check_shrinking
 from chunkdist.sharding.launch import (
     allow_fsdp,
     launcher_wants_fsdp,
@@ -205,6 +206,7 @@ def check_options(options: TrainingOptions, *, will_train: bool = True) -> Chunk
             "them apart (and long_samples: split to cut long ones)"
         )
     check_pipeline(options, chunk_config)
+    check_shrinking(options, shards_weights=bool(training.fsdp) or launcher_wants_fsdp())
     if options.chunk.chunk_packing:
         check_packing(options)
     dataset_kwargs = training.dataset_kwargs

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard  # type: ignore[import-untyped]
+from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
-from chunkdist.data.samples import LongSamples, fit_samples
+from chunkdist.data.sampler import LongestFirst
+from chunkdist.data.samples import LongSamples, fit_samples, sample_lengths
 from chunkdist.integrations.checkpoints import whole_checkpoint
 
 if TYPE_CHECKING:
@@ -68,6 +71,13 @@ class CheckedSFTTrainer(SFTTrainer):
             say=print_once,
         )
         return prepare(fitting, processing_class, args, packing, None, dataset_name)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Transformers' own, but shuffled epochs begin with the longest sample."""
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        if self.args.train_sampling_strategy == "random" and isinstance(loader, DataLoaderShard):
+            loader.set_sampler(LongestFirst(loader.get_sampler(), sample_lengths(self.train_dataset)))
+        return loader
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """A model without weights, which is not to be trained, stays where it is."""

@@ -71,6 +71,12 @@ class ChunkArguments:
     chunk_offload: str = _of_config("offload", choices=("none", "host", "auto"))
     chunk_attention: str = _of_config("attention", choices=ATTENTION_NAMES)
     chunk_rebuild_kv: str = _of_config("rebuild_kv", choices=("auto", "true", "false"))
+    oom: str = option(
+        "error",
+        "Of a step that runs out of memory. error: ends the run, and says what would fit. shrink: the step "
+        "runs again with chunks of half the size, on all ranks.",
+        choices=("error", "shrink"),
+    )
     spaco_sampler: str = option(
         "independent",
         "independent: every chunk with the same probability. importance: in proportion to the norm of its "

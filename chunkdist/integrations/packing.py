@@ -180,6 +180,7 @@ class StreamTrainer(SFTTrainer):
             num_slots=args.gradient_accumulation_steps,
             seed=self.order.values["seed"],
             shuffle=args.train_sampling_strategy == "random",
+            longest_first=True,
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:

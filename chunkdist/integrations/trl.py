@@ -22,6 +22,7 @@ from chunkdist.integrations.checked_trainer import CheckedSFTTrainer, first_line
 from chunkdist.integrations.checkpoints import checkpoint_to_resume, resume_line
 from chunkdist.integrations.packing import StreamTrainer
 from chunkdist.integrations.pipeline import PipelineSFTTrainer
+from chunkdist.integrations.shrinking import ShrinkingTrainer
 from chunkdist.integrations.stream_order import refuse_other_order
 from chunkdist.sharding.launch import check_engine, check_ranks, leave_offloaded_unpinned
 from chunkdist.sharding.zero3 import whole_weights
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 class ChunkSFTTrainer(StreamTrainer, CheckedSFTTrainer):
     """`CheckedSFTTrainer` on token streams, for a model chunked by `chunk_config`."""
+
+
+class ShrinkingSFTTrainer(ShrinkingTrainer, CheckedSFTTrainer):
+    """`CheckedSFTTrainer` whose steps run again with smaller chunks where memory is not enough."""
 
 
 def build_trainer(
@@ -89,6 +94,8 @@ def build_trainer(
         }
     try:
         make: Callable[..., CheckedSFTTrainer] = CheckedSFTTrainer
+        if options.chunk.oom == "shrink":
+            make = ShrinkingSFTTrainer
         if chunk_config is not None and options.chunk.chunk_packing:
             make = partial(ChunkSFTTrainer, chunk_config=chunk_config)
         if chunk_config is not None and training.pipeline_stages > 1:

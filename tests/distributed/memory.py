@@ -58,7 +58,7 @@ def held_by(engine: str, lengths: tuple[int, ...]) -> Held:
 
 def formula_and_count_of_zero3(lora: bool, released: bool) -> tuple[int, int]:
     """The formula's peak and the counted one, of weights, states and a step. Runs on every rank."""
-    num_tokens, hidden, bucket = 768, 256, 1000
+    num_tokens, hidden = 768, 256
     model: nn.Module = tiny_llama(dtype=torch.float32, hidden_size=hidden, intermediate_size=3 * hidden)
     model = with_lora(model) if lora else model  # type: ignore[arg-type]
     config = ChunkConfig(chunk_size=128)
@@ -66,18 +66,26 @@ def formula_and_count_of_zero3(lora: bool, released: bool) -> tuple[int, int]:
     engine = Engine(
         name="zero3",
         num_ranks=distributed.get_world_size(),
-        bucket_numbers=bucket,
         max_live_numbers=0 if released else 10**9,
     )
     optimizer = "adamw_torch_fused"
     estimate = estimate_memory(sizes, config, num_tokens=num_tokens, engine=engine, optimizer=optimizer)
     with LiveBytes() as live:
-        step = _zero3_step(model, RELEASED if released else {})
+        step = _zero3_step(model, RELEASED if released else _as_transformers(hidden))
         del model
         for _ in range(3):
             live.reset_peak()
             step(num_tokens, live)
     return estimate.peak_bytes, live.peak_bytes
+
+
+def _as_transformers(hidden: int) -> dict[str, int]:
+    """What it puts for `"auto"` (integrations/deepspeed.py), as in configs/deepspeed/zero3.json."""
+    return {
+        "reduce_bucket_size": hidden**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden**2),
+        "stage3_param_persistence_threshold": 10 * hidden,
+    }
 
 
 def _plain_step(model: nn.Module):  # type: ignore[no-untyped-def]

@@ -49,5 +49,4 @@ def test_memory_shrinks_by_the_ranks_and_the_bound_of_the_chunks_stays(four_rank
 def test_the_estimate_of_zero3_is_the_counted_peak(four_ranks: Ranks, lora: bool, released: bool) -> None:
     """Of FSDP2: tests/memory/test_engine.py."""
     for formula, counted in four_ranks.run(formula_and_count_of_zero3, lora, released):
-        print(formula, counted)
         assert formula == pytest.approx(counted, rel=0.05)

@@ -1,0 +1,83 @@
+"""Out of memory in the middle of a step that other ranks take part in.
+
+A rank that just stopped would leave the others waiting in a collective. Inside `recovering()` it computes
+nothing more instead, but hands on tensors of the right shapes: weights are gathered and gradients reduced as
+in any step, and nobody waits. What comes of such a step is of no use; who runs it throws it away, on all
+ranks, and tries again (`chunkdist.integrations.shrinking`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass
+class Recovery:
+    """`error` is the first one; `None`: memory was enough."""
+
+    error: torch.OutOfMemoryError | None = None
+
+
+_running: Recovery | None = None
+"""Not by thread: on a GPU, the backward runs in a thread of its own."""
+
+
+@contextmanager
+def recovering() -> Iterator[Recovery]:
+    """Around one forward and backward."""
+    global _running
+    before, _running = _running, Recovery()
+    try:
+        yield _running
+    finally:
+        _running = before
+
+
+def attempt(compute: Callable[[], T], instead: Callable[[], T]) -> T:
+    """`compute()`; inside `recovering`, `instead()` from the first one on that finds too little memory.
+
+    Raises:
+        torch.OutOfMemoryError: outside of `recovering`.
+    """
+    recovery = _running
+    if recovery is None:
+        return compute()
+    if recovery.error is None:
+        try:
+            return compute()
+        except torch.OutOfMemoryError as error:
+            recovery.error = error.with_traceback(None)  # whose frames hold tensors
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return instead()
+
+
+def zeros(x: Tensor) -> Tensor:
+    """Of the shape of `x`, in the memory of one number."""
+    return x.new_zeros(()).expand(x.shape)
+
+
+def no_loss(*inputs: Tensor | None) -> Tensor:
+    """A loss of 0, and gradients of 0, of tensors that a loss would have been computed from."""
+    loss: Tensor = _NoLoss.apply(*inputs)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _NoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        some = next(x for x in inputs if x is not None)
+        return some.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else zeros(x) for x in ctx.saved_tensors)

@@ -1,0 +1,40 @@
+"""Out of memory inside `recovering()`: the step goes to its end, and computes nothing more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chunkdist import ChunkConfig, chunk_model
+from chunkdist.memory import LiveBytes
+from chunkdist.recovery import recovering
+from tests.models import batch, tiny_llama
+from tests.planted_memory import Place, memory_for
+
+
+@pytest.mark.parametrize("place", ["forward", "backward", "loss"])
+def test_the_step_ends_and_the_next_one_is_exact(place: Place) -> None:
+    model = chunk_model(tiny_llama(num_layers=3), ChunkConfig(chunk_size=8, retained_chunks=1))
+    inputs = {**batch(num_tokens=24), "use_cache": False}
+    model(**inputs).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    with LiveBytes() as live, memory_for(4, place) as refused, recovering() as recovery:
+        loss = model(**inputs).loss
+        loss.backward()
+        assert len(refused) == 1  # nothing more was tried
+    assert isinstance(recovery.error, torch.OutOfMemoryError)
+    assert all(p.grad is not None for p in model.parameters())
+    assert loss.isfinite()
+    model.zero_grad(set_to_none=True)
+    del loss
+    assert live.current_bytes == 0  # nothing is held, by the error or by anything else
+    model(**inputs).loss.backward()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, expected[name]), name  # type: ignore[arg-type]
+
+
+def test_outside_it_is_an_error() -> None:
+    model = chunk_model(tiny_llama(num_layers=2), ChunkConfig(chunk_size=8))
+    with memory_for(4, "backward"), pytest.raises(torch.OutOfMemoryError):
+        model(**batch(num_tokens=24), use_cache=False).loss.backward()
