@@ -3,7 +3,7 @@
 Ranks stand in rows: replica r of S stages is ranks r S to r S + S - 1. A global batch is
 `per_device_train_batch_size` x ranks sequences, as anywhere else; each replica gets its share of it, all
 ranks of a replica the same, and an optimizer step is one step of the pipeline. The model is whole on every
-rank until training begins; then each keeps its stage.
+rank, in host memory, until training begins; then each keeps its stage, and only that goes to its device.
 """
 
 from __future__ import annotations
@@ -100,9 +100,13 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
                 group=groups[self._replica],
                 replicas=DeviceMesh.from_group(of_stage, args.device.type) if replicas > 1 else None,
                 shards_weights=args.pipeline_shard_weights,
+                device=args.device,
                 forwards_ahead=args.pipeline_forwards_ahead,
             )
         return self._pipeline
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """No device holds the whole model: `pipeline` moves the stage."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """All ranks of a replica get the same."""

@@ -55,6 +55,8 @@ def check_pipeline(options: TrainingOptions, chunk_config: ChunkConfig | None) -
         "deepspeed": bool(training.deepspeed),
         "fsdp": bool(training.fsdp) or launcher_wants_fsdp(),
         "fp16": training.fp16,
+        "fp16_full_eval": training.fp16_full_eval,
+        "bf16_full_eval": training.bf16_full_eval,
         "packing": training.packing,
         "padding_free": training.padding_free,
         "eval_packing": bool(training.eval_packing),

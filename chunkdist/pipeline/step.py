@@ -45,6 +45,7 @@ class Pipeline:
             with collectives among them.
         shards_weights: The replicas share a stage's weights, by FSDP2: parameters are `DTensor`s between
             steps.
+        device: Where the stage goes, once what other stages have is let go; `None`: it stays where it is.
         retained_chunks: By stage, in the place of the config's.
         forwards_ahead: As in `schedule_1f1b`.
 
@@ -61,6 +62,7 @@ class Pipeline:
         group: distributed.ProcessGroup | None = None,
         replicas: DeviceMesh | None = None,
         shards_weights: bool = False,
+        device: torch.device | None = None,
         retained_chunks: Sequence[int] | None = None,
         forwards_ahead: int = 1,
     ) -> None:
@@ -73,7 +75,7 @@ class Pipeline:
         _refuse_ignored(config)
         self.config = config
         self._retained_chunks = int(config.retained_chunks) if retained_chunks is None else retained_chunks
-        self.stage = ModelStage(model, config, stages[self.rank])
+        self.stage = ModelStage(model, config, stages[self.rank]).to(device)
         self.group = group
         self.replicas = None if replicas is None else replicas.get_group()
         if self.replicas is not None:  # new adapters are drawn on each rank

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import distributed
+from peft import PeftModel
+from torch import distributed, nn
+from transformers import PreTrainedModel
 
+from chunkdist.pipeline.stage import ModelStage
 from chunkdist.pipeline.step import Pipeline
 from chunkdist.sharding import failures
 from tests.tiny_run import ROOT, command_line, load_script
@@ -51,6 +54,25 @@ def launch(arguments: list[str]) -> tuple[int, str]:
             store.delete_key(failures._FIRST)  # ranks go on here
         distributed.barrier()
     return status, said.getvalue()
+
+
+def launch_and_watch(arguments: list[str]) -> list[int]:
+    """How many numbers the models have that are moved to a device."""
+    moved = []
+    real = nn.Module.to
+
+    def to(self: nn.Module, *given: Any, **others: Any) -> Any:
+        if isinstance(self, (PreTrainedModel, PeftModel, ModelStage)):
+            moved.append(sum(p.numel() for p in self.parameters()))
+        return real(self, *given, **others)
+
+    nn.Module.to = to  # type: ignore[method-assign]
+    try:
+        status, said = launch(arguments)
+    finally:
+        nn.Module.to = real  # type: ignore[method-assign]
+    assert status == 0, said
+    return moved
 
 
 def launch_and_fail(how: Failure, arguments: list[str]) -> tuple[str, float]:

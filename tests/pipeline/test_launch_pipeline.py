@@ -19,6 +19,7 @@ from tests.pipeline.launched_pipeline import (
     arguments_of,
     launch,
     launch_and_fail,
+    launch_and_watch,
     log_history,
     records,
 )
@@ -118,6 +119,15 @@ def test_replicas_share_weights_and_go_on(
     assert run(four_ranks, piped, resume_from_checkpoint=True, **options) == found
     for name, x in weights(piped).items():
         assert torch.equal(x, trained[name]), name
+
+
+def test_only_a_stage_goes_to_a_device(model: Path, tmp_path: Path, two_ranks: Ranks) -> None:
+    folder = folder_of(model, tmp_path / "moved")
+    options = {**LORA, "max_steps": 1, "chunk_check": True, "pipeline_stages": 2}
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder / "model").parameters())
+    for moved in two_ranks.run(launch_and_watch, arguments_of(folder, ROWS, **options)):
+        assert len(moved) == 1
+        assert 0 < moved[0] < whole
 
 
 @pytest.mark.parametrize(
