@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,9 @@ from peft import PeftModel
 from torch import distributed, nn
 from transformers import PreTrainedModel
 
+from chunkdist.config import ChunkConfig
+from chunkdist.integrations.pipeline import PipelineSFTTrainer
+from chunkdist.pipeline.plan import PipelinePlan
 from chunkdist.pipeline.stage import ModelStage
 from chunkdist.pipeline.step import Pipeline
 from chunkdist.sharding import failures
@@ -54,6 +57,27 @@ def launch(arguments: list[str]) -> tuple[int, str]:
             store.delete_key(failures._FIRST)  # ranks go on here
         distributed.barrier()
     return status, said.getvalue()
+
+
+def launch_and_choose(arguments: list[str]) -> tuple[PipelinePlan, str]:
+    """The plan of a run, and what it has printed before its first step."""
+    plans = []
+    real = PipelineSFTTrainer._choose
+
+    def choose(self: PipelineSFTTrainer, config: ChunkConfig) -> PipelinePlan:
+        plans.append(real(self, config))
+        said.append(printed.getvalue())
+        return plans[-1]
+
+    said: list[str] = []
+    PipelineSFTTrainer._choose = choose  # type: ignore[method-assign]
+    try:
+        with redirect_stdout(io.StringIO()) as printed:
+            status, errors = launch(arguments)
+    finally:
+        PipelineSFTTrainer._choose = real  # type: ignore[method-assign]
+    assert status == 0, errors
+    return plans[0], said[0]
 
 
 def launch_and_watch(arguments: list[str]) -> list[int]:

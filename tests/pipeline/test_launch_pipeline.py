@@ -12,12 +12,14 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
+from chunkdist.pipeline.plan import CHUNK_SIZES
 from tests.distributed.launched import save_initial_model
 from tests.distributed.ranks import Ranks
 from tests.pipeline.launched_pipeline import (
     Failure,
     arguments_of,
     launch,
+    launch_and_choose,
     launch_and_fail,
     launch_and_watch,
     log_history,
@@ -130,6 +132,24 @@ def test_only_a_stage_goes_to_a_device(model: Path, tmp_path: Path, two_ranks: R
         assert 0 < moved[0] < whole
 
 
+def test_what_is_auto_is_chosen_alike_on_all_ranks(model: Path, tmp_path: Path, two_ranks: Ranks) -> None:
+    """And trains as one process does."""
+    folder = folder_of(model, tmp_path / "auto")
+    auto = {"chunk_size": "auto", "retained_chunks": "auto", "pipeline_forwards_ahead": "auto"}
+    options = {"max_steps": 1, "pipeline_stages": 2, "max_length": 1500, **auto}
+    rows = [{"text": "x = 1\n" * count} for count in (250, 100, 90, 80, 3, 2, 1, 1)]
+    arguments = arguments_of(folder, rows, **options, per_device_train_batch_size=4)
+    (first, table), (second, nothing) = two_ranks.run(launch_and_choose, arguments)
+    assert first == second
+    assert first.chunk_size in CHUNK_SIZES
+    assert [list(stage) for stage in first.stages] == [[0, 1], [2]]
+    assert nothing == ""
+    for line in ("stages", "chunk size", "retained chunks", "forwards ahead", "graphs at a time", "bubble"):
+        assert f" {line} " in table
+    assert table.count("auto: the least") == 3
+    assert f"{first.bubble_share:.1%}, reruns {first.rerun_share:.1%}" in table
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -143,7 +163,9 @@ def test_only_a_stage_goes_to_a_device(model: Path, tmp_path: Path, two_ranks: R
             {"pipeline_stages": 1, "pipeline_forwards_ahead": 2},
             "pipeline_forwards_ahead=2 with pipeline_stages=1",
         ),
-        ({"retained_chunks": "auto"}, "retained_chunks=auto with pipeline_stages=2"),
+        ({"pipeline_forwards_ahead": "0"}, "pipeline_forwards_ahead=0: write at least 1, or auto"),
+        ({"chunk_offload": "auto"}, "chunk_offload=auto with pipeline_stages=2: a stage keeps K/V"),
+        ({"bf16_full_eval": True}, "bf16_full_eval=True with pipeline_stages=2"),
         ({"eval_packing": True}, "eval_packing=True with pipeline_stages=2"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 with pipeline_stages=2"),
         ({"loss_type": "dft"}, "loss_type=dft with pipeline_stages=2"),
