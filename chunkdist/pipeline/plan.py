@@ -20,7 +20,7 @@ _HEAD_WEIGHTS = (0.5, 0.75, 1.0, 1.5)
 """Layers run again and the output layer does not: which part of its cost balances best depends on reruns."""
 
 
-CHUNK_SIZES, RETAINED_CHUNKS, FORWARDS_AHEAD = (512, 1024, 2048), (0, 1, 4), (1, 2)
+CHUNK_SIZES, RETAINED_CHUNKS, FORWARDS_AHEAD = (512, 1024, 2048), (0, 1, 4), (1, 2, 4)
 """What is compared where nothing is set."""
 
 
