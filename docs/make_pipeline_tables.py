@@ -21,7 +21,8 @@ def page_with_tables(page: str, result: Result) -> str:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     assert end, f"the page has no {BEGIN} and {END}"
-    tables = f"{_example(result)}\n\n{_long_tailed(result)}\n\n`{result['command']}`."
+    parts = (_example(result), _long_tailed(result), _chosen(result), _interleaved(result))
+    tables = "\n\n".join((*parts, f"`{result['command']}`."))
     return f"{before}{begin}\n{tables}\n{end}{after}"
 
 
@@ -47,6 +48,39 @@ def _long_tailed(result: Result) -> str:
             f"| {row['stages']} | {row['chunk_size']:,} | {row['retained_chunks']} | {row['forwards_ahead']} "
             f"| {row['largest_bubble']:.1%} | {row['mean_bubble']:.1%} | {row['rerun_share']:.1%} "
             f"| {row['peak_graphs']} | {row['empty_share']:.2%} |"
+        )
+    return "\n".join(rows)
+
+
+def _chosen(result: Result) -> str:
+    rows = [
+        "| room | chunk size | layers of each stage | K of each stage | ahead | largest bubble | mean "
+        "| batches above 15 % | reruns |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["chosen"]:
+        layers, retained = (", ".join(map(str, row[name])) for name in ("layers", "retained_chunks"))
+        rows.append(
+            f"| {row['max_graph_tokens']:,} | {row['chunk_size']:,} | {layers} | {retained} "
+            f"| {row['forwards_ahead']} | {row['largest_bubble']:.1%} | {row['mean_bubble']:.1%} "
+            f"| {row['num_batches_above_target']} of {row['num_batches']} | {row['rerun_share']:.1%} |"
+        )
+    return "\n".join(rows)
+
+
+def _interleaved(result: Result) -> str:
+    """The time is that of one stage a rank."""
+    rows = [
+        "| stages of a rank | chunk size | ahead | mean bubble | graphs | time |",
+        "|---|---|---|---|---|---|",
+    ]
+    alone: dict[tuple[int, int], float] = {}
+    for row in result["interleaved"]:
+        setting = row["chunk_size"], row["forwards_ahead"]
+        share = row["duration"] / alone.setdefault(setting, row["duration"])
+        rows.append(
+            f"| {row['stages_of_rank']} | {row['chunk_size']:,} | {row['forwards_ahead']} "
+            f"| {row['mean_bubble']:.1%} | {row['peak_graphs']:.1f} | {share:.3f} |"
         )
     return "\n".join(rows)
 

@@ -88,8 +88,12 @@ def long_tailed(*, max_batches: int | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def chosen(*, max_batches: int | None = None) -> list[dict[str, Any]]:
-    """For each room, what is chosen by the first batches, and what all batches then have."""
+def chosen(*, max_batches: int | None = None, **settings: Any) -> list[dict[str, Any]]:
+    """For each room, what is chosen by the first batches, and what all batches then have.
+
+    Args:
+        settings: Of `choose_pipeline`, to compare less.
+    """
     layer, head, num_layers = _parts()
     layers = [layer] * num_layers
     rows = []
@@ -100,6 +104,7 @@ def chosen(*, max_batches: int | None = None) -> list[dict[str, Any]]:
             num_stages=NUM_STAGES,
             head_per_token=head,
             max_graph_tokens=room,
+            **settings,
         )
         batches = global_batches()[:max_batches]
         found = [simulate_plan(plan, batch, layers, head_per_token=head) for batch in batches]
@@ -253,11 +258,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
     options = parser.parse_args(given)
     max_batches = 2 if options.smoke else None
+    less: dict[str, Any] = {"chunk_sizes": (512,), "retained_chunks": (1,), "forwards_ahead": (1,)}
     result = {
         **provenance("pipeline", given),
         "example": example(),
         "long_tailed": long_tailed(max_batches=max_batches),
-        "chosen": chosen(max_batches=max_batches),
+        "chosen": chosen(max_batches=max_batches, **(less if options.smoke else {})),
         "interleaved": interleaved(max_batches=max_batches),
     }
     print(table(result))

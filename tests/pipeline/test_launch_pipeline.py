@@ -25,6 +25,7 @@ from tests.pipeline.launched_pipeline import (
     log_history,
     records,
 )
+from tests.pipeline.pipeline_steps import errors_in_cells
 from tests.tiny_run import TEXTS, make_model_folder
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -44,6 +45,12 @@ OPTIONS: dict[str, Any] = {
     "seed": 5,
 }
 LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0}
+RUNS: list[tuple[int, dict[str, Any]]] = [
+    (2, {"pipeline_stages": 2}),
+    (2, {"pipeline_stages": 2, **LORA}),
+    (4, {"pipeline_stages": 2, "pipeline_shard_weights": True}),
+]
+"""Ranks and options of runs that are compared with one process and resumed: what docs/support.md says."""
 FIGURES = ("loss", "grad_norm", "learning_rate", "num_tokens_seen")
 
 
@@ -85,24 +92,24 @@ def weights(folder: Path, *, lora: bool = False) -> dict[str, torch.Tensor]:
     return dict(kind.from_pretrained(folder / "out").state_dict())
 
 
-@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "LoRA"])
+@pytest.mark.parametrize("options", [options for ranks, options in RUNS if ranks == 2], ids=["full", "LoRA"])
 def test_two_stages_train_as_one_process_and_go_on_from_a_checkpoint(
     model: Path, tmp_path: Path, one_rank: Ranks, two_ranks: Ranks, options: dict[str, Any]
 ) -> None:
     alone, piped = folder_of(model, tmp_path / "alone"), folder_of(model, tmp_path / "piped")
-    expected = run(one_rank, alone, **options)
-    found = run(two_ranks, piped, pipeline_stages=2, **options)
+    expected = run(one_rank, alone, **{**options, "pipeline_stages": 1})
+    found = run(two_ranks, piped, **options)
     assert len(expected) == 4
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-4)
     assert losses_of_evaluations(piped) == pytest.approx(losses_of_evaluations(alone), rel=1e-5)
-    lora = bool(options)
+    lora = "use_peft" in options
     whole, trained = weights(alone, lora=lora), weights(piped, lora=lora)
     assert whole.keys() == trained.keys()
     for name, x in whole.items():
         torch.testing.assert_close(trained[name], x, rtol=1e-3, atol=1e-4, msg=name)
     shutil.rmtree(piped / "out" / "checkpoint-4")
-    assert run(two_ranks, piped, pipeline_stages=2, resume_from_checkpoint=True, **options) == found
+    assert run(two_ranks, piped, resume_from_checkpoint=True, **options) == found
     for name, x in weights(piped, lora=lora).items():
         assert torch.equal(x, trained[name]), name
 
@@ -111,7 +118,7 @@ def test_replicas_share_weights_and_go_on(
     model: Path, tmp_path: Path, one_rank: Ranks, four_ranks: Ranks
 ) -> None:
     alone, piped = folder_of(model, tmp_path / "alone"), folder_of(model, tmp_path / "piped")
-    options = {"pipeline_stages": 2, "pipeline_shard_weights": True}
+    ((_, options),) = (given for given in RUNS if given[0] == 4)
     expected, found = run(one_rank, alone), run(four_ranks, piped, **options)
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-4)
@@ -181,6 +188,13 @@ def test_options_that_exclude_a_pipeline_are_one_line(
     assert status == 2
     assert lines.splitlines()[-1].startswith(f"chunkdist: {said}")
     assert not (folder / "out").exists()
+
+
+def test_errors_inside_a_cell_stay_what_they_are(one_rank: Ranks) -> None:
+    (said,) = one_rank.run(errors_in_cells)
+    assert said == {
+        name: f"PlantedError: in the {name} from KeyError('why')" for name in ("forward", "backward")
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from chunkdist.cli import main
 from chunkdist.data.cost import SequenceCost
+from chunkdist.integrations.arguments import check_options, parse_options
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.pipeline.costs import layer_costs, room_for_graphs
 from tests.models import tiny_llama, with_lora
-from tests.tiny_run import make_model_folder, write_rows
+from tests.tiny_run import ROOT, make_model_folder, write_rows
 
 
 def test_layers_and_head_cost_what_the_model_does() -> None:
@@ -102,3 +103,23 @@ def test_plan_shows_what_the_launcher_would_choose(config: Path, capsys: pytest.
     ):
         assert main(["plan", str(config), *given]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs").glob("*pipeline*.yaml")), ids=lambda file: file.name
+)
+def test_the_example_is_fit(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the ranks that it is written for."""
+    monkeypatch.chdir(ROOT)
+    given = parse_options(["--config", str(file), "--bf16", "false"])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    config = check_options(given)
+    assert config is not None
+    assert given.training.pipeline_stages == 4
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="pipeline_stages=4 with 2 rank"):
+        check_options(given)
+
+
+def test_there_is_an_example() -> None:
+    assert list((ROOT / "configs").glob("*pipeline*.yaml"))
