@@ -32,7 +32,6 @@ def test_layers_and_head_cost_what_the_model_does() -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         layer_types=kinds,
-        sliding_window=11,
     )
     model = AutoModelForCausalLM.from_config(config)
     layers, head = layer_costs(model)
