@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from chunkdist.cli import main
 from chunkdist.data.cost import SequenceCost
 from chunkdist.integrations.arguments import check_options, parse_options
+from chunkdist.integrations.stream_order import StreamOrder, refuse_other_order
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.pipeline.costs import layer_costs, room_for_graphs
 from tests.models import tiny_llama, with_lora
