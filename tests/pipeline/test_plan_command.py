@@ -122,5 +122,16 @@ def test_the_example_is_fit(file: Path, monkeypatch: pytest.MonkeyPatch) -> None
         check_options(given)
 
 
+def test_a_run_goes_on_with_the_stages_that_it_had(tmp_path: Path) -> None:
+    order = StreamOrder(batch_sequences=4, num_samples=8, seed=0, sampling="random")
+    order.values["pipeline"] = [[2, 3], 1, False]
+    state = {"stateful_callbacks": {"StreamOrder": order.state()}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    refuse_other_order(tmp_path, order)
+    order.values["pipeline"] = [[3, 2], 1, False]
+    with pytest.raises(ValueError, match=r"layers of each stage.*was \[\[2, 3\], 1, False\] and is \[\[3, 2"):
+        refuse_other_order(tmp_path, order)
+
+
 def test_there_is_an_example() -> None:
     assert list((ROOT / "configs").glob("*pipeline*.yaml"))
