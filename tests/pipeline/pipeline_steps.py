@@ -192,28 +192,6 @@ def refusals() -> dict[str, str]:
     return said
 
 
-class PlantedError(RuntimeError):
-    """A kind of error that nobody else raises; with a cause, as some errors have."""
-
-
-def errors_in_cells() -> dict[str, str]:
-    """What a step of one stage raises, by the pass in which a layer fails: its kind, message and cause."""
-    said = {}
-    for name in ("forward", "backward"):
-        pipeline, model, _ = _pipeline(PipelineCase(lengths=(20,), retained_chunks=0))
-
-        def fail(layer: nn.Module, args: Any, name: str = name) -> None:
-            if (name == "backward") == torch.is_grad_enabled():
-                raise PlantedError(f"in the {name}") from KeyError("why")
-
-        model.model.layers[-1].mlp.register_forward_pre_hook(fail)
-        try:
-            pipeline.step(_samples(PipelineCase(lengths=(20,))))
-        except RuntimeError as error:
-            said[name] = f"{type(error).__name__}: {error} from {error.__cause__!r}"
-    return said
-
-
 def peak_bytes(cases: list[PipelineCase]) -> list[int]:
     """What this rank's stage holds at the peak of a step, beside weights."""
     peaks = []

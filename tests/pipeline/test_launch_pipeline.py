@@ -25,7 +25,7 @@ from tests.pipeline.launched_pipeline import (
     log_history,
     records,
 )
-from tests.pipeline.pipeline_steps import errors_in_cells
+from tests.pipeline.planted import errors_in_cells
 from tests.tiny_run import TEXTS, make_model_folder
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
