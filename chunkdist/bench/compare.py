@@ -21,9 +21,10 @@ LESS_IS_BETTER = (
     *("wall_s", "median_wall_s", "median_s", "forward_s", "backward_s", "host_s_per_cell"),
     *("peak_allocated_bytes", "peak_reserved_bytes", "bytes_per_token"),
     *("largest_gradient_difference", "error", "worst"),
+    *("gathers", "gathered_bytes", "reductions", "sent_bytes"),
 )
 MORE_IS_BETTER = ("fits",)
-_NAMES = ("way", "name", "backend", "dtype", "num_tokens", "num_queries", "num_before")
+_NAMES = ("engine", "training", "way", "name", "backend", "dtype", "num_tokens", "num_queries", "num_before")
 _SMALLEST = 1e-12
 """Differences below it are none: no figure is as small."""
 
