@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from chunkdist import ChunkConfig
@@ -56,11 +55,11 @@ class Gap:
 
 def kernels_of(step_profile: profile, *, on_gpu: bool) -> list[Kernel]:
     """What ran under the profiler, by start."""
-    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    wanted = "CUDA" if on_gpu else "CPU"
     found = []
     for event in step_profile.events() or ():
         is_operator = event.name.startswith(("aten::", "chunkdist::"))
-        if event.device_type == wanted and not event.is_user_annotation and (on_gpu or is_operator):
+        if event.device_type.name == wanted and not event.is_user_annotation and (on_gpu or is_operator):
             start, end = event.time_range.start / 1e6, event.time_range.end / 1e6
             found.append(Kernel(name=event.name, start_s=start, end_s=end))
     return sorted(found, key=lambda kernel: (kernel.start_s, -kernel.end_s))
@@ -203,9 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if not options.trace.resolve().parent.is_dir():
         parser.error(f"--trace {options.trace}: its folder does not exist: make it first")
+    result = {**provenance("profile", given, device=options.device), "trace": str(options.trace)}
     on_gpu = options.device.startswith("cuda")
     model, ids = sizes.model(options.device, dtype_on(options.device)), sizes.tokens(options.device)
-
     with prepared(model, way, on_gpu=on_gpu) as step:
 
         def whole_step() -> None:
@@ -213,13 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             step(ids)
 
         found = measure(whole_step, on_gpu=on_gpu, trace=options.trace, num_kernels=options.top)
-    result = {
-        **provenance("profile", given, device=options.device),
-        "model": {**asdict(sizes), "num_parameters": model.num_parameters()},
-        "way": way.name,
-        "trace": str(options.trace),
-        **found,
-    }
+    result |= {"model": {**asdict(sizes), "num_parameters": model.num_parameters()}, "way": way.name, **found}
     print(table(result))
     write_result(result, options.json)
     return 0
