@@ -17,6 +17,7 @@ from pathlib import Path
 import make_data_tables
 import make_figures
 import make_memory_tables
+import make_performance_tables
 import make_pipeline_tables
 import make_sharding_tables
 import make_spaco_tables
@@ -35,6 +36,7 @@ OTHERS = (
     make_data_tables,
     make_figures,
     make_memory_tables,
+    make_performance_tables,
     make_pipeline_tables,
     make_sharding_tables,
     make_spaco_tables,

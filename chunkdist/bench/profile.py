@@ -178,7 +178,10 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = parser_of("profile", "A trace of a step, its kernels, its gaps.", "model", "device", "threads")
+    parser = parser_of(
+        *("profile", "A trace of a step, its kernels, its gaps."),
+        *("model", "device", "threads", "flash-impl"),
+    )
     parser.add_argument("--num-tokens", type=int, help="tokens of the sequence; default: the model's own")
     parser.add_argument("--chunk-size", type=int, help="tokens of a chunk; default: the model's own")
     parser.add_argument("--layers-per-group", type=int, default=1, help="default: 1")

@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = parser_of(
         *("step", "Time and memory of a step, chunked and by each baseline."),
-        *("model", "repetitions", "device", "threads", "memory-gib"),
+        *("model", "repetitions", "device", "threads", "memory-gib", "flash-impl"),
         num_rounds=(7, 2),
     )
     parser.add_argument("--num-tokens", type=int, nargs="+", help="lengths; default: the model's own")
