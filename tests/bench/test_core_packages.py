@@ -1,4 +1,4 @@
-"""Everything that `bench all` runs on a GPU's machine needs torch, transformers and peft, and what those need."""
+"""All that `bench all` runs on a GPU's machine needs torch, transformers and peft, and what those need."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ class NotInstalled:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, NotInstalled())
-from chunkdist.cli import main
-for name, options in {SMALLER!r}.items():
-    status = main(["bench", name, "--smoke", *options])
-    assert status == 0, (name, status)
-    print("ended:", name)
+if __name__ == "__main__":  # ranks come here, too
+    from chunkdist.cli import main
+
+    for name, options in {SMALLER!r}.items():
+        status = main(["bench", name, "--smoke", *options])
+        assert status == 0, (name, status)
+        print("ended:", name)
 """
 
 
