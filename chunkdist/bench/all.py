@@ -29,6 +29,10 @@ from chunkdist.bench.options import parsed, parser_of
 _LENGTHS = "4096 8192 16384"
 
 
+SMOKE_PATIENCE = 5
+"""How many times its limit a job may take with `--smoke`, on whatever machine."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One benchmark with its options; its result goes to `{file}.json`. It is stopped after `limit_s`.
@@ -103,7 +107,7 @@ JOBS = (
         name="long-tail",
         file="long-tail",
         options="--model 1b --without-simulation --repetitions 1",
-        limit_s=80,
+        limit_s=70,
     ),
     Job(
         part=3,
@@ -131,7 +135,7 @@ JOBS = (
         name="sharding",
         file="sharding",
         options="--model 1b --num-tokens 8192",
-        limit_s=100,
+        limit_s=90,
         num_gpus=2,
     ),
 )
@@ -152,14 +156,15 @@ def run(job: Job, folder: Path, *, device: str, smoke: bool) -> dict[str, Any]:
     file.unlink(missing_ok=True)
     options = command_of(job, folder, device=device, smoke=smoke)
     command = [sys.executable, "-m", module_of(job.name), *options]
+    limit_s = job.limit_s * (SMOKE_PATIENCE if smoke else 1)
     start = time.perf_counter()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=job.limit_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
         output, errors = done.stdout, done.stderr
         failed = None if done.returncode == 0 else f"exit status {done.returncode}"
     except subprocess.TimeoutExpired as expired:
         output, errors = (_text(part) for part in (expired.stdout, expired.stderr))
-        failed = f"stopped after {job.limit_s} s"
+        failed = f"stopped after {limit_s} s"
     print(output, flush=True)
     row: dict[str, Any] = {"job": job.file, "seconds": time.perf_counter() - start}
     if failed is not None:

@@ -18,7 +18,7 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(
 ) -> None:
     jobs = (
         Job(part=1, name="no-such", file="broken"),
-        Job(part=1, name="step", file="slow", limit_s=1),
+        Job(part=1, name="step", file="slow", limit_s=0),
         Job(part=1, name="spaco", file="works"),
         Job(part=2, name="attention", file="not asked for"),
     )
@@ -28,7 +28,7 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(
     assert found.keys() == {"broken", "slow", "works"}
     assert found["broken"]["failed"] == "exit status 1"
     assert "no_such" in found["broken"]["errors"]
-    assert found["slow"]["failed"] == "stopped after 1 s"
+    assert found["slow"]["failed"] == "stopped after 0 s"
     assert found["slow"]["versions"]
     assert "failed" not in found["works"]
     lines = capsys.readouterr().out.splitlines()[-3:]
@@ -38,7 +38,7 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(
 
 def test_jobs_are_such_that_a_part_ends_in_ten_minutes() -> None:
     for part in {job.part for job in JOBS}:
-        assert sum(job.limit_s for job in JOBS if job.part == part) <= 600
+        assert sum(job.limit_s for job in JOBS if job.part == part) <= 590, "10 s are for bench all itself"
     assert len({job.file for job in JOBS}) == len(JOBS)
     assert {job.name for job in JOBS} <= BENCHMARKS.keys()
     assert JOBS[0].name == "attention", "before anything is timed"
