@@ -1,29 +1,24 @@
-"""Makes the tables of docs/pipeline.md from docs/benchmarks/pipeline.json.
-
-python docs/make_pipeline_tables.py
-"""
+"""The tables of docs/pipeline.md, from docs/benchmarks/pipeline.json; written by docs/make_benchmarks.py."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-Result = dict[str, Any]
-DOCS = Path(__file__).parent
-PAGE, RESULT = DOCS / "pipeline.md", DOCS / "benchmarks" / "pipeline.json"
-BEGIN, END = "<!-- begin: pipeline figures -->", "<!-- end: pipeline figures -->"
+from tables import DOCS, RESULTS, Result, filled, required
+
+PAGE = DOCS / "pipeline.md"
 NAMES = {"1f1b, equal lengths": "1F1B, equal lengths", "1f1b": "1F1B, lengths 4, 2, 1, 1"}
 
 
+def page_of_results(page: str, folder: Path = RESULTS) -> str:
+    """`page` with tables of the committed result."""
+    return page_with_tables(page, required("pipeline", folder))
+
+
 def page_with_tables(page: str, result: Result) -> str:
-    """`page`, with what is between its two marks made from the result."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert end, f"the page has no {BEGIN} and {END}"
+    """`page`, with what is between its marks made from the result."""
     parts = (_example(result), _long_tailed(result), _chosen(result), _interleaved(result))
-    tables = "\n\n".join((*parts, f"`{result['command']}`."))
-    return f"{before}{begin}\n{tables}\n{end}{after}"
+    return filled(page, "pipeline figures", "\n\n".join((*parts, f"`{result['command']}`.")))
 
 
 def _example(result: Result) -> str:
@@ -83,13 +78,3 @@ def _interleaved(result: Result) -> str:
             f"| {row['mean_bubble']:.1%} | {row['peak_graphs']:.1f} | {share:.3f} |"
         )
     return "\n".join(rows)
-
-
-def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    PAGE.write_text(page_with_tables(page, result), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

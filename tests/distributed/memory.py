@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from chunkdist import ChunkConfig, chunk_model
+from chunkdist.bench.sharding_ranks import RELEASED
 from chunkdist.memory import LiveBytes
-from tests.distributed.cases import RELEASED, Case, shard_fsdp2
+from tests.distributed.cases import Case, shard_fsdp2
 from tests.models import batch, tiny_llama
 
 CHUNK_SIZE = 64
