@@ -166,7 +166,13 @@ def num_experts_per_token(config: Any) -> int | None:
     )
 
 
-def _per_pair(config: Any) -> tuple[tuple[int | None, int], ...]:
+def pairs_by_layer(config: Any) -> list[tuple[int | None, int] | None]:
+    """By layer, its window (`None`: all earlier positions) and the FLOPs of one pair of positions; `None`:
+    the layer does not attend.
+
+    Args:
+        config: Of the text model.
+    """
     num_layers = config.num_hidden_layers
     num_heads = config.num_attention_heads
     if getattr(config, "qk_nope_head_dim", None):  # MLA: queries and keys are wider than values
@@ -180,10 +186,15 @@ def _per_pair(config: Any) -> tuple[tuple[int | None, int], ...]:
         getattr(config, "layer_types", None)
         or ["sliding_attention" if window else "full_attention"] * num_layers
     )
-    num_sliding = sum(kind == "sliding_attention" for kind in types) if window else 0
-    num_full = sum(kind in ("full_attention", "sliding_attention") for kind in types) - num_sliding
-    costs: list[tuple[int | None, int]] = [(None, 6 * width * num_full), (window, 6 * width * num_sliding)]
-    return tuple((window, cost) for window, cost in costs if cost)
+    of_kind = {"full_attention": (None, 6 * width), "sliding_attention": (window or None, 6 * width)}
+    return [of_kind.get(kind) for kind in types]
+
+
+def _per_pair(config: Any) -> tuple[tuple[int | None, int], ...]:
+    costs: dict[int | None, int] = {}
+    for window, cost in filter(None, pairs_by_layer(config)):
+        costs[window] = costs.get(window, 0) + cost
+    return tuple(sorted(costs.items(), key=lambda item: item[0] is not None))
 
 
 def _text_config(model: nn.Module) -> PretrainedConfig:

@@ -36,6 +36,7 @@ class GroupLayer:
         """Of the state that it hands on; known once it has run."""
         self.group: LayerGroup
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over chunks is not to be unrolled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         context = self.group.context
         if context.stream is None:

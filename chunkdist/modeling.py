@@ -328,18 +328,18 @@ def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _method(forward: Callable[..., Any], module: nn.Module) -> MethodType:
-    """`forward` as a method of `module`, with its own signature, which trainers and `generate` read."""
+    """`forward` as a method with `module`'s signature, which trainers read; torch.compile leaves it alone."""
     module.__dict__[_ORIGINAL_FORWARD] = module.forward
     own: Any = getattr(module.forward, "__func__", module.forward)
-    return MethodType(wraps(own)(partial(forward)), module)
+    return MethodType(wraps(own)(torch.compiler.disable(partial(forward))), module)
 
 
 def _causal_lm(model: nn.Module) -> PreTrainedModel:
     inner = causal_lm_of(model)
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(
-            f"{type(inner).__name__} is not a transformers model: pass the model itself, before DDP, FSDP or "
-            "DeepSpeed wrap it"
+            f"{type(inner).__name__} is not a transformers model: pass the model itself, before DDP, FSDP, "
+            "DeepSpeed or torch.compile wrap it"
         )
     return inner
 

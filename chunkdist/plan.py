@@ -39,6 +39,7 @@ from chunkdist.memory.planner import (
 )
 from chunkdist.memory.simulate import simulate
 from chunkdist.plan_figure import plan_figure
+from chunkdist.plan_pipeline import run_pipeline_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,8 @@ def run_plan(options: TrainingOptions, asked: PlanOptions, console: Console) -> 
     config = check_options(options, will_train=False)
     if config is None:
         raise ValueError("chunk_method=none has no chunks to plan: write seco")
+    if options.training.pipeline_stages > 1:
+        return run_pipeline_plan(options, config, meta_model(options), asked, console)
     settings = step_sizes(options.training)
     length = asked.length or settings["num_tokens"]
     if length is None:

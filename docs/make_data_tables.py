@@ -1,27 +1,22 @@
-"""Makes the tables of docs/data.md from docs/benchmarks/long-tail-cpu.json.
-
-python docs/make_data_tables.py
-"""
+"""The tables of docs/data.md, from docs/benchmarks/long-tail-cpu.json; written by docs/make_benchmarks.py."""
 
 from __future__ import annotations
 
-import json
-import textwrap
 from pathlib import Path
-from typing import Any
 
-Result = dict[str, Any]
-DOCS = Path(__file__).parent
-PAGE, RESULT = DOCS / "data.md", DOCS / "benchmarks" / "long-tail-cpu.json"
-BEGIN, END = "<!-- begin: data figures -->", "<!-- end: data figures -->"
+from tables import DOCS, RESULTS, Result, filled, paragraph, required
+
+PAGE = DOCS / "data.md"
+
+
+def page_of_results(page: str, folder: Path = RESULTS) -> str:
+    """`page` with tables of the committed result."""
+    return page_with_tables(page, required("long-tail-cpu", folder))
 
 
 def page_with_tables(page: str, result: Result) -> str:
-    """`page`, with what is between its two marks made from the result."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert end, f"the page has no {BEGIN} and {END}"
-    return f"{before}{begin}\n{_timed(result)}\n\n{_simulated(result['simulation'])}\n{end}{after}"
+    """`page`, with what is between its marks made from the result."""
+    return filled(page, "data figures", f"{_timed(result)}\n\n{_simulated(result['simulation'])}")
 
 
 def _timed(result: Result) -> str:
@@ -33,7 +28,7 @@ divided by {model["divisor"]}. Llama of {model["num_parameters"] / 1e6:.1f}M par
 load of {machine["load_average_1_min"]} when it began, {result["num_repetitions"]} round(s). Where
 other programs ran beside it, CPU time is the better figure."""
     rows = [
-        _paragraph(text),
+        paragraph(text),
         "",
         f"| | wall time: faster than {result['baseline']} | CPU time: the same | tokens padded "
         "| tokens recomputed | gradients differ by |",
@@ -48,7 +43,7 @@ other programs ran beside it, CPU time is the better figure."""
         )
     rows += [
         "",
-        _paragraph(
+        paragraph(
             """Padded rows and TRL's packing run with Hugging Face's gradient checkpointing, all ways with the
 same flash kernel and the same tiled loss. TRL's rows are as long as the longest sequence, so that it
 truncates none."""
@@ -72,7 +67,7 @@ the least has fewer. 4,096 sequences are assigned to 512 bins in
 {simulation["assign_4096_to_512_s"]:.2f} s.
 `python -m chunkdist.bench.long_tail --simulation-only --json FILE`."""
     rows = [
-        _paragraph(text),
+        paragraph(text),
         "",
         "| ranks | sequences of a batch | chunk size | batches without a costlier sequence | imbalance "
         "| over least | others | empty slots | at best |",
@@ -88,16 +83,3 @@ the least has fewer. 4,096 sequences are assigned to 512 bins in
             f"{row['empty_share']:.2%} | {row['empty_share_at_best']:.2%} |"
         )
     return "\n".join(rows)
-
-
-def _paragraph(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), width=128, break_on_hyphens=False, break_long_words=False)
-
-
-def main() -> None:
-    """Writes the tables."""
-    PAGE.write_text(page_with_tables(PAGE.read_text(), json.loads(RESULT.read_text())))
-
-
-if __name__ == "__main__":
-    main()

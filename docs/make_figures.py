@@ -1,11 +1,11 @@
-"""Makes the figures of the documentation from runs of the code, and README.md's table from docs/benchmarks.
+"""The picture of the grid, from a run of the code, and README.md's table from docs/benchmarks, which
+docs/make_benchmarks.py writes.
 
-python docs/make_figures.py
+    python docs/make_figures.py     # the picture alone
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,15 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
+from tables import DOCS, RESULTS, UNKNOWN, Result, filled, read_result
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.ways import BASELINE
 
-Result = dict[str, Any]
-ROOT = Path(__file__).parents[1]
-UNKNOWN = "not yet measured"
+PAGE = DOCS.parent / "README.md"
 BASELINE_NOTE = """Gradient checkpointing is Hugging Face's, of every layer, with the same attention
 kernel and, but where the row says otherwise, the same tiled loss. Results are kept in `docs/benchmarks`."""
-BEGIN, END = "<!-- begin: figures -->", "<!-- end: figures -->"
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 NUM_LAYERS, LAYERS_PER_GROUP = 8, 2
 NUM_GROUPS = NUM_LAYERS // LAYERS_PER_GROUP
@@ -202,17 +200,13 @@ def _gradient_arrow(axes: Axes, running: Visit, chunk: int) -> None:
 
 
 def readme_with_table(readme: str, step: Result | None, memory: Result | None) -> str:
-    """`readme`, with the table between its two marks made from the results, as far as there are any."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert end, f"README.md has no {BEGIN} and {END}"
-    return f"{before}{begin}\n{_table(step, memory)}\n{end}{after}"
+    """`readme`, with the table between its marks made from the results, as far as there are any."""
+    return filled(readme, "figures", _table(step, memory))
 
 
-def result(name: str) -> Result | None:
-    """A committed result."""
-    file = ROOT / "docs" / "benchmarks" / name
-    return json.loads(file.read_text()) if file.exists() else None
+def page_of_results(readme: str, folder: Path = RESULTS) -> str:
+    """`readme` with the table of the committed results."""
+    return readme_with_table(readme, read_result("step-cpu", folder), read_result("memory", folder))
 
 
 def _table(step: Result | None, memory: Result | None) -> str:
@@ -254,13 +248,11 @@ Differences are relative, of the worst parameter; in fp64 the tests ask for 1e-1
 
 
 def main() -> None:
-    """Writes every figure, and the table."""
+    """Draws the picture."""
     matplotlib.rcParams["svg.hashsalt"] = "chunkdist"  # the same file from the same run
-    figures = ROOT / "docs" / "figures"
+    figures = DOCS / "figures"
     figures.mkdir(exist_ok=True)
     grid_figure().savefig(figures / "grid.svg", metadata={"Date": None})
-    readme = ROOT / "README.md"
-    readme.write_text(readme_with_table(readme.read_text(), result("step-cpu.json"), result("memory.json")))
 
 
 if __name__ == "__main__":

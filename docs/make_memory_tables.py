@@ -1,31 +1,28 @@
-"""Makes the table of docs/memory.md from docs/benchmarks/plan.json.
-
-python docs/make_memory_tables.py
-"""
+"""The table of docs/memory.md, from docs/benchmarks/plan.json; written by docs/make_benchmarks.py."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from tables import DOCS, RESULTS, Result, filled, required
 
 from chunkdist.bench.plan import CARD_NAMES, table
 from chunkdist.memory.cards import CARDS
 
-DOCS = Path(__file__).parent
-PAGE, RESULT = DOCS / "memory.md", DOCS / "benchmarks" / "plan.json"
-BEGIN, END = "<!-- begin: plan figures -->", "<!-- end: plan figures -->"
+PAGE = DOCS / "memory.md"
 
 
-def page_with_table(page: str, result: dict[str, Any]) -> str:
-    """`page`, with what is between its two marks made from the result."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert end, f"the page has no {BEGIN} and {END}"
-    return f"{before}{begin}\n{_text(result)}\n{end}{after}"
+def page_of_results(page: str, folder: Path = RESULTS) -> str:
+    """`page` with the table of the committed result."""
+    return page_with_table(page, required("plan", folder))
 
 
-def _text(result: dict[str, Any]) -> str:
+def page_with_table(page: str, result: Result) -> str:
+    """`page`, with what is between its marks made from the result."""
+    return filled(page, "plan figures", _text(result))
+
+
+def _text(result: Result) -> str:
     small, large = (CARDS[name] for name in CARD_NAMES)
     lines = [
         "What the planner chooses for LoRA of rank 8 in bf16 on "
@@ -43,12 +40,3 @@ def _text(result: dict[str, Any]) -> str:
     for name, found in result["summary"].items():
         lines.append(f"| {name} | " + " | ".join(f"{found['longest'][card]:,}" for card in CARD_NAMES) + " |")
     return "\n".join([*lines, "", f"`{result['command']}`."])
-
-
-def main() -> None:
-    """Writes the table."""
-    PAGE.write_text(page_with_table(PAGE.read_text(), json.loads(RESULT.read_text())))
-
-
-if __name__ == "__main__":
-    main()

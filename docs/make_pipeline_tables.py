@@ -1,28 +1,24 @@
-"""Makes the tables of docs/pipeline.md from docs/benchmarks/pipeline.json.
-
-python docs/make_pipeline_tables.py
-"""
+"""The tables of docs/pipeline.md, from docs/benchmarks/pipeline.json; written by docs/make_benchmarks.py."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-Result = dict[str, Any]
-DOCS = Path(__file__).parent
-PAGE, RESULT = DOCS / "pipeline.md", DOCS / "benchmarks" / "pipeline.json"
-BEGIN, END = "<!-- begin: pipeline figures -->", "<!-- end: pipeline figures -->"
+from tables import DOCS, RESULTS, Result, filled, required
+
+PAGE = DOCS / "pipeline.md"
 NAMES = {"1f1b, equal lengths": "1F1B, equal lengths", "1f1b": "1F1B, lengths 4, 2, 1, 1"}
 
 
+def page_of_results(page: str, folder: Path = RESULTS) -> str:
+    """`page` with tables of the committed result."""
+    return page_with_tables(page, required("pipeline", folder))
+
+
 def page_with_tables(page: str, result: Result) -> str:
-    """`page`, with what is between its two marks made from the result."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert end, f"the page has no {BEGIN} and {END}"
-    tables = f"{_example(result)}\n\n{_long_tailed(result)}\n\n`{result['command']}`."
-    return f"{before}{begin}\n{tables}\n{end}{after}"
+    """`page`, with what is between its marks made from the result."""
+    parts = (_example(result), _long_tailed(result), _chosen(result), _interleaved(result))
+    return filled(page, "pipeline figures", "\n\n".join((*parts, f"`{result['command']}`.")))
 
 
 def _example(result: Result) -> str:
@@ -51,11 +47,34 @@ def _long_tailed(result: Result) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    PAGE.write_text(page_with_tables(page, result), encoding="utf-8")
+def _chosen(result: Result) -> str:
+    rows = [
+        "| room | chunk size | layers of each stage | K of each stage | ahead | largest bubble | mean "
+        "| batches above 15 % | reruns |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["chosen"]:
+        layers, retained = (", ".join(map(str, row[name])) for name in ("layers", "retained_chunks"))
+        rows.append(
+            f"| {row['max_graph_tokens']:,} | {row['chunk_size']:,} | {layers} | {retained} "
+            f"| {row['forwards_ahead']} | {row['largest_bubble']:.1%} | {row['mean_bubble']:.1%} "
+            f"| {row['num_batches_above_target']} of {row['num_batches']} | {row['rerun_share']:.1%} |"
+        )
+    return "\n".join(rows)
 
 
-if __name__ == "__main__":
-    main()
+def _interleaved(result: Result) -> str:
+    """The time is that of one stage a rank."""
+    rows = [
+        "| stages of a rank | chunk size | ahead | mean bubble | graphs | time |",
+        "|---|---|---|---|---|---|",
+    ]
+    alone: dict[tuple[int, int], float] = {}
+    for row in result["interleaved"]:
+        setting = row["chunk_size"], row["forwards_ahead"]
+        share = row["duration"] / alone.setdefault(setting, row["duration"])
+        rows.append(
+            f"| {row['stages_of_rank']} | {row['chunk_size']:,} | {row['forwards_ahead']} "
+            f"| {row['mean_bubble']:.1%} | {row['peak_graphs']:.1f} | {share:.3f} |"
+        )
+    return "\n".join(rows)

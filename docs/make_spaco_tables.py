@@ -1,19 +1,14 @@
-"""Makes the tables of docs/spaco.md from docs/benchmarks/spaco-study.json and spaco-cpu.json.
-
-python docs/make_spaco_tables.py
-"""
+"""The tables of docs/spaco.md, from docs/benchmarks/spaco-study.json and spaco-cpu.json; written by
+docs/make_benchmarks.py."""
 
 from __future__ import annotations
 
-import json
-import textwrap
 from pathlib import Path
-from typing import Any
+
+from tables import DOCS, RESULTS, Result, filled, paragraph, read_result, required
 
 from chunkdist.bench.spaco_study import summary
 
-Result = dict[str, Any]
-DOCS = Path(__file__).parent
 PAGE = DOCS / "spaco.md"
 
 
@@ -22,16 +17,7 @@ def page_with_tables(page: str, study: Result, cost: Result | None) -> str:
     measured = (
         "Not yet measured: `python -m chunkdist.bench.spaco --json FILE`." if cost is None else _cost(cost)
     )
-    return _filled(_filled(page, "study", _study(study)), "cost", measured)
-
-
-def _filled(page: str, name: str, text: str) -> str:
-    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-    before, found, rest = page.partition(begin)
-    _, closed, after = rest.partition(end)
-    assert found, f"the page has no {begin}"
-    assert closed, f"the page has no {end}"
-    return f"{before}{begin}\n{text}\n{end}{after}"
+    return filled(filled(page, "study", _study(study)), "cost", measured)
 
 
 def _study(study: Result) -> str:
@@ -67,7 +53,7 @@ best ones, which nobody knows before the backward."""
         for row in study["gradient_errors"]
         if (row["sampler"], row["budget"]) not in known
     ]
-    return "\n".join([_paragraph(text), "", *rows, "", f"`{study['command']}`."])
+    return "\n".join([paragraph(text), "", *rows, "", f"`{study['command']}`."])
 
 
 def _error(row: Result) -> str:
@@ -84,27 +70,9 @@ of the exact backward that its chunks are."""
     for name, row in cost["summary"].items():
         if "ratio" in row:
             rows.append(f"| {name} | {row['of_exact']:.2f} x | {row['ratio']:.2f} x |")
-    return "\n".join([_paragraph(text), "", *rows, "", f"`{cost['command']}`."])
+    return "\n".join([paragraph(text), "", *rows, "", f"`{cost['command']}`."])
 
 
-def _paragraph(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), width=128, break_on_hyphens=False, break_long_words=False)
-
-
-def page_of_results(page: str) -> str:
+def page_of_results(page: str, folder: Path = RESULTS) -> str:
     """`page` with tables of the committed results."""
-    study, cost = (
-        json.loads(file.read_text()) if file.exists() else None
-        for file in (DOCS / "benchmarks" / "spaco-study.json", DOCS / "benchmarks" / "spaco-cpu.json")
-    )
-    assert study is not None
-    return page_with_tables(page, study, cost)
-
-
-def main() -> None:
-    """Writes the tables."""
-    PAGE.write_text(page_of_results(PAGE.read_text()))
-
-
-if __name__ == "__main__":
-    main()
+    return page_with_tables(page, required("spaco-study", folder), read_result("spaco-cpu", folder))

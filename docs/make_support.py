@@ -20,9 +20,12 @@ sys.path.insert(0, str(ROOT))
 
 from tests.distributed import test_four_ranks, test_gradients, test_presets, test_resume  # noqa: E402
 from tests.distributed.cases import Case  # noqa: E402
+from tests.pipeline import test_gradients as test_pipelines  # noqa: E402
+from tests.pipeline import test_launch_pipeline  # noqa: E402
 
 FILE, BY_HAND = ROOT / "docs" / "support.md", ROOT / "docs" / "support-by-hand.json"
 ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+PIPELINES = {"pp": "PP", "dp x pp": "DP x PP", "fsdp2 x pp": "FSDP2 x PP"}
 TRAININGS, METHODS = ("full", "LoRA", "QLoRA"), ("SeCO", "SpaCO")
 ATTENTIONS = ("math", "cpu_flash", "varlen", "flash_attn")
 HEAD = """# What is known to work
@@ -34,8 +37,9 @@ Written by `docs/make_support.py` from the tests' own tables of cases
 - **runs**: in CI, whole runs of the launcher, resumed ones among them, have the losses and weights of one
   process, or of the run that was not interrupted.
 - **by hand**: run on other machines, see [support-by-hand.json](support-by-hand.json).
-- **unknown**: nobody has tried. No cell is refused as a whole. QLoRA's and the CUDA kernels' cells wait for
-  machines with a GPU.
+- **unknown**: nobody has tried. QLoRA's and the CUDA kernels' cells wait for machines with a GPU.
+- **refused**: pipelines (PP; with replicas, and with replicas that share weights: [pipeline.md](pipeline.md))
+  backpropagate every chunk, and take no quantised weights. No other cell is refused as a whole.
 
 ZeRO-3 takes groups of one layer, the others of any number; what engines refuse: [sharding.md](sharding.md).
 """
@@ -65,22 +69,49 @@ def run_cells() -> Iterator[Cell]:
             yield Cell(engine, training, "SpaCO", "cpu_flash")
 
 
+def pipeline_gradient_cells() -> Iterator[Cell]:
+    for case in (*test_pipelines.TWO_RANKS, *test_pipelines.FOUR_RANKS):
+        yield Cell(_pipeline(case.num_replicas, case.shards_weights), _training(case.lora), "SeCO", "math")
+
+
+def pipeline_run_cells() -> Iterator[Cell]:
+    for num_ranks, options in test_launch_pipeline.RUNS:
+        num_replicas = num_ranks // options["pipeline_stages"]
+        engine = _pipeline(num_replicas, options.get("pipeline_shard_weights", False))
+        yield Cell(engine, _training(options.get("use_peft", False)), "SeCO", "cpu_flash")
+
+
+def _pipeline(num_replicas: int, shards_weights: bool) -> str:
+    return "fsdp2 x pp" if shards_weights else "dp x pp" if num_replicas > 1 else "pp"
+
+
+def _training(lora: bool) -> str:
+    return "LoRA" if lora else "full"
+
+
 def hand_cells() -> Iterator[Cell]:
     for entry in json.loads(BY_HAND.read_text()):
         yield Cell(*(entry[name] for name in Cell._fields))
 
 
 def table() -> str:
-    known = {"gradients": set(gradient_cells()), "runs": set(run_cells()), "by hand": set(hand_cells())}
+    known = {
+        "gradients": {*gradient_cells(), *pipeline_gradient_cells()},
+        "runs": {*run_cells(), *pipeline_run_cells()},
+        "by hand": set(hand_cells()),
+    }
     lines = [
         HEAD,
         f"| engine | training | method | {' | '.join(ATTENTIONS)} |",
         "|---" * (3 + len(ATTENTIONS)) + "|",
     ]
-    for engine, title in ENGINES.items():
+    for engine, title in {**ENGINES, **PIPELINES}.items():
         for training in TRAININGS:
             for method in METHODS:
                 cells = [Cell(engine, training, method, attention) for attention in ATTENTIONS]
+                if engine in PIPELINES and (training == "QLoRA" or method == "SpaCO"):
+                    lines.append(f"| {title} | {training} | {method} {'| refused ' * len(ATTENTIONS)}|")
+                    continue
                 said = [
                     ", ".join(kind for kind, of in known.items() if cell in of) or "unknown" for cell in cells
                 ]

@@ -19,6 +19,7 @@ from chunkdist.attention.base import AttentionVariant, Backend, Span
 from chunkdist.attention.mask import ChunkMask
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.kv_store import KVStore
+from chunkdist.replay import without_autocast
 from chunkdist.schedule import Chunk, Stream
 from chunkdist.state_relay import StateRelay
 
@@ -105,6 +106,7 @@ class LayerState:
     cell: Cell | None = None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the rest of a compiled layer is compiled
 def attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -230,7 +232,7 @@ class _ChunkAttention(torch.autograd.Function):
         assert store is not None
         store.write(cell.chunk, k_BTKD, v_BTKD)
         outs, lses = [], []
-        with torch.autocast(q_BTND.device.type, enabled=False):
+        with without_autocast(q_BTND.device.type):
             for row, q_TND in enumerate(q_BTND):
                 origin, spans = cell.visible(row, variant.window, block)
                 out_TND, lse_NT = backend.forward(
@@ -254,7 +256,7 @@ class _ChunkAttention(torch.autograd.Function):
         cell: Cell = ctx.cell
         store: KVStore = ctx.store
         dqs = []
-        with torch.autocast(q_BTND.device.type, enabled=False):
+        with without_autocast(q_BTND.device.type):
             for row, q_TND in enumerate(q_BTND):
                 origin, spans = cell.visible(row, ctx.variant.window, ctx.block)
                 with store.grads_from(cell.chunk, row, origin) as kv_grads:

@@ -21,6 +21,8 @@ BENCHMARKS = {
     "overhead": "host time of a cell, and the share of a step that is spent in kernels",
     "pipeline": "bubbles and peak cells of pipelines, simulated",
     "plan": "the planner's choices for four models, and what is counted of them",
+    "profile": "a trace of a step, its top kernels, and the gaps between them",
+    "sharding": "gathers and bytes moved by a rank in a step, by engine",
     "spaco": "the time of a SpaCO step beside its parts",
     "spaco-study": "what SpaCO's samplers cost in loss",
     "step": "time and memory of a step by length, beside each baseline",

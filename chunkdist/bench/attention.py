@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = parser_of(
         *("attention", "Attention backends against `math`."),
-        *("repetitions", "device", "threads"),
+        *("repetitions", "device", "threads", "flash-impl"),
         num_rounds=(10, 1),
     )
     options = parsed(parser, given)

@@ -3,7 +3,7 @@
 Rows with the same name are compared. Between machines, and on a busy one, only ratios to a baseline in the
 same run can be compared: they are judged where there are any, else seconds are. So are bytes and errors.
 
-    python -m chunkdist.bench.compare OLD.json NEW.json [--threshold 1.1]
+    python -m chunkdist.bench.compare OLD.json NEW.json [--threshold 1.1] [--figures NAME ...]
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any
 
 from chunkdist.bench.options import parser_of
 
-RATIOS = ("wall_ratio", "cpu_ratio", "ratio", "of_exact")
+RATIOS = ("wall_ratio", "cpu_ratio", "ratio", "of_exact", "of_forward")
 LESS_IS_BETTER = (
     *("wall_s", "median_wall_s", "median_s", "forward_s", "backward_s", "host_s_per_cell"),
     *("peak_allocated_bytes", "peak_reserved_bytes", "bytes_per_token"),
     *("largest_gradient_difference", "error", "worst"),
+    *("gathers", "gathered_bytes", "reductions", "sent_bytes"),
 )
 MORE_IS_BETTER = ("fits",)
-_NAMES = ("way", "name", "backend", "dtype", "num_tokens", "num_queries", "num_before")
+_NAMES = ("engine", "training", "way", "name", "backend", "dtype", "num_tokens", "num_queries", "num_before")
 _SMALLEST = 1e-12
 """Differences below it are none: no figure is as small."""
 
@@ -38,11 +39,14 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield ", ".join(str(row[name]) for name in _NAMES if row.get(name) is not None), row
 
 
-def moved(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+def moved(old: dict[str, Any], new: dict[str, Any], figures: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Every figure that both have: what it was, is, and by what factor it is worse (below 1: better).
 
+    Args:
+        figures: These alone, of which less is better; by default all that are known.
+
     Raises:
-        ValueError: the results are of different benchmarks, or have no row in common.
+        ValueError: the results are of different benchmarks, or have no row, or none of `figures`, in common.
     """
     if old.get("benchmark") != new.get("benchmark"):
         raise ValueError(
@@ -58,10 +62,16 @@ def moved(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
             worse = float("inf") if was["outcome"] == "ran" else 0.0
             changes.append({"row": name, "figure": "outcome", "worse": worse})
             continue
+        if figures:
+            for figure in figures:
+                changes += _change(name, figure, was.get(figure), row.get(figure))
+            continue
         ratios = [figure for figure in RATIOS if figure in was and figure in row]
         for figure in (*ratios, *LESS_IS_BETTER, *MORE_IS_BETTER):
             if figure in ratios or not (ratios and figure.endswith("_s")):
                 changes += _change(name, figure, was.get(figure), row.get(figure))
+    if figures and not changes:
+        raise ValueError(f"the results have none of {', '.join(figures)} in common: write other --figures")
     return changes
 
 
@@ -96,11 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--threshold", type=float, default=1.1, help="a factor; worse than that fails; default: 1.1"
     )
+    parser.add_argument(
+        "--figures", nargs="+", default=[], metavar="NAME", help="these alone; of them, less is better"
+    )
     options = parser.parse_args(given)
     if options.threshold < 1:
         parser.error(f"--threshold {options.threshold:g} fails on what is the same: write 1 or more")
     old, new = (json.loads(file.read_text(encoding="utf-8")) for file in (options.old, options.new))
-    changes = moved(old, new)
+    changes = moved(old, new, options.figures)
     print(table(changes, options.threshold))
     return 1 if any(change["worse"] > options.threshold for change in changes) else 0
 

@@ -15,6 +15,7 @@ in what a micro-batch is:
 *Simulated*: global batches of the whole sample over 8 and 64 ranks, with the cost of Llama-3-8B.
 
     python -m chunkdist.bench.long_tail [--smoke] [--json FILE] [--repetitions N] [--threads N]
+        [--device cuda] [--model 1b] [--without-simulation]
     python -m chunkdist.bench.long_tail --simulation-only --json FILE   # replaces this part of FILE
 """
 
@@ -23,7 +24,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -37,7 +37,8 @@ from chunkdist import chunk_model, unchunk_model
 from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.long_tail_simulation import simulate
 from chunkdist.bench.long_tail_ways import BASELINE, BATCH_SEQUENCES, SEGMENT_FLASH, SIZES, Sizes, Way, ways
-from chunkdist.bench.options import parsed, parser_of
+from chunkdist.bench.options import dtype_on, parsed, parser_of
+from chunkdist.bench.timing import cost_of
 from chunkdist.bench.ways import set_checkpointing
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.long_tail import long_tailed_lengths
@@ -46,20 +47,22 @@ from chunkdist.lazy_logits import lazy_logits
 from chunkdist.modeling import chunk_report
 
 
-def measure(sizes: Sizes, *, num_rounds: int, report: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    sizes: Sizes, *, num_rounds: int, report: Callable[[str], None], device: str = "cpu"
+) -> dict[str, Any]:
     """Every way once a round, in an order that rotates; returns what the JSON holds of it.
 
     The gradients of a way's first epoch are compared with the baseline's: a fast wrong step is no step.
     """
     lengths = [max(2, n) for n in long_tailed_lengths(sizes.num_sequences, divisor=sizes.divisor)]
-    model = _model(sizes, max(lengths))
+    model = _model(sizes, max(lengths)).to(device, dtype_on(device))
     generator = torch.Generator().manual_seed(1)
     samples = []
     for length in lengths:
         ids = torch.randint(0, sizes.vocab_size, (length,), generator=generator)
         samples.append({"input_ids": ids, "labels": torch.cat([ids[:1] * 0 + NO_LABEL, ids[1:]])})
     num_items = sum(length - 1 for length in lengths)
-    contenders = ways(sizes, samples, SequenceCost.of(model))
+    contenders = ways(sizes, samples, SequenceCost.of(model), device=device)
     for way in contenders:  # the kernels and the allocator have been used before anything is timed
         _epoch(model, Way(name="", micro_batches=way.micro_batches[:1], config=way.config), num_items)
     expected: dict[str, Tensor] = {}
@@ -89,7 +92,11 @@ def measure(sizes: Sizes, *, num_rounds: int, report: Callable[[str], None]) -> 
             row |= {clock: own, f"median_{clock}": statistics.median(own)}
             row |= {f"{short}_speedup": statistics.median(ratios), f"{short}_speedup_lowest": min(ratios)}
     return {
-        "model": {**asdict(sizes), "num_parameters": model.num_parameters(), "dtype": "float32"},
+        "model": {
+            **asdict(sizes),
+            "num_parameters": model.num_parameters(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
         "data": {
             "num_sequences": len(lengths),
             "num_tokens": sum(lengths),
@@ -132,17 +139,21 @@ def _epoch(model: Any, way: Way, num_items: int) -> _Epoch:
         set_checkpointing(model, True)
     else:
         chunk_model(model, way.config)
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
-    for inputs in way.micro_batches:
-        with lazy_logits(model) if way.config is None else nullcontext():  # a chunked model does it itself
-            model(**inputs, num_items_in_batch=num_items).loss.backward()
-    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+
+    def all_micro_batches() -> None:
+        for inputs in way.micro_batches:
+            with (
+                lazy_logits(model) if way.config is None else nullcontext()
+            ):  # a chunked model does it itself
+                model(**inputs, num_items_in_batch=num_items).loss.backward()
+
+    cost = cost_of(all_micro_batches, on_gpu=model.device.type == "cuda")
     if way.config is None:
         set_checkpointing(model, False)
-        return _Epoch(wall_s=wall_s, cpu_s=cpu_s)
+        return _Epoch(wall_s=cost.wall_s, cpu_s=cost.cpu_s)
     retained = chunk_report(model).retained_chunks
     unchunk_model(model)
-    return _Epoch(wall_s=wall_s, cpu_s=cpu_s, retained=retained)
+    return _Epoch(wall_s=cost.wall_s, cpu_s=cost.cpu_s, retained=retained)
 
 
 def _counts(way: Way, chunk_size: int, epoch: _Epoch) -> dict[str, Any]:
@@ -183,7 +194,8 @@ def table(result: dict[str, Any]) -> str:
             f"{row['tokens_recomputed']:12,}{row['largest_gradient_difference']:11.1e}"
         )
     lines += ["", f"speedup: over {result['baseline']}; padded and recomputed: tokens", ""]
-    return "\n".join([*lines, simulation_table(result["simulation"])])
+    simulation = result["simulation"]
+    return "\n".join([*lines, *([] if simulation is None else [simulation_table(simulation)])])
 
 
 def simulation_table(simulation: dict[str, Any]) -> str:
@@ -208,9 +220,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = parser_of(
         *("long-tail", "An epoch of long-tailed data, by how it is batched."),
-        *("repetitions", "threads"),
+        *("repetitions", "threads", "device"),
         num_rounds=(2, 1),
     )
+    parser.add_argument("--model", choices=["3m", "1b"], default="3m", help="default: 3m")
+    parser.add_argument("--without-simulation", action="store_true", help="measure only")
     parser.add_argument(
         "--simulation-only",
         action="store_true",
@@ -218,19 +232,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parsed(parser, given)
     num_rounds = options.repetitions
-    print("simulation", file=sys.stderr)
-    simulation = simulate(max_batches=2 if options.smoke else None)
+    if options.simulation_only and options.without_simulation:
+        parser.error("--simulation-only and --without-simulation leave nothing: write one of them")
+    simulation = None
+    if not options.without_simulation:
+        print("simulation", file=sys.stderr)
+        simulation = simulate(max_batches=2 if options.smoke else None)
     if options.simulation_only:
+        assert simulation is not None
         print(simulation_table(simulation))
         if options.json is not None:
             measured = json.loads(options.json.read_text(encoding="utf-8"))
             write_result({**measured, "simulation": simulation}, options.json)
         return 0
     result = {
-        **provenance("long_tail", given),
+        **provenance("long-tail", given, device=options.device),
         "num_repetitions": num_rounds,
         **measure(
-            SIZES["smoke" if options.smoke else "3m"],
+            SIZES["smoke" if options.smoke else options.model],
+            device=options.device,
             num_rounds=num_rounds,
             report=lambda line: print(line, file=sys.stderr),
         ),

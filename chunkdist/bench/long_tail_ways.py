@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from chunkdist import ChunkConfig
+from chunkdist.attention.base import Span
+from chunkdist.bench.paper_loop import SpanKernel
 from chunkdist.data.assignment import plan_batch
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.streams import NO_LABEL, join_sequences
@@ -55,6 +59,16 @@ SIZES = {
         num_layers=4,
         num_heads=4,
     ),
+    "1b": Sizes(
+        num_sequences=256,
+        divisor=2,
+        chunk_size=4096,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        num_heads=32,
+        vocab_size=128256,
+    ),
 }
 
 
@@ -72,9 +86,18 @@ class Way:
 def segment_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The flash kernel of `cpu_flash`, causal, on each segment of a row that `position_ids` tell apart."""
+    """Flash attention, causal, on each segment of a row that `position_ids` tell apart: on a CPU the kernel
+    of `cpu_flash`, on CUDA torch's own for padded rows, and for segments chunkdist's fastest backend."""
     positions = kwargs.get("position_ids")
     starts = [] if positions is None else (positions[0] == 0).nonzero().flatten().tolist()
+    if query.is_cuda and len(starts) < 2:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None
+    if query.is_cuda:
+        ends = [*starts[1:], query.shape[2]]
+        spans = tuple(Span(start, end, start, end) for start, end in zip(starts, ends, strict=True))
+        scale = query.shape[-1] ** -0.5
+        out: Tensor = SpanKernel.apply(scale, spans, query, key, value)  # type: ignore[no-untyped-call]
+        return out, None
     if len(starts) < 2:
         return _kernel(query, key, value, 0.0, True)[0].transpose(1, 2), None
     lengths = torch.diff(torch.tensor([*starts, query.shape[2]])).tolist()
@@ -86,8 +109,10 @@ AttentionInterface.register(SEGMENT_FLASH, segment_attention)
 AttentionMaskInterface.register(SEGMENT_FLASH, lambda **kwargs: None)
 
 
-def ways(sizes: Sizes, samples: list[dict[str, Tensor]], cost: SequenceCost) -> list[Way]:
-    """What is compared, the baseline first."""
+def ways(
+    sizes: Sizes, samples: list[dict[str, Tensor]], cost: SequenceCost, *, device: str = "cpu"
+) -> list[Way]:
+    """What is compared, the baseline first; TRL's packing where it is installed."""
     lengths = [len(sample["input_ids"]) for sample in samples]
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
     streams = []
@@ -101,17 +126,21 @@ def ways(sizes: Sizes, samples: list[dict[str, Tensor]], cost: SequenceCost) -> 
             chunk_size=sizes.chunk_size,
         )
         streams += [join_sequences([samples[own[i]] for i in stream]) for stream in plan.streams[0]]
-    packed = [join_sequences([samples[i] for i in row]) for row in _packed_by_trl(lengths)]
     made = [_padded_way(samples, order, num_rows) for num_rows in (8, 1)]
-    made.append(Way(name="TRL's packing (bfd)", micro_batches=packed, config=None))
+    if importlib.util.find_spec("trl") is not None:
+        packed = [join_sequences([samples[i] for i in row]) for row in _packed_by_trl(lengths)]
+        made.append(Way(name="TRL's packing (bfd)", micro_batches=packed, config=None))
     for name, retained in ((f"{STREAMS}, nothing retained", 0), (STREAMS, "auto")):
         config = ChunkConfig(
             chunk_size=sizes.chunk_size,
             retained_chunks=retained,  # type: ignore[arg-type]  # one of the two
-            attention="cpu_flash",
+            attention="cpu_flash" if device == "cpu" else "auto",
         )
         made.append(Way(name=name, micro_batches=streams, config=config))
-    return made
+    return [
+        replace(way, micro_batches=[{k: x.to(device) for k, x in one.items()} for one in way.micro_batches])
+        for way in made
+    ]
 
 
 def _padded_way(samples: list[dict[str, Tensor]], order: list[int], num_rows: int) -> Way:

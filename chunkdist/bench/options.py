@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import attention as torch_attention
 
 from chunkdist.bench.sizes import SIZES
 
@@ -19,6 +20,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "repetitions": {"type": int, "help": "rounds; default: {}, with --smoke {}"},
     "device": {"default": "cpu", "help": "cpu (fp32) or cuda (bf16)"},
     "threads": {"type": int, "help": "CPU threads; default: torch's own choice"},
+    "flash-impl": {
+        "metavar": "NAME",
+        "help": "what torch's flash attention is replaced by, for all ways: FA3, where it is installed",
+    },
     "memory-gib": {
         "type": float,
         "help": "GPU memory that the run may take, less 1 GiB for the context and the desktop",
@@ -59,7 +64,22 @@ def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
     check_counts(parser, options, "repetitions", "threads", "num_tokens", "chunk_size")
     if getattr(options, "threads", None) is not None:
         torch.set_num_threads(options.threads)
+    if getattr(options, "flash_impl", None) is not None:
+        activate_flash(parser, options.flash_impl)
     return options
+
+
+def activate_flash(parser: argparse.ArgumentParser, name: str) -> None:
+    """Puts another implementation in the place of torch's flash attention; ends the program where there is
+    none of that name."""
+    activate = getattr(torch_attention, "activate_flash_attention_impl", None)  # newer than torch 2.11, maybe
+    known = [] if activate is None else torch_attention.list_flash_attention_impls()
+    if activate is None or name not in known:
+        parser.error(f"--flash-impl {name}: this torch knows {', '.join(known) or 'none'}: leave it out")
+    try:
+        activate(name)
+    except (ImportError, RuntimeError) as error:
+        parser.error(f"--flash-impl {name} is not to be had here ({error}): install it, or leave this out")
 
 
 def check_counts(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:

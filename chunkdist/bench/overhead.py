@@ -1,8 +1,9 @@
 """Host time of a cell, and the share of a step that is spent in kernels, by chunk size.
 
 Steps are timed without the profiler, one more runs under it. *Kernels* are, on CUDA, what runs on the device;
-on a CPU, torch's operators by their own time. *Host* is what a step takes beside them on a CPU, and on CUDA
-the time until all work is queued: as long as it is below the device's, the device does not wait.
+on a CPU, torch's operators by their own time. *Host* is, on CUDA, the time until all work is queued: as long
+as it is below the device's, the device does not wait. On a CPU it is the CPU time of a step, which other
+programs on the machine hardly move, less the share that operators have of the step under the profiler.
 A cell is one layer on one chunk, run once; a step runs each twice, the second time with a backward.
 
     python -m chunkdist.bench.overhead [--smoke] [--json FILE] [--repetitions N] [--device cuda] [--model 8b]
@@ -39,28 +40,33 @@ def kernel_seconds(step_profile: profile, *, on_gpu: bool) -> float:
 
 
 def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, float]:
-    """Medians of seconds: of a step, until its work is queued, and in kernels."""
+    """Medians of seconds: of a step, of its CPU time, on the host, and in kernels; the kernels' share."""
     on_gpu = ids.is_cuda
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    walls, queued = [], []
+    walls, cpus, queued = [], [], []
     with prepared(model, way, on_gpu=on_gpu) as step:
         for number in range(num_rounds + 1):  # the first one warms up
             model.zero_grad(set_to_none=True)
             _wait(on_gpu)
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             step(ids)
             done = time.perf_counter()
             _wait(on_gpu)
             if number:
                 walls.append(time.perf_counter() - start)
+                cpus.append(time.process_time() - cpu_start)
                 queued.append(done - start)
         model.zero_grad(set_to_none=True)
         with profile(activities=activities) as step_profile:
+            start = time.perf_counter()
             step(ids)
             _wait(on_gpu)
-    wall_s, kernel_s = statistics.median(walls), kernel_seconds(step_profile, on_gpu=on_gpu)
-    host_s = statistics.median(queued) if on_gpu else max(0.0, wall_s - kernel_s)
-    return {"wall_s": wall_s, "host_s": host_s, "kernel_s": kernel_s}
+            profiled_s = time.perf_counter() - start
+    wall_s, cpu_s = statistics.median(walls), statistics.median(cpus)
+    kernel_s = kernel_seconds(step_profile, on_gpu=on_gpu)
+    share = min(1.0, kernel_s / (wall_s if on_gpu else profiled_s))
+    host_s = statistics.median(queued) if on_gpu else cpu_s * (1 - share)
+    return {"wall_s": wall_s, "cpu_s": cpu_s, "host_s": host_s, "kernel_s": kernel_s, "kernel_share": share}
 
 
 def _wait(on_gpu: bool) -> None:
@@ -89,7 +95,6 @@ def measure(
                 "num_cells": num_cells,
                 **found,
                 "host_s_per_cell": found["host_s"] / num_cells,
-                "kernel_share": min(1.0, found["kernel_s"] / found["wall_s"]),
             }
         )
     return {"model": {**asdict(sizes), "num_parameters": model.num_parameters()}, "rows": rows}
@@ -100,11 +105,12 @@ def table(result: dict[str, Any]) -> str:
     model = result["model"]
     lines = [
         f"Llama of {model['num_parameters'] / 1e6:.1f}M parameters, {model['num_tokens']:,} tokens",
-        f"{'':28}{'cells':>8}{'step':>11}{'host':>11}{'host a cell':>14}{'in kernels':>12}",
+        f"{'':28}{'cells':>8}{'step':>11}{'CPU':>11}{'host':>11}{'host a cell':>14}{'in kernels':>12}",
     ]
     for row in result["rows"]:
         lines.append(
-            f"{row['way']:28}{row['num_cells']:8,}{row['wall_s']:9.3f} s{row['host_s']:9.3f} s"
+            f"{row['way']:28}{row['num_cells']:8,}{row['wall_s']:9.3f} s"
+            f"{row['cpu_s']:9.3f} s{row['host_s']:9.3f} s"
             f"{row['host_s_per_cell'] * 1e3:11.2f} ms{row['kernel_share']:12.1%}"
         )
     return "\n".join(lines)
@@ -115,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = parser_of(
         *("overhead", "Host time of a cell, and the share of kernels."),
-        *("model", "repetitions", "device", "threads"),
+        *("model", "repetitions", "device", "threads", "flash-impl"),
         num_rounds=(5, 1),
     )
     parser.add_argument("--num-tokens", type=int, help="tokens of the sequence; default: the model's own")

@@ -70,6 +70,16 @@ SIZES = {
         num_heads=2,
         num_kv_heads=1,
     ),
+    "ci": Sizes(
+        num_tokens=1024,
+        chunk_size=128,
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=352,
+        num_layers=4,
+        num_heads=2,
+        num_kv_heads=2,
+    ),
     "10m": Sizes(
         num_tokens=8192,
         chunk_size=1024,
@@ -102,4 +112,4 @@ SIZES = {
         lora_rank=8,
     ),
 }
-"""`8b` has the geometry of Llama-3-8B."""
+"""`8b` has the geometry of Llama-3-8B; `ci` is what tests time."""

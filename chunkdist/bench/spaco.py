@@ -66,7 +66,13 @@ def measure(
                 for one in rounds
             ]
             to_exact = [sum(one[name]) / sum(one["exact step"]) for one in rounds]
-            summary[name] |= {"ratio": statistics.median(ratios), "of_exact": statistics.median(to_exact)}
+            to_forward = [sum(one[name]) / sum(one["no-grad forward"]) for one in rounds]
+            summary[name] |= {
+                "ratio": statistics.median(ratios),
+                "of_exact": statistics.median(to_exact),
+                "of_forward": statistics.median(to_forward),
+                "faster_than_exact": statistics.median(1 / ratio for ratio in to_exact),
+            }
     return {
         "model": {**asdict(sizes), "num_parameters": model.num_parameters(), "num_chunks": num_chunks},
         "summary": summary,
@@ -104,12 +110,20 @@ def table(result: dict[str, Any]) -> str:
         f"Llama of {model['num_parameters'] / 1e6:.1f}M parameters, {model['num_tokens']:,} tokens in "
         f"{model['num_chunks']} chunks, medians of {result['num_repetitions']} rounds",
         "",
-        f"{'':34}{'step':>11}{'of exact':>10}{'of its parts':>14}",
+        f"{'':34}{'step':>11}{'faster than SeCO':>18}{'of the forward':>16}{'of its parts':>14}",
     ]
     for name, row in result["summary"].items():
-        ratios = f"{row['of_exact']:10.3f}{row['ratio']:14.3f}" if "ratio" in row else ""
+        ratios = (
+            f"{row['faster_than_exact']:16.2f} x{row['of_forward']:14.2f} x{row['ratio']:12.2f} x"
+            if "ratio" in row
+            else ""
+        )
         lines.append(f"{name:34}{row['median_s']:9.3f} s{ratios}")
-    return "\n".join([*lines, "", "its parts: the no-grad forward and budget / chunks of the exact backward"])
+    lines += [
+        "",
+        "its parts: the no-grad forward and budget / chunks of the exact backward; SeCO: the exact step",
+    ]
+    return "\n".join([*lines, "to reach, 8 of 128 chunks: 3 x faster at 16K; 1.3 x of the forward at 128K"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ way that runs out of memory says so, and is left out at longer lengths.
 
     python -m chunkdist.bench.step [--smoke] [--json FILE] [--repetitions N] [--device cuda] [--model 8b]
         [--num-tokens N ...] [--chunk-sizes N ...] [--groups N ...] [--memory-gib 24] [--offload]
+        [--without WORD ...]
 """
 
 from __future__ import annotations
@@ -235,34 +236,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = parser_of(
         *("step", "Time and memory of a step, chunked and by each baseline."),
-        *("model", "repetitions", "device", "threads", "memory-gib"),
+        *("model", "repetitions", "device", "threads", "memory-gib", "flash-impl"),
         num_rounds=(7, 2),
     )
     parser.add_argument("--num-tokens", type=int, nargs="+", help="lengths; default: the model's own")
     parser.add_argument("--chunk-size", type=int, help="tokens of a chunk; default: the model's own")
     parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[], help="others, of the default way")
     parser.add_argument("--groups", type=int, nargs="+", default=[], help="groups of so many layers, too")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="WORD", help="not ways with it in the name"
+    )
     parser.add_argument("--offload", action="store_true", help="host offload, too")
     options = parsed(parser, given)
     check_counts(parser, options, "chunk_sizes", "groups")
     sizes = SIZES["smoke" if options.smoke else options.model]
     sizes = replace(sizes, chunk_size=options.chunk_size or sizes.chunk_size)
     limit_gpu_memory(options.memory_gib)
+    ways = [
+        *baselines(sizes.chunk_size, on_gpu=options.device.startswith("cuda")),
+        *chunked(
+            sizes.chunk_size,
+            offload=options.offload,
+            chunk_sizes=options.chunk_sizes,
+            groups=options.groups,
+        ),
+    ]
+    ways = [way for way in ways if not any(word in way.name for word in options.without)]
+    if not ways:
+        parser.error(f"--without {' '.join(options.without)}: no way is left")
     result = {
         **provenance("step", given, device=options.device),
         "num_repetitions": options.repetitions,
         "memory_gib": options.memory_gib,
         **measure(
             sizes,
-            [
-                *baselines(sizes.chunk_size, on_gpu=options.device.startswith("cuda")),
-                *chunked(
-                    sizes.chunk_size,
-                    offload=options.offload,
-                    chunk_sizes=options.chunk_sizes,
-                    groups=options.groups,
-                ),
-            ],
+            ways,
             sorted(options.num_tokens or [sizes.num_tokens]),
             device=options.device,
             dtype=dtype_on(options.device),

@@ -61,8 +61,8 @@ class TrainArguments(SFTConfig):
     pipeline_shard_weights: bool = option(
         False, "Replicas of a pipeline's stage share its weights and optimizer states (FSDP2)."
     )
-    pipeline_forwards_ahead: int = option(
-        1, "Forwards that a stage is ahead of the next one. 2: a smaller bubble, more graphs at a time."
+    pipeline_forwards_ahead: str = option(
+        "1", "Forwards that a stage is ahead of the next one; 2: a smaller bubble, more graphs. auto: chosen."
     )
 
     def __post_init__(self) -> None:
@@ -205,7 +205,7 @@ def check_options(options: TrainingOptions, *, will_train: bool = True) -> Chunk
             "which keeps "
             "them apart (and long_samples: split to cut long ones)"
         )
-    check_pipeline(options, chunk_config)
+    check_pipeline(options, chunk_config, will_train=will_train)
     check_shrinking(options, shards_weights=bool(training.fsdp) or launcher_wants_fsdp())
     if options.chunk.chunk_packing:
         check_packing(options)

@@ -3,13 +3,15 @@
 Ranks stand in rows: replica r of S stages is ranks r S to r S + S - 1. A global batch is
 `per_device_train_batch_size` x ranks sequences, as anywhere else; each replica gets its share of it, all
 ranks of a replica the same, and an optimizer step is one step of the pipeline. The model is whole on every
-rank until training begins; then each keeps its stage.
+rank, in host memory, until training begins; then each keeps its stage, and only that goes to its device.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,23 +20,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.data_loader import DataLoaderShard  # type: ignore[import-untyped]
 from peft import PeftModel
+from rich.console import Console
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput, seed_worker
 
 from chunkdist.config import ChunkConfig
 from chunkdist.data.samples import sample_lengths
 from chunkdist.data.streams import NO_LABEL
-from chunkdist.flops import StepFlops, num_pairs
-from chunkdist.integrations.checked_trainer import CheckedSFTTrainer, print_once
+from chunkdist.flops import StepFlops
+from chunkdist.integrations.checked_trainer import CheckedSFTTrainer
 from chunkdist.integrations.packing import StreamSamples
+from chunkdist.integrations.pipeline_batches import PipelineBatchSampler, PipelineTokens
+from chunkdist.integrations.pipeline_plan import MOST_BATCHES, PipelineQuestion, least_room
 from chunkdist.integrations.stream_order import StreamOrder
-from chunkdist.model_layers import find_layers
 from chunkdist.pipeline.across import clip_grad_norm, evaluate, whole_state_dict
-from chunkdist.pipeline.stage_cut import cut_stages
+from chunkdist.pipeline.plan import PipelinePlan
 from chunkdist.pipeline.step import Pipeline
 
 if TYPE_CHECKING:
@@ -55,7 +59,6 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
         args: Any = self.args
         self._num_replicas = args.world_size // args.pipeline_stages
         self._replica, self._stage = divmod(args.process_index, args.pipeline_stages)
-        self._stages = _cut(_base(self.model), args.pipeline_stages)
         self.tokens = PipelineTokens(StepFlops.of(self.model)) if self.model is not None else None
         sampling = str(args.train_sampling_strategy)
         self.order = StreamOrder(
@@ -64,18 +67,30 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
             sampling=sampling,
         )
+        self._plan = self._choose(chunk_config)
+        self._chunk_config = replace(
+            chunk_config, chunk_size=self._plan.chunk_size, retained_chunks=max(self._plan.retained_chunks)
+        )
         self.order.values["pipeline"] = [
-            args.pipeline_stages,
+            [len(layers) for layers in self._plan.stages],
             self._num_replicas,
             args.pipeline_shard_weights,
         ]
         self.add_callback(self.order)
-        rows = " | ".join(f"{layers.start}-{layers.stop - 1}" for layers in self._stages)
-        print_once(
-            f"pipeline: {args.pipeline_stages} stages of layers {rows}, {self._num_replicas} replica(s), "
-            f"chunks of {chunk_config.chunk_size}, {chunk_config.retained_chunks} retained, "
-            f"{args.pipeline_forwards_ahead} forward(s) ahead"
-        )
+
+    def _choose(self, config: ChunkConfig) -> PipelinePlan:
+        """The same on all ranks: by the first batches of the first replica. Collective."""
+        args: Any = self.args
+        lengths = sample_lengths(self.train_dataset)
+        first = islice(self._batches(replica=0), MOST_BATCHES)
+        batches = [[lengths[index] for index in batch] for (batch,) in first if batch]
+        question = PipelineQuestion(self.model, config, batches, max(lengths), args, args.device.type)
+        room = least_room(question, args.device)
+        plan = question.answer(room)
+        if self.is_world_process_zero():
+            console = Console(width=None if sys.stdout.isatty() else 110)
+            console.print(question.table(plan, room, num_replicas=self._num_replicas))
+        return plan
 
     def role_of(self, rank: int) -> str:
         """For messages."""
@@ -96,26 +111,33 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
             self._pipeline = Pipeline(
                 _base(self.model),
                 self._chunk_config,
-                self._stages,
+                self._plan.stages,
                 group=groups[self._replica],
                 replicas=DeviceMesh.from_group(of_stage, args.device.type) if replicas > 1 else None,
                 shards_weights=args.pipeline_shard_weights,
-                forwards_ahead=args.pipeline_forwards_ahead,
+                device=args.device,
+                retained_chunks=self._plan.retained_chunks,
+                forwards_ahead=self._plan.forwards_ahead,
             )
         return self._pipeline
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """No device holds the whole model: `pipeline` moves the stage."""
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """All ranks of a replica get the same."""
+        return self._loader(self.train_dataset, self._batches(self._replica))
+
+    def _batches(self, replica: int) -> PipelineBatchSampler:
         values = self.order.values
-        sampler = PipelineBatchSampler(
+        return PipelineBatchSampler(
             sample_lengths(self.train_dataset),
             batch_sequences=values["batch_sequences"],
             num_replicas=self._num_replicas,
-            replica=self._replica,
+            replica=replica,
             seed=values["seed"],
             shuffle=values["sampling"] == "random",
         )
-        return self._loader(self.train_dataset, sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -231,75 +253,6 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
 
     def _optimizer_file(self, folder: str) -> Path:
         return Path(folder) / f"optimizer_rank{self.args.process_index}.pt"
-
-
-class PipelineBatchSampler(BatchSampler):
-    """Global batches of an epoch; yields the share of one replica, as one index of `StreamSamples`.
-
-    The longest sequences are dealt out first. What is yielded follows from the epoch alone.
-    """
-
-    batch_size = 1  # accelerate: an item is whole, none is cut to even out the last one
-    drop_last = False
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        *,
-        batch_sequences: int,
-        num_replicas: int,
-        replica: int,
-        seed: int,
-        shuffle: bool,
-    ) -> None:
-        self._lengths = list(lengths)
-        self._batch_sequences = batch_sequences
-        self._num_replicas, self._replica = num_replicas, replica
-        self._seed, self._shuffle, self._epoch = seed, shuffle, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-len(self._lengths) // self._batch_sequences)
-
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:  # type: ignore[override]  # indices of one batch
-        order = list(range(len(self._lengths)))
-        if self._shuffle:
-            generator = torch.Generator().manual_seed(self._seed + self._epoch)
-            order = torch.randperm(len(order), generator=generator).tolist()
-        for start in range(0, len(order), self._batch_sequences):
-            batch = order[start : start + self._batch_sequences]
-            batch.sort(key=lambda index: (-self._lengths[index], index))
-            yield [tuple(batch[self._replica :: self._num_replicas])]
-
-
-class PipelineTokens:
-    """What `TokenCounter` counts, told by the trainer: a stage's decoder is called once a cell."""
-
-    def __init__(self, flops: StepFlops) -> None:
-        self.flops = flops
-        self._sums = [0] * (1 + len(flops.per_pair))
-
-    def add(self, lengths: Sequence[int]) -> None:
-        windows = [window for window, _ in self.flops.per_pair]
-        counts = [sum(lengths), *(sum(num_pairs(length, window) for length in lengths) for window in windows)]
-        self._sums = [total + own for total, own in zip(self._sums, counts, strict=True)]
-
-    def take(self) -> list[int]:
-        """The counts since the last call."""
-        sums, self._sums = self._sums, [0] * len(self._sums)
-        return sums
-
-    def remove(self) -> None:
-        """There is no hook to be removed."""
-
-
-def _cut(model: Any, num_stages: int) -> tuple[range, ...]:
-    """By weights: FLOPs of a token go by them."""
-    _, _, layers = find_layers(model)
-    costs = [float(sum(p.numel() for p in layer.parameters())) for layer in layers]
-    return cut_stages(costs, num_stages, head_cost=float(model.get_output_embeddings().weight.numel()))
 
 
 def _base(model: Any) -> Any:

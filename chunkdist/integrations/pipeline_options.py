@@ -11,8 +11,13 @@ if TYPE_CHECKING:
     from chunkdist.integrations.arguments import TrainingOptions
 
 
-def check_pipeline(options: TrainingOptions, chunk_config: ChunkConfig | None) -> None:
+def check_pipeline(
+    options: TrainingOptions, chunk_config: ChunkConfig | None, *, will_train: bool = True
+) -> None:
     """Refuses options that a pipeline would ignore or contradict.
+
+    Args:
+        will_train: With the ranks that there are.
 
     Raises:
         ValueError: one of them is set, or the ranks cannot be cut into pipelines.
@@ -22,21 +27,22 @@ def check_pipeline(options: TrainingOptions, chunk_config: ChunkConfig | None) -
     if stages < 1:
         raise ValueError(f"pipeline_stages={stages}: write at least 1")
     if stages == 1:
-        for name, default in (("pipeline_shard_weights", False), ("pipeline_forwards_ahead", 1)):
+        for name, default in (("pipeline_shard_weights", False), ("pipeline_forwards_ahead", "1")):
             if getattr(training, name) != default:
                 raise ValueError(
                     f"{name}={getattr(training, name)} with pipeline_stages=1 would be ignored: write the "
                     "number of stages"
                 )
         return
-    ranks = num_launched_ranks()
+    ranks = num_launched_ranks() if will_train else 2 * stages
     if ranks % stages:
         raise ValueError(
             f"pipeline_stages={stages} with {ranks} rank(s): start a multiple of {stages} "
             f"(torchrun --nproc_per_node {stages})"
         )
-    if training.pipeline_forwards_ahead < 1:
-        raise ValueError(f"pipeline_forwards_ahead={training.pipeline_forwards_ahead}: write at least 1")
+    ahead = training.pipeline_forwards_ahead
+    if ahead != "auto" and not (ahead.isdecimal() and int(ahead) >= 1):
+        raise ValueError(f"pipeline_forwards_ahead={ahead}: write at least 1, or auto")
     if training.pipeline_shard_weights and ranks == stages:
         raise ValueError(
             f"pipeline_shard_weights=True with {ranks} ranks in {stages} stages: there is one replica, and "
@@ -44,17 +50,17 @@ def check_pipeline(options: TrainingOptions, chunk_config: ChunkConfig | None) -
         )
     refused = {
         "chunk_method": chunk_config is None or chunk_config.sampler is not None,
-        "retained_chunks": chunk_config is not None and chunk_config.retained_chunks == "auto",
-        "layers_per_group": chunk.layers_per_group != "1",
-        "chunk_size": chunk.chunk_size == "auto",
+        "layers_per_group": chunk.layers_per_group not in ("1", "all"),
         "chunk_packing": chunk.chunk_packing,
-        "chunk_offload": chunk.chunk_offload not in ("none", "auto"),
+        "chunk_offload": chunk.chunk_offload != "none",
         "chunk_rebuild_kv": chunk.chunk_rebuild_kv == "true",
         "load_in_4bit": model.load_in_4bit,
         "load_in_8bit": model.load_in_8bit,
         "deepspeed": bool(training.deepspeed),
         "fsdp": bool(training.fsdp) or launcher_wants_fsdp(),
         "fp16": training.fp16,
+        "fp16_full_eval": training.fp16_full_eval,
+        "bf16_full_eval": training.bf16_full_eval,
         "packing": training.packing,
         "padding_free": training.padding_free,
         "eval_packing": bool(training.eval_packing),
@@ -82,9 +88,8 @@ def check_pipeline(options: TrainingOptions, chunk_config: ChunkConfig | None) -
 _PLAIN = "a pipeline has no such thing; leave it out"
 _INSTEAD = {
     "chunk_method": "a pipeline backpropagates every chunk; write chunk_method: seco",
-    "chunk_size": "a pipeline has no choice of its own; write a number",
-    "retained_chunks": "a pipeline has no choice of its own; write a number",
-    "layers_per_group": "all layers of a stage are one group; leave it out",
+    "layers_per_group": "all layers of a stage are one group; leave it out, or write all",
+    "chunk_offload": "a stage keeps K/V and inputs on its device; write none",
     "chunk_packing": "sequences share chunks anyway; leave it out",
     "packing": "sequences share chunks anyway; leave it out",
     "fsdp": "write pipeline_shard_weights: true, and launch without FSDP",

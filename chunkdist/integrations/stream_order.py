@@ -16,7 +16,7 @@ _NAMES = {
     "num_samples": "number of training samples",
     "seed": "data_seed (or seed)",
     "sampling": "train_sampling_strategy",
-    "pipeline": "stages, replicas and whether they share weights (pipeline_*)",
+    "pipeline": "layers of each stage, replicas and whether they share weights (pipeline_*)",
 }
 
 

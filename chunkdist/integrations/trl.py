@@ -161,6 +161,8 @@ def first_batch(trainer: SFTTrainer, min_tokens: int = 5) -> dict[str, Any]:
 
 def check_blocker(trainer: SFTTrainer) -> str | None:
     """Why the gradient check cannot run inside this job; `None` when it can."""
+    if isinstance(trainer, PipelineSFTTrainer):
+        return "no device of a pipeline holds the whole model: run `chunkdist check` in one process"
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return "the sharding engine has not placed the weights yet: run `chunkdist check` in one process"
     if trainer.accelerator.num_processes > 1 and not trainer.accelerator.is_main_process:

@@ -20,6 +20,10 @@ _HEAD_WEIGHTS = (0.5, 0.75, 1.0, 1.5)
 """Layers run again and the output layer does not: which part of its cost balances best depends on reruns."""
 
 
+CHUNK_SIZES, RETAINED_CHUNKS, FORWARDS_AHEAD = (512, 1024, 2048), (0, 1, 4), (1, 2, 4)
+"""What is compared where nothing is set."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PipelinePlan:
     """What `Pipeline` takes, and what the simulation says of it, over all batches.
@@ -49,10 +53,11 @@ def choose_pipeline(
     *,
     num_stages: int,
     head_per_token: float,
-    max_graph_tokens: int,
-    chunk_sizes: Sequence[int] = (512, 1024, 2048),
-    retained_chunks: Sequence[int] = (0, 1, 4),
-    forwards_ahead: Sequence[int] = (1, 2),
+    max_graph_tokens: int | None,
+    chunk_sizes: Sequence[int] = CHUNK_SIZES,
+    retained_chunks: Sequence[int] = RETAINED_CHUNKS,
+    forwards_ahead: Sequence[int] = FORWARDS_AHEAD,
+    shares_reruns: bool = True,
     shares_chunks: bool = True,
 ) -> PipelinePlan:
     """The plan that takes the least time.
@@ -62,8 +67,10 @@ def choose_pipeline(
         layers: What each layer costs, forward and backward together.
         head_per_token: Of the output layer, in the same unit.
         max_graph_tokens: Tokens times layers of which one stage may hold graphs: bytes to spare, by the bytes
-            of a layer's activations of a token.
-        retained_chunks: To begin with; stages that take longest get more, as far as there is room.
+            of a layer's activations of a token. `None`: memory is not looked at.
+        retained_chunks: To begin with.
+        shares_reruns: Whether stages that take longest retain more, as far as there is room; else all stages
+            retain as many.
         shares_chunks: As in `pack_runs`: not in models with state between tokens.
 
     Raises:
@@ -85,7 +92,7 @@ def choose_pipeline(
             for ahead in forwards_ahead:
                 search = _Search(packed, cut, stages, head_per_token, chunk_size, ahead, max_graph_tokens)
                 for retained in retained_chunks:
-                    plan = search.best_from(retained)
+                    plan = search.best_from(retained, shares_reruns=shares_reruns)
                     if plan is not None and (best is None or plan.duration < best.duration):
                         best = plan
     if best is None:
@@ -94,6 +101,21 @@ def choose_pipeline(
             "chunk_sizes, or 0 among retained_chunks"
         )
     return best
+
+
+def simulate_plan(
+    plan: PipelinePlan,
+    lengths: Sequence[int],
+    layers: Sequence[SequenceCost],
+    *,
+    head_per_token: float,
+    shares_chunks: bool = True,
+) -> Timeline:
+    """One optimizer step on sequences of these lengths; arguments as in `choose_pipeline`."""
+    runs = pack_runs(lengths, plan.chunk_size, shares_chunks=shares_chunks)
+    stages = [_sum([layers[index] for index in stage]) for stage in plan.stages]
+    search = _Search([runs], plan.stages, stages, head_per_token, plan.chunk_size, plan.forwards_ahead, None)
+    return simulate(*search.parts(runs, plan.retained_chunks))
 
 
 @dataclass(frozen=True)
@@ -106,21 +128,23 @@ class _Search:
     head: float
     chunk_size: int
     ahead: int
-    max_graph_tokens: int
+    max_graph_tokens: int | None
 
-    def best_from(self, retained: int) -> PipelinePlan | None:
+    def best_from(self, retained: int, *, shares_reruns: bool) -> PipelinePlan | None:
         best = None
-        for by_stage in self._settings((retained,) * len(self.cut)):
+        for by_stage in self._settings((retained,) * len(self.cut), shares_reruns=shares_reruns):
             plan = self._simulated(by_stage)
             if best is None or plan.duration < best.duration:
                 best = plan
         return best
 
-    def _settings(self, retained: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    def _settings(self, retained: tuple[int, ...], *, shares_reruns: bool) -> Iterator[tuple[int, ...]]:
         """The stage that is busy longest retains twice as many, as long as that helps it and fits."""
         if not self._fits(retained):
             return
         yield retained
+        if not shares_reruns:
+            return
         busy = self._busy(retained)
         while True:
             slowest = max(range(len(busy)), key=busy.__getitem__)
@@ -134,6 +158,8 @@ class _Search:
         yield retained
 
     def _fits(self, retained: tuple[int, ...]) -> bool:
+        if self.max_graph_tokens is None:
+            return True
         peaks = [self._schedule(runs, retained).peak_graphs() for runs in self.packed]
         return all(
             graphs * self.chunk_size * len(layers) <= self.max_graph_tokens
@@ -145,7 +171,7 @@ class _Search:
         """By stage, how long it does not wait."""
         busy = [0.0] * len(self.cut)
         for runs in self.packed:
-            schedule, costs = self._parts(runs, retained)
+            schedule, costs = self.parts(runs, retained)
             for stage in range(len(self.cut)):
                 forward, backward = costs.forward[stage], costs.backward[stage]
                 rerun = sum(x for i, x in enumerate(forward) if not schedule.is_retained(stage, i))
@@ -153,7 +179,7 @@ class _Search:
         return busy
 
     def _simulated(self, retained: tuple[int, ...]) -> PipelinePlan:
-        found: list[Timeline] = [simulate(*self._parts(runs, retained)) for runs in self.packed]
+        found: list[Timeline] = [simulate(*self.parts(runs, retained)) for runs in self.packed]
         total = sum(timeline.duration for timeline in found)
         peaks = [timeline.schedule.peak_graphs() for timeline in found]
         return PipelinePlan(
@@ -175,7 +201,7 @@ class _Search:
             forwards_ahead=self.ahead,
         )
 
-    def _parts(self, runs: Sequence[Run], retained: tuple[int, ...]) -> tuple[PipelineSchedule, CellCosts]:
+    def parts(self, runs: Sequence[Run], retained: tuple[int, ...]) -> tuple[PipelineSchedule, CellCosts]:
         schedule = self._schedule(runs, retained)
         return schedule, CellCosts.of_runs(schedule, runs, self.stages, head_per_token=self.head)
 

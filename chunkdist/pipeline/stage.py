@@ -8,7 +8,7 @@ what the model made of it; its last one ends the forward. Names of parameters an
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -72,14 +72,22 @@ class ModelStage(nn.Module):
         states = layer_states(model.config.get_text_config(), all_layers)
         self.has_state = any(state.relays for state in states)
         """Whether layers keep state other than keys and values: then sequences do not share chunks."""
+        if self.has_state and config.chunk_size == 1:
+            raise ValueError(
+                f"chunk_size=1, but {type(model).__name__} has layers with state between tokens, which take "
+                "one token as generation does: write at least 2"
+            )
         self._probe = LayerProbe() if needs_probe(model, has_state=self.has_state) else None
         self._context = ChunkContext(config, configs_of([*entries, decoder, *all_layers]))
         self._cell: StageCell | None = None
         self._layers: list[GroupLayer] = []
-        self._knows_form = False
         self._knows_arguments = self.is_first
         self._seen: list[dict[str, Any]] | None = None
-        """What layers are called with, in a pass that does nothing but look at it."""
+        """What the stage's layers are called with, in a pass that does nothing but look at it."""
+        self._sees_first = False
+        """Whether such a pass ends with the first layer."""
+        self._num_called = 0
+        """Layers of the stage, in the running pass."""
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
         norms = [
             module
@@ -95,9 +103,11 @@ class ModelStage(nn.Module):
                 self._take(layer, states[index], index == layers.stop - 1)
             else:
                 _empty(layer)
-                layer.__dict__["forward"] = partial(self._pass_on, LayerSignature(layer))
+                passed_on = partial(self._pass_on, LayerSignature(layer))
+                layer.__dict__["forward"] = passed_on if index < layers.start else self._pass_by
         if not self.is_first:
             _empty(embeddings)
+            embeddings.__dict__["forward"] = partial(_refuse_tokens, type(model).__name__)
         if not self.is_last:
             _empty(head)
             for module in norms:
@@ -121,15 +131,16 @@ class ModelStage(nn.Module):
 
     def run_layers(self, cell: StageCell) -> Tensor:
         """The stage's layers on a chunk; on the first stage, what comes before them as well."""
-        inputs = cell.model_inputs
-        tokens = {"input_ids": inputs["input_ids"]} if cell.hidden is None else {"inputs_embeds": cell.hidden}
         if not self._knows_arguments:
-            self._check_arguments(cell)
+            self._look_at_arguments(cell)
         try:
-            self._call(cell, **tokens)
+            if cell.hidden is None:
+                self._call(cell, input_ids=cell.model_inputs["input_ids"])
+            else:  # what the model makes of this is thrown away
+                self._call(cell, inputs_embeds=torch.zeros_like(cell.hidden))
         except StageOutput as output:
             return output.hidden
-        raise UnsupportedModelError("the decoder did not call the last layer of the stage")
+        raise self._skipped()
 
     def run_head(self, cell: StageCell) -> Tensor:
         """The loss of a chunk whose layers have run: what comes behind them, from `cell.result`."""
@@ -138,7 +149,7 @@ class ModelStage(nn.Module):
         with lazy_logits(self.model):
             output = self._call(
                 cell,
-                inputs_embeds=cell.result,
+                inputs_embeds=torch.zeros_like(cell.result),
                 labels=labels,
                 shift_labels=labels,
                 num_items_in_batch=cell.model_inputs["num_items"],
@@ -146,20 +157,16 @@ class ModelStage(nn.Module):
         loss: Tensor = output.loss
         return loss
 
-    def _check_arguments(self, cell: StageCell) -> None:
-        """Raises where layers are given something made of the tokens beside the hidden states: no stage but
-        the first has the tokens."""
+    def _look_at_arguments(self, cell: StageCell) -> None:
+        """Once, before the stage's first pass: in which form layers return, and with what they are called.
+
+        Raises where layers are given something made of the tokens beside the hidden states: no stage but the
+        first has the tokens.
+        """
         assert cell.hidden is not None
-        found = []
         with torch.no_grad(), undisturbed_rng(cell.hidden):
-            for hidden in (cell.hidden, torch.randn_like(cell.hidden)):
-                self._seen = []
-                try:
-                    self._call(cell, inputs_embeds=hidden)
-                except StageOutput:
-                    found.append(self._seen)
-                finally:
-                    self._seen = None
+            self._learn_form(cell)
+            found = [self._arguments(cell) for _ in range(2)]
         for first, second in zip(*found, strict=True):
             names = [name for name in first if not _equal(first[name], second[name])]
             if names:
@@ -169,8 +176,37 @@ class ModelStage(nn.Module):
                 )
         self._knows_arguments = True
 
+    def _arguments(self, cell: StageCell, *, of_first: bool = False) -> list[dict[str, Any]]:
+        """What the stage's layers are called with, or the first one alone, where tokens are noise."""
+        assert cell.hidden is not None
+        self._seen, self._sees_first = [], of_first
+        try:
+            self._call(cell, inputs_embeds=torch.randn_like(cell.hidden))
+        except StageOutput:
+            return self._seen
+        finally:
+            self._seen = None
+        raise self._skipped()
+
+    def _learn_form(self, cell: StageCell) -> None:
+        """Runs the stage's first layer, to see whether layers return a tensor or a tuple: with what it is
+        called with itself, since layers of other kinds are called with other things."""
+        assert cell.hidden is not None
+        layer, stream = self._layers[0], _alone(cell.chunk)
+        layer.tuple_length = 0
+        try:
+            (arguments,) = self._arguments(cell, of_first=True)
+        except ValueError as error:
+            if "unpack" not in str(error):  # the decoder takes apart what its layers return
+                raise
+            layer.tuple_length = 2
+            (arguments,) = self._arguments(cell, of_first=True)
+        own = self._cell_of(layer, stream.chunks[0], stream, self._new_store(stream.chunks[0]))
+        with self._context.attention_installed():
+            layer.run(own, cell.hidden, arguments)
+
     def _call(self, cell: StageCell, **arguments: Any) -> Any:
-        before, self._cell = self._cell, cell
+        before, self._cell, self._num_called = self._cell, cell, 0
         try:
             with self._context.attention_installed():
                 positions = cell.model_inputs["position_ids"]
@@ -189,12 +225,15 @@ class ModelStage(nn.Module):
         """The forward of a layer of this stage."""
         cell = self._running()
         hidden, arguments = layer.signature.bind(args, kwargs)
-        refuse_arguments(layer.layer, hidden, arguments, _alone(cell.chunk))
+        if position != self._num_called:
+            raise self._skipped()
+        self._num_called += 1
         if self._seen is not None:
             self._seen.append(arguments)
-            if is_last:
+            if is_last or self._sees_first:
                 raise StageOutput(hidden)
             return self._layers[0].wrap(hidden)
+        refuse_arguments(layer.layer, hidden, arguments, _alone(cell.chunk))
         if cell.result is not None:
             return layer.wrap(cell.result)
         if position == 0 and cell.hidden is not None:
@@ -210,20 +249,20 @@ class ModelStage(nn.Module):
         return layer.wrap(output)
 
     def _pass_on(self, signature: LayerSignature, *args: Any, **kwargs: Any) -> Any:
-        """The forward of a layer of another stage."""
-        hidden, arguments = signature.bind(args, kwargs)
-        if not self._knows_form:
-            self._learn_form(hidden, arguments)
+        """The forward of a layer of a stage before."""
+        hidden, _ = signature.bind(args, kwargs)
+        if hidden.ndim < 3:  # see `_learn_form`: the first element of a tensor where a tuple was expected
+            hidden = hidden[None]
         return self._layers[0].wrap(hidden)
 
-    def _learn_form(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        """Runs the stage's first layer, to see whether layers return a tensor or a tuple."""
-        stream = _alone(self._running().chunk)
-        (chunk,) = stream.chunks
-        own = self._cell_of(self._layers[0], chunk, stream, self._new_store(chunk))
-        with torch.no_grad(), undisturbed_rng(hidden):
-            self._layers[0].run(own, hidden, arguments)
-        self._knows_form = True
+    def _skipped(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{type(self.model).__name__} skips layers of the stage, or calls them in another order"
+        )
+
+    def _pass_by(self, *_: Any, **__: Any) -> Any:
+        """The forward of a layer of a later stage: the stage's last one ends the pass before."""
+        raise self._skipped()
 
     def _cell_of(self, layer: GroupLayer, chunk: Chunk, stream: Stream, stores: LayerStores) -> Cell:
         relay = None if layer.cache_argument is None else stores.states.relay(chunk)
@@ -233,6 +272,13 @@ class ModelStage(nn.Module):
         if self._cell is None:
             raise UnsupportedModelError("a layer was called by something else than its stage of the pipeline")
         return self._cell
+
+
+def _refuse_tokens(name: str, *_: Any, **__: Any) -> NoReturn:
+    """The forward of the embeddings on any stage but the first."""
+    raise UnsupportedModelError(
+        f"{name} looks at its embeddings on every stage: only the first stage of a pipeline has them"
+    )
 
 
 def _alone(chunk: Chunk) -> Stream:

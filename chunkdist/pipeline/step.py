@@ -45,6 +45,7 @@ class Pipeline:
             with collectives among them.
         shards_weights: The replicas share a stage's weights, by FSDP2: parameters are `DTensor`s between
             steps.
+        device: Where the stage goes, once what other stages have is let go; `None`: it stays where it is.
         retained_chunks: By stage, in the place of the config's.
         forwards_ahead: As in `schedule_1f1b`.
 
@@ -61,6 +62,7 @@ class Pipeline:
         group: distributed.ProcessGroup | None = None,
         replicas: DeviceMesh | None = None,
         shards_weights: bool = False,
+        device: torch.device | None = None,
         retained_chunks: Sequence[int] | None = None,
         forwards_ahead: int = 1,
     ) -> None:
@@ -70,16 +72,10 @@ class Pipeline:
                 f"{len(stages)} stages for {num_ranks} ranks: cut the model into as many stages as there are "
                 "ranks"
             )
-        if config.sampler is not None:
-            raise ValueError("sampler is set, and a pipeline backpropagates every chunk: leave it out")
-        for name in ("chunk_size", "retained_chunks"):
-            if getattr(config, name) == "auto":
-                raise ValueError(f"{name}='auto', but a pipeline has no choice of its own: write a number")
-        if config.offload == "host":
-            raise ValueError("offload='host', but a stage keeps K/V and inputs on its device: write 'none'")
+        _refuse_ignored(config)
         self.config = config
         self._retained_chunks = int(config.retained_chunks) if retained_chunks is None else retained_chunks
-        self.stage = ModelStage(model, config, stages[self.rank])
+        self.stage = ModelStage(model, config, stages[self.rank]).to(device)
         self.group = group
         self.replicas = None if replicas is None else replicas.get_group()
         if self.replicas is not None:  # new adapters are drawn on each rank
@@ -158,8 +154,8 @@ class Pipeline:
         try:
             runtime.step(*args, index=indices, target=indices, return_outputs=False)
         except RuntimeError as error:
-            if error.__cause__ is not None:  # torch wraps what a stage has raised
-                raise error.__cause__ from None
+            if error.__cause__ is not None and "failed to run" in str(error).lower():  # torch's own wrapper
+                raise error.__cause__ from error.__cause__.__cause__
             raise
         self._add_tied_grads()
         self._reduce_grads()
@@ -168,7 +164,7 @@ class Pipeline:
     def cells(self, samples: Sequence[Sample], runs: Sequence[Run], schedule: PipelineSchedule) -> StageCells:
         """Of this stage. Their losses are parts of the mean over the supervised tokens of `samples`."""
         device = next(self.stage.parameters()).device
-        inputs = [_inputs(run, [samples[index] for index in run.sequences], device) for run in runs]
+        inputs = [inputs_of(run, [samples[index] for index in run.sequences], device) for run in runs]
         return StageCells(self.stage, self.rank, schedule, runs, inputs)
 
     def runs(self, lengths: Sequence[int]) -> tuple[Run, ...]:
@@ -205,8 +201,10 @@ class Pipeline:
         if self.replicas is None:
             return
         parameters = [p for p in self.stage.parameters() if p.requires_grad]
-        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-        used = used.to(parameters[0].device) if parameters else used
+        if not parameters:  # the same on all replicas
+            return
+        device = parameters[0].device
+        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=device)
         distributed.all_reduce(used, op=distributed.ReduceOp.MAX, group=self.replicas)
         works = []
         for parameter in (p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used):
@@ -286,7 +284,26 @@ class StageCells(nn.Module):
         )
 
 
-def _inputs(run: Run, samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor]:
+def _refuse_ignored(config: ChunkConfig) -> None:
+    """Raises on what is set and a pipeline does not do."""
+    for name in ("chunk_size", "retained_chunks"):
+        if getattr(config, name) == "auto":
+            raise ValueError(
+                f"{name}='auto', but a pipeline has no choice of its own: write a number, or let "
+                "chunkdist.pipeline.plan.choose_pipeline choose"
+            )
+    given = {
+        "sampler": (config.sampler is not None, "a pipeline backpropagates every chunk: write None"),
+        "layers_per_group": (config.layers_per_group not in (1, "all"), "a stage is one group: write 'all'"),
+        "offload": (config.offload != "none", "a stage keeps K/V and inputs on its device: write 'none'"),
+        "rebuild_kv": (config.rebuild_kv is True, "a stage keeps K/V from the forward: write 'auto'"),
+    }
+    for name, (is_set, instead) in given.items():
+        if is_set:
+            raise ValueError(f"{name}={getattr(config, name)!r}, but {instead}")
+
+
+def inputs_of(run: Run, samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor]:
     """Of a run, (1, T) each, filled up to whole chunks by a sequence of its own, without labels."""
     joined = join_sequences(samples)
     labels = F.pad(joined["labels"], (0, run.num_empty), value=NO_LABEL)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from chunkdist.bench import BENCHMARKS, all, compare
 from chunkdist.bench.all import JOBS, Job
@@ -17,7 +18,7 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(
 ) -> None:
     jobs = (
         Job(part=1, name="no-such", file="broken"),
-        Job(part=1, name="step", file="slow", limit_s=1),
+        Job(part=1, name="step", file="slow", limit_s=0),
         Job(part=1, name="spaco", file="works"),
         Job(part=2, name="attention", file="not asked for"),
     )
@@ -27,7 +28,7 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(
     assert found.keys() == {"broken", "slow", "works"}
     assert found["broken"]["failed"] == "exit status 1"
     assert "no_such" in found["broken"]["errors"]
-    assert found["slow"]["failed"] == "stopped after 1 s"
+    assert found["slow"]["failed"] == "stopped after 0 s"
     assert found["slow"]["versions"]
     assert "failed" not in found["works"]
     lines = capsys.readouterr().out.splitlines()[-3:]
@@ -37,10 +38,40 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(
 
 def test_jobs_are_such_that_a_part_ends_in_ten_minutes() -> None:
     for part in {job.part for job in JOBS}:
-        assert sum(job.limit_s for job in JOBS if job.part == part) <= 600
+        assert sum(job.limit_s for job in JOBS if job.part == part) <= 590, "10 s are for bench all itself"
     assert len({job.file for job in JOBS}) == len(JOBS)
     assert {job.name for job in JOBS} <= BENCHMARKS.keys()
     assert JOBS[0].name == "attention", "before anything is timed"
+
+
+def test_a_dry_run_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "none"
+    assert all.main(["--dry-run", "--json-dir", str(folder)]) == 0
+    assert not folder.exists()
+    out = capsys.readouterr().out
+    for job in JOBS:
+        assert f"--json {folder}/{job.file}.json" in out
+    assert f"--trace {folder}/profile-8b-trace.json.gz --json" in out
+    assert "{file}" not in out
+    limits = [int(line.split()[-2]) for line in out.splitlines() if line.startswith("part ")]
+    assert sum(limits) == sum(job.limit_s for job in JOBS)
+
+
+def test_jobs_of_several_gpus_are_left_out_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [Job(part=1, name="spaco", file="one"), Job(part=1, name="sharding", file="two", num_gpus=2)]
+    ran: list[str] = []
+    monkeypatch.setattr(all, "JOBS", jobs)
+    monkeypatch.setattr(
+        all, "run", lambda job, folder, **settings: ran.append(job.file) or {"job": job.file, "seconds": 0.0}
+    )
+    for num_gpus, expected in ((1, ["one"]), (2, ["one", "two"])):
+        monkeypatch.setattr(all.torch.cuda, "device_count", lambda num=num_gpus: num)
+        assert all.main(["--json-dir", str(tmp_path)]) == 0
+        assert ran == expected
+        ran.clear()
+    assert "two: left out: it needs 2 GPUs, this machine has 1" in capsys.readouterr().out
 
 
 class _Parsed(Exception):
@@ -48,7 +79,7 @@ class _Parsed(Exception):
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.file)
-def test_options_of_jobs_are_understood(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_jobs_are_understood(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All checks of the options pass; what runs after them does not run."""
     import importlib
     import shlex
@@ -59,6 +90,8 @@ def test_options_of_jobs_are_understood(job: Job, monkeypatch: pytest.MonkeyPatc
         raise _Parsed
 
     monkeypatch.setattr(module, "provenance", stop)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.chdir(tmp_path)
     if hasattr(module, "limit_gpu_memory"):
         monkeypatch.setattr(module, "limit_gpu_memory", lambda memory_gib: None)
     options = [] if job.name == "max-length" else ["--device", "cuda"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 
-from chunkdist.bench import step
+from chunkdist.bench import options, step
 from chunkdist.bench.environment import hardware
 from chunkdist.bench.sizes import SIZES
 from chunkdist.bench.timing import step_flops
@@ -164,3 +164,20 @@ def test_counts_are_checked(arguments: list[str], capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         step.main(["--smoke", *arguments])
     assert "write an integer >= 1" in capsys.readouterr().err
+
+
+def test_another_flash_attention_is_activated_or_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, said in (
+        ("FA9", "this torch knows"),
+        ("FA3", "is not to be had here"),
+    ):  # no CPU has its package
+        with pytest.raises(SystemExit):
+            step.main(["--smoke", "--flash-impl", name])
+        assert said in capsys.readouterr().err
+    activated: list[str] = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    parser = options.parser_of("step", "", "flash-impl")
+    options.parsed(parser, ["--flash-impl", "FA3"])
+    assert activated == ["FA3"]

@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
+from chunkdist.bench.sharding_ranks import RELEASED
 from chunkdist.sharding.launch import skip_shm_build
 from tests.hybrids import model_of
 from tests.models import batch, tiny_llama, with_lora
@@ -19,13 +20,6 @@ from tests.models import batch, tiny_llama, with_lora
 EngineName = Literal["ddp", "fsdp2", "fsdp2 groups", "fsdp2 head", "zero1", "zero2", "zero3"]
 CHUNK_SIZE = 4
 LEARNING_RATE = 0.5
-RELEASED = {
-    "stage3_param_persistence_threshold": 0,
-    "stage3_max_live_parameters": 0,
-    "stage3_max_reuse_distance": 0,
-    "stage3_prefetch_bucket_size": 0,
-}
-"""No weight stays whole between the layer that uses it and the next."""
 
 
 @dataclass(frozen=True, kw_only=True)

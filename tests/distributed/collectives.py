@@ -1,33 +1,24 @@
-"""Counts the collectives of a step, by wrapping what FSDP2 and DeepSpeed call (`CommDebugMode` breaks)."""
+"""The collectives of steps of a tiny model, counted at the process group."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from chunkdist import chunk_model
+from chunkdist.sharding.collectives import CollectiveCounter, Traffic
 from tests.distributed.cases import Case, build, chunk_config, deepspeed_engine, micro_batches, shard_fsdp2
 
-OF_DEEPSPEED = (
-    "all_gather_into_tensor",
-    "reduce_scatter_tensor",
-    "all_gather",
-    "reduce_scatter",
-    "all_gather_coalesced",
-)
-OF_FSDP2 = ("foreach_all_gather", "foreach_reduce")
-NUM_STEPS = 3
+NUM_WARM_UPS = 2
 
 
-def counts_of(case: Case) -> list[dict[str, int]]:
-    """The collectives of this rank's steps but the first, in which DeepSpeed records its trace."""
+def counts_of(case: Case) -> dict[str, Traffic]:
+    """The collectives of this rank's third step: DeepSpeed records its trace in the first, and ranks agree on
+    it in the second."""
     model = build(case, torch.float32)
     if case.chunked:
         chunk_model(model, chunk_config(case))
@@ -42,43 +33,51 @@ def counts_of(case: Case) -> list[dict[str, int]]:
         )
     (inputs,) = micro_batches(case, distributed.get_rank())
     if case.engine == "zero3":
-        from deepspeed.comm.torch import TorchBackend
-
         engine = deepspeed_engine(model, case)
-        steps = []
-        for _ in range(NUM_STEPS):
-            with counted(TorchBackend, OF_DEEPSPEED) as counts:
-                engine.backward(engine(**inputs).loss)
-                engine.step()
-            steps.append(dict(counts))
+
+        def engine_step() -> None:
+            engine.backward(engine(**inputs).loss)
+            engine.step()
+
+        counts = _counted(engine_step)
         engine.destroy()
-        return steps[1:]
+        return counts
     shard_fsdp2(model, case)
-    steps = []
-    for _ in range(NUM_STEPS):
-        with counted(_fsdp_param_group, OF_FSDP2) as counts:
-            model(**inputs).loss.backward()
-        steps.append(dict(counts))
+
+    def step() -> None:
+        model(**inputs).loss.backward()
         model.zero_grad()
-    return steps[1:]
+
+    return _counted(step)
 
 
-@contextmanager
-def counted(owner: Any, names: tuple[str, ...]) -> Iterator[Counter[str]]:
-    counts: Counter[str] = Counter()
-    real = {name: getattr(owner, name) for name in names if hasattr(owner, name)}
+def _counted(step: Callable[[], None]) -> dict[str, Traffic]:
+    for _ in range(NUM_WARM_UPS):
+        step()
+    with CollectiveCounter() as counter:
+        step()
+    return counter.by_kind
 
-    def wrap(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counts[name] += 1
-            return real[name](*args, **kwargs)
 
-        return call
+def counts_by_hand() -> dict[str, tuple[int, int, int]]:
+    """What is counted of known collectives: their number, bytes, and bytes sent by a rank."""
 
-    for name in real:
-        setattr(owner, name, wrap(name))
-    try:
-        yield counts
-    finally:
-        for name, function in real.items():
-            setattr(owner, name, function)
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            distributed.all_gather([torch.empty(4), torch.empty(4)], grad)
+            return grad
+
+    x = torch.ones(4, requires_grad=True)
+    with CollectiveCounter() as counter:
+        distributed.all_gather_into_tensor(torch.empty(8), torch.ones(4))
+        Gather.apply(x).sum().backward()
+        distributed.reduce_scatter_tensor(torch.empty(2), torch.ones(4))
+        distributed.all_reduce(torch.ones(3))
+        distributed.broadcast(torch.ones(2), src=0)
+    distributed.all_reduce(torch.ones(5))  # outside: not counted
+    return {kind: (x.count, x.whole_bytes, x.sent_bytes) for kind, x in counter.by_kind.items()}

@@ -8,11 +8,12 @@ import torch
 from torch import distributed, nn
 
 from chunkdist import ChunkConfig, chunk_model
+from chunkdist.bench.sharding_ranks import RELEASED
 from chunkdist.memory import LiveBytes
 from chunkdist.memory.engine import Engine
 from chunkdist.memory.estimate import estimate_memory
 from chunkdist.memory.model_sizes import ModelSizes
-from tests.distributed.cases import RELEASED, Case, shard_fsdp2
+from tests.distributed.cases import Case, shard_fsdp2
 from tests.models import batch, tiny_llama, with_lora
 
 CHUNK_SIZE = 64

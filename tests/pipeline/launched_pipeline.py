@@ -8,13 +8,19 @@ import json
 import os
 import signal
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import distributed
+from peft import PeftModel
+from torch import distributed, nn
+from transformers import PreTrainedModel
 
+from chunkdist.config import ChunkConfig
+from chunkdist.integrations.pipeline import PipelineSFTTrainer
+from chunkdist.pipeline.plan import PipelinePlan
+from chunkdist.pipeline.stage import ModelStage
 from chunkdist.pipeline.step import Pipeline
 from chunkdist.sharding import failures
 from tests.tiny_run import ROOT, command_line, load_script
@@ -53,6 +59,46 @@ def launch(arguments: list[str]) -> tuple[int, str]:
     return status, said.getvalue()
 
 
+def launch_and_choose(arguments: list[str]) -> tuple[PipelinePlan, str]:
+    """The plan of a run, and what it has printed before its first step."""
+    plans = []
+    real = PipelineSFTTrainer._choose
+
+    def choose(self: PipelineSFTTrainer, config: ChunkConfig) -> PipelinePlan:
+        plans.append(real(self, config))
+        said.append(printed.getvalue())
+        return plans[-1]
+
+    said: list[str] = []
+    PipelineSFTTrainer._choose = choose  # type: ignore[method-assign]
+    try:
+        with redirect_stdout(io.StringIO()) as printed:
+            status, errors = launch(arguments)
+    finally:
+        PipelineSFTTrainer._choose = real  # type: ignore[method-assign]
+    assert status == 0, errors
+    return plans[0], said[0]
+
+
+def launch_and_watch(arguments: list[str]) -> list[int]:
+    """How many numbers the models have that are moved to a device."""
+    moved = []
+    real = nn.Module.to
+
+    def to(self: nn.Module, *given: Any, **others: Any) -> Any:
+        if isinstance(self, (PreTrainedModel, PeftModel, ModelStage)):
+            moved.append(sum(p.numel() for p in self.parameters()))
+        return real(self, *given, **others)
+
+    nn.Module.to = to  # type: ignore[method-assign]
+    try:
+        status, said = launch(arguments)
+    finally:
+        nn.Module.to = real  # type: ignore[method-assign]
+    assert status == 0, said
+    return moved
+
+
 def launch_and_fail(how: Failure, arguments: list[str]) -> tuple[str, float]:
     """The last stage fails in its second step, and its process ends. What the first one says, and the seconds
     that it took from the failure on."""
@@ -67,7 +113,7 @@ def launch_and_fail(how: Failure, arguments: list[str]) -> tuple[str, float]:
             if how == "hangs":
                 time.sleep(20)
                 os._exit(1)
-            raise ArithmeticError("planted")
+            self.stage.layers[-1].mlp.register_forward_pre_hook(_fail)  # type: ignore[union-attr, operator]
         return real(self, *given)
 
     launcher = load_script(ROOT / "launchers" / "train.py")
@@ -80,6 +126,10 @@ def launch_and_fail(how: Failure, arguments: list[str]) -> tuple[str, float]:
         os._exit(1)
     assert status == 1
     return said.getvalue(), time.monotonic() - steps[-1]
+
+
+def _fail(*_: Any) -> None:
+    raise ArithmeticError("planted")
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

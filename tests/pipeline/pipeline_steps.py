@@ -46,6 +46,8 @@ class PipelineCase:
     lora: bool = False
     lora_targets: str | tuple[str, ...] = "all-linear"
     lora_dropout: float = 0.0
+    lora_layers: tuple[int, ...] | None = None
+    """Which have adapters; `None`: all."""
     tied: bool = False
     num_replicas: int = 1
     """Pipelines; each trains on every so many sequences."""
@@ -152,26 +154,35 @@ def _make_dynamic(model: Any) -> None:
     model.config.max_position_embeddings = 4
 
 
+IGNORED: dict[str, Any] = {
+    "chunk_size": "auto",
+    "retained_chunks": "auto",
+    "layers_per_group": 2,
+    "sampler": IndependentSampler(budget=2),
+    "offload": "auto",
+    "rebuild_kv": True,
+}
+"""What a pipeline does not do, by the option that asks for it."""
+
+
 def refusals() -> dict[str, str]:
     """What is said to settings that no pipeline has, by what was set."""
     config = ChunkConfig(chunk_size=8)
-    sampled = ChunkConfig(chunk_size=8, sampler=IndependentSampler(budget=2))
-    auto = ChunkConfig(chunk_size=8, retained_chunks="auto")
-    offloaded = ChunkConfig(chunk_size=8)
-    object.__setattr__(offloaded, "offload", "host")
+    hybrid = tiny_model(*HYBRIDS["delta rule"])
     two = [range(2), range(2, 3)]
     chunked = chunk_model(tiny_llama(num_layers=3), config)
     gpt2: Any = tiny_model("GPT2LMHeadModel")
     tries: dict[str, tuple[Any, ChunkConfig, list[range]]] = {
         "three stages": (tiny_llama(num_layers=3), config, [range(1), range(1, 2), range(2, 3)]),
         "other layers": (tiny_llama(num_layers=2), config, [range(2, 3), range(2, 3)]),
-        "sampler": (tiny_llama(num_layers=3), sampled, two),
-        "retained_chunks": (tiny_llama(num_layers=3), auto, two),
-        "offload": (tiny_llama(num_layers=3), offloaded, two),
         "chunked": (chunked, config, two),
         "peft": (with_lora(tiny_llama(num_layers=3)), config, two),
         "learned positions": (gpt2, config, [range(1), range(1, 2)]),
+        "one token": (hybrid, ChunkConfig(chunk_size=1), two),
     }
+    for name, value in IGNORED.items():
+        settings: dict[str, Any] = {"chunk_size": 8, name: value}
+        tries[name] = tiny_llama(num_layers=3), ChunkConfig(**settings), two
     said = {}
     for name, arguments in tries.items():
         try:
@@ -289,13 +300,15 @@ _SIZES: dict[str, Any] = {
 _OTHERS = {"granite": _granite, "gemma3": _gemma3}
 HYBRIDS = {
     "delta rule": ("Qwen3_5ForCausalLM", ["linear_attention", "full_attention", "linear_attention"]),
-    "convolution": ("Lfm2ForCausalLM", ["conv", "full_attention", "conv"]),
 }
 
 
 def _with_lora(model: Any, case: PipelineCase) -> Any:
     targets = case.lora_targets if isinstance(case.lora_targets, str) else list(case.lora_targets)
-    return with_lora(model, lora_dropout=case.lora_dropout, target_modules=targets)
+    layers = None if case.lora_layers is None else list(case.lora_layers)
+    return with_lora(
+        model, lora_dropout=case.lora_dropout, target_modules=targets, layers_to_transform=layers
+    )
 
 
 def _samples(case: PipelineCase) -> list[dict[str, Tensor]]:

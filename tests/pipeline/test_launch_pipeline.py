@@ -12,16 +12,20 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
+from chunkdist.pipeline.plan import CHUNK_SIZES
 from tests.distributed.launched import save_initial_model
 from tests.distributed.ranks import Ranks
 from tests.pipeline.launched_pipeline import (
     Failure,
     arguments_of,
     launch,
+    launch_and_choose,
     launch_and_fail,
+    launch_and_watch,
     log_history,
     records,
 )
+from tests.pipeline.planted import errors_in_cells
 from tests.tiny_run import TEXTS, make_model_folder
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -41,6 +45,12 @@ OPTIONS: dict[str, Any] = {
     "seed": 5,
 }
 LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0}
+RUNS: list[tuple[int, dict[str, Any]]] = [
+    (2, {"pipeline_stages": 2}),
+    (2, {"pipeline_stages": 2, **LORA}),
+    (4, {"pipeline_stages": 2, "pipeline_shard_weights": True}),
+]
+"""Ranks and options of runs that are compared with one process and resumed: what docs/support.md says."""
 FIGURES = ("loss", "grad_norm", "learning_rate", "num_tokens_seen")
 
 
@@ -82,24 +92,24 @@ def weights(folder: Path, *, lora: bool = False) -> dict[str, torch.Tensor]:
     return dict(kind.from_pretrained(folder / "out").state_dict())
 
 
-@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "LoRA"])
+@pytest.mark.parametrize("options", [options for ranks, options in RUNS if ranks == 2], ids=["full", "LoRA"])
 def test_two_stages_train_as_one_process_and_go_on_from_a_checkpoint(
     model: Path, tmp_path: Path, one_rank: Ranks, two_ranks: Ranks, options: dict[str, Any]
 ) -> None:
     alone, piped = folder_of(model, tmp_path / "alone"), folder_of(model, tmp_path / "piped")
-    expected = run(one_rank, alone, **options)
-    found = run(two_ranks, piped, pipeline_stages=2, **options)
+    expected = run(one_rank, alone, **{**options, "pipeline_stages": 1})
+    found = run(two_ranks, piped, **options)
     assert len(expected) == 4
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-4)
     assert losses_of_evaluations(piped) == pytest.approx(losses_of_evaluations(alone), rel=1e-5)
-    lora = bool(options)
+    lora = "use_peft" in options
     whole, trained = weights(alone, lora=lora), weights(piped, lora=lora)
     assert whole.keys() == trained.keys()
     for name, x in whole.items():
         torch.testing.assert_close(trained[name], x, rtol=1e-3, atol=1e-4, msg=name)
     shutil.rmtree(piped / "out" / "checkpoint-4")
-    assert run(two_ranks, piped, pipeline_stages=2, resume_from_checkpoint=True, **options) == found
+    assert run(two_ranks, piped, resume_from_checkpoint=True, **options) == found
     for name, x in weights(piped, lora=lora).items():
         assert torch.equal(x, trained[name]), name
 
@@ -108,7 +118,7 @@ def test_replicas_share_weights_and_go_on(
     model: Path, tmp_path: Path, one_rank: Ranks, four_ranks: Ranks
 ) -> None:
     alone, piped = folder_of(model, tmp_path / "alone"), folder_of(model, tmp_path / "piped")
-    options = {"pipeline_stages": 2, "pipeline_shard_weights": True}
+    ((_, options),) = (given for given in RUNS if given[0] == 4)
     expected, found = run(one_rank, alone), run(four_ranks, piped, **options)
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-4)
@@ -118,6 +128,33 @@ def test_replicas_share_weights_and_go_on(
     assert run(four_ranks, piped, resume_from_checkpoint=True, **options) == found
     for name, x in weights(piped).items():
         assert torch.equal(x, trained[name]), name
+
+
+def test_only_a_stage_goes_to_a_device(model: Path, tmp_path: Path, two_ranks: Ranks) -> None:
+    folder = folder_of(model, tmp_path / "moved")
+    options = {"max_steps": 1, "chunk_check": True, "pipeline_stages": 2}
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder / "model").parameters())
+    for moved in two_ranks.run(launch_and_watch, arguments_of(folder, ROWS, **options)):
+        assert len(moved) == 1
+        assert 0 < moved[0] < whole
+
+
+def test_what_is_auto_is_chosen_alike_on_all_ranks(model: Path, tmp_path: Path, two_ranks: Ranks) -> None:
+    """And trains as one process does."""
+    folder = folder_of(model, tmp_path / "auto")
+    auto = {"chunk_size": "auto", "retained_chunks": "auto", "pipeline_forwards_ahead": "auto"}
+    options = {"max_steps": 1, "pipeline_stages": 2, "max_length": 1500, **auto}
+    rows = [{"text": "x = 1\n" * count} for count in (250, 100, 90, 80, 3, 2, 1, 1)]
+    arguments = arguments_of(folder, rows, **options, per_device_train_batch_size=4)
+    (first, table), (second, nothing) = two_ranks.run(launch_and_choose, arguments)
+    assert first == second
+    assert first.chunk_size in CHUNK_SIZES
+    assert [list(stage) for stage in first.stages] == [[0, 1], [2]]
+    assert nothing == ""
+    for line in ("stages", "chunk size", "retained chunks", "forwards ahead", "graphs at a time", "bubble"):
+        assert f" {line} " in table
+    assert table.count("auto: the least") == 3
+    assert f"{first.bubble_share:.1%}, reruns {first.rerun_share:.1%}" in table
 
 
 @pytest.mark.parametrize(
@@ -133,7 +170,9 @@ def test_replicas_share_weights_and_go_on(
             {"pipeline_stages": 1, "pipeline_forwards_ahead": 2},
             "pipeline_forwards_ahead=2 with pipeline_stages=1",
         ),
-        ({"retained_chunks": "auto"}, "retained_chunks=auto with pipeline_stages=2"),
+        ({"pipeline_forwards_ahead": "0"}, "pipeline_forwards_ahead=0: write at least 1, or auto"),
+        ({"chunk_offload": "auto"}, "chunk_offload=auto with pipeline_stages=2: a stage keeps K/V"),
+        ({"bf16_full_eval": True}, "bf16_full_eval=True with pipeline_stages=2"),
         ({"eval_packing": True}, "eval_packing=True with pipeline_stages=2"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 with pipeline_stages=2"),
         ({"loss_type": "dft"}, "loss_type=dft with pipeline_stages=2"),
@@ -149,6 +188,13 @@ def test_options_that_exclude_a_pipeline_are_one_line(
     assert status == 2
     assert lines.splitlines()[-1].startswith(f"chunkdist: {said}")
     assert not (folder / "out").exists()
+
+
+def test_errors_inside_a_cell_stay_what_they_are(one_rank: Ranks) -> None:
+    (said,) = one_rank.run(errors_in_cells)
+    assert said == {
+        name: f"PlantedError: in the {name} from KeyError('why')" for name in ("forward", "backward")
+    }
 
 
 @pytest.mark.parametrize(

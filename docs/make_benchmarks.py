@@ -1,0 +1,248 @@
+"""Makes all tables of the docs, and the figures of docs/benchmarks.md, from the JSON in docs/benchmarks.
+
+    python docs/make_benchmarks.py              # writes
+    python docs/make_benchmarks.py --check      # exit status 1 when pages are not up to date; names them
+
+docs/benchmarks.md has what `chunkdist bench all` measures on a GPU: results that are there, by the files'
+names in `chunkdist.bench.all.JOBS`, are shown, for others the page says that nothing has been measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import make_data_tables
+import make_figures
+import make_memory_tables
+import make_performance_tables
+import make_pipeline_tables
+import make_sharding_tables
+import make_spaco_tables
+import matplotlib
+from matplotlib.figure import Figure
+from tables import DOCS, RESULTS, UNKNOWN, Result, filled, read_result
+
+from chunkdist.bench import module_of
+from chunkdist.bench.all import JOBS, Job
+from chunkdist.bench.spaco import NUM_CHUNKS
+from chunkdist.bench.ways import BASELINE
+
+PAGE = DOCS / "benchmarks.md"
+PAPER = "the paper's chunk loop"
+OTHERS = (
+    make_data_tables,
+    make_figures,
+    make_memory_tables,
+    make_performance_tables,
+    make_pipeline_tables,
+    make_sharding_tables,
+    make_spaco_tables,
+)
+
+Results = dict[str, Result]
+
+
+def results_of(folder: Path) -> Results:
+    """What `bench all` has left in a folder, by file name. One that failed is there, too, and says so."""
+    found = {job.file: read_result(job.file, folder) for job in JOBS}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def page_of_results(page: str, folder: Path = RESULTS) -> str:
+    """`page` with the summary and the tables of the results in `folder`."""
+    results = results_of(folder)
+    return filled(filled(page, "summary", _summary(results)), "results", _tables(results, folder))
+
+
+def _summary(results: Results) -> str:
+    usable = {name: result for name, result in results.items() if "failed" not in result}
+    rows = ["| | to reach | on a GPU |", "|---|---|---|"]
+    for name, goal, figure in SUMMARY:
+        found = figure(usable)
+        rows.append(f"| {name} | {goal} | {UNKNOWN if found is None else found} |")
+    gpus = sorted(
+        {str(result["hardware"]["gpu"]) for result in usable.values() if "gpu" in result["hardware"]}
+    )
+    return "\n".join([*rows, *([f"\nOn {', '.join(gpus)}."] if gpus else [])])
+
+
+def _steps(results: Results) -> Iterator[Result]:
+    """The rows of step's results on the 8B model, without a limit of memory, that ran."""
+    for name in ("step-8b", "step-8b-64k"):
+        for row in results.get(name, {}).get("rows", []):
+            if row["outcome"] == "ran":
+                yield row
+
+
+def _chunked(rows: Iterator[Result]) -> list[Result]:
+    return [row for row in rows if row["way"].startswith("chunked")]
+
+
+def _of_checkpointing(results: Results) -> str | None:
+    best: dict[int, float] = {}
+    for row in _chunked(_steps(results)):
+        if "wall_ratio" in row:
+            best[row["num_tokens"]] = min(row["wall_ratio"], best.get(row["num_tokens"], float("inf")))
+    return ", ".join(f"{ratio:.2f} x at {num:,}" for num, ratio in sorted(best.items())) or None
+
+
+def _of_paper(results: Results) -> str | None:
+    rows = [row for row in _steps(results) if row["num_tokens"] == 16384]
+    paper = [row["median_wall_s"] for row in rows if row["way"] == PAPER]
+    ours = [row["median_wall_s"] for row in _chunked(iter(rows))]
+    return f"{paper[0] / min(ours):.2f} x" if paper and ours else None
+
+
+def _utilisation(results: Results) -> str | None:
+    rows = [row for row in _chunked(_steps(results)) if row["num_tokens"] >= 65536]
+    return f"{max(row['mfu'] for row in rows):.1%}" if rows else None
+
+
+def _longest(results: Results) -> str | None:
+    rows = results.get("max-length-24gib", {}).get("rows", [])
+    fits = max((row["fits"] for row in rows), default=None)
+    if fits is None:
+        return None
+    others = results.get("max-length-24gib-checkpointing", {}).get("rows", [])
+    return f"{fits:,}" + "".join(
+        f"; {row['way']} {row['fits']:,}" for row in others if row["way"] == BASELINE
+    )
+
+
+def _spaco(file: str, figure: str) -> Callable[[Results], str | None]:
+    def found(results: Results) -> str | None:
+        row = results.get(file, {}).get("summary", {}).get("8 chunks")
+        return None if row is None else f"{row[figure]:.2f} x"
+
+    return found
+
+
+def _error(results: Results) -> str | None:
+    result = results.get("gradient-error")
+    return None if result is None else f"{result['largest_ratio_to_plain']:.2f} x"
+
+
+def _epoch(results: Results) -> str | None:
+    row = results.get("long-tail", {}).get("summary", {}).get("token streams")
+    return None if row is None else f"{row['wall_speedup']:.2f} x"
+
+
+def _gathers(results: Results) -> str | None:
+    rows = results.get("sharding", {}).get("rows", [])
+    plain = {
+        (row["engine"], row["training"]): row["gathers"] for row in rows if row["way"].startswith("plain")
+    }
+    more = [
+        row["gathers"] - plain[row["engine"], row["training"]]
+        for row in rows
+        if row["way"].endswith(" chunks")
+    ]
+    return f"{max(more)} more" if more else None
+
+
+SUMMARY: tuple[tuple[str, str, Callable[[Results], str | None]], ...] = (
+    ("8B with LoRA: best time of chunks, to gradient checkpointing", "1.00 x", _of_checkpointing),
+    ("the same at 16K: faster than the paper's loop", "1.3 x", _of_paper),
+    ("the same, at 64K and above: model FLOP utilisation", "50 %", _utilisation),
+    ("longest sequence in 24 GiB, 8B with LoRA", "131,072", _longest),
+    (
+        f"SpaCO, 8 of {NUM_CHUNKS} chunks at 16K: faster than SeCO",
+        "3 x",
+        _spaco("spaco-1b", "faster_than_exact"),
+    ),
+    (
+        f"SpaCO, 8 of {NUM_CHUNKS} chunks at 128K, to the no-grad forward",
+        "1.3 x",
+        _spaco("spaco-1b-128k", "of_forward"),
+    ),
+    ("bf16 gradients: largest error, to that of the plain model", "1 x", _error),
+    ("an epoch of long-tailed data: faster than padded rows", "-", _epoch),
+    ("gathers of a step in many chunks, beside the plain model", "0 more", _gathers),
+)
+"""Figures, what they should be, and how they are read from the results."""
+
+
+def _tables(results: Results, folder: Path) -> str:
+    parts = []
+    for job in JOBS:
+        parts.append(f"### {job.file}\n")
+        result = results.get(job.file)
+        if result is None:
+            parts.append(f"{UNKNOWN}: `chunkdist bench {job.name}`, part {job.part}.\n")
+        elif "failed" in result:
+            parts.append(f"{result['failed']}: `{result['command']}`.\n")
+        else:
+            parts.append(_table(job, result))
+            if figure_of(result) is not None:
+                parts.append(f"![time and memory by length](figures/{job.file}.svg)\n")
+    return "\n".join(parts).rstrip()
+
+
+def _table(job: Job, result: Result) -> str:
+    text = importlib.import_module(module_of(job.name)).table(result)
+    packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    hardware = result["hardware"]
+    machine = hardware.get("gpu", hardware["cpu"])
+    return f"```text\n{text}\n```\n\n`{result['command']}`; {machine}; {packages}.\n"
+
+
+def figure_of(result: Result) -> Figure | None:
+    """Time and peak memory by length, where a result of `step` has several; else `None`."""
+    rows = [row for row in result.get("rows", []) if row.get("outcome") == "ran" and "wall_ratio" in row]
+    if result["benchmark"] != "step" or len({row["num_tokens"] for row in rows}) < 2:
+        return None
+    figure = Figure(figsize=(11, 4.2), facecolor="white", layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = [row for row in rows if row["way"] == way]
+        lengths = [row["num_tokens"] for row in mine]
+        time_axes.plot(lengths, [row["wall_ratio"] for row in mine], marker="o", label=way)
+        counted = [row for row in mine if row["peak_allocated_bytes"] is not None]
+        peaks = [row["peak_allocated_bytes"] / 2**30 for row in counted]
+        memory_axes.plot([row["num_tokens"] for row in counted], peaks, marker="o")
+    for axes, title in ((time_axes, f"time, to {BASELINE}"), (memory_axes, "peak memory, GiB")):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("tokens")
+        axes.set_title(title)
+        axes.set_ylim(bottom=0)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def written(folder: Path = RESULTS) -> Iterator[tuple[Path, str]]:
+    """Each page, and what it should be."""
+    for script in OTHERS:
+        yield script.PAGE, script.page_of_results(script.PAGE.read_text(encoding="utf-8"))
+    yield PAGE, page_of_results(PAGE.read_text(encoding="utf-8"), folder)
+
+
+def write_figures(folder: Path, target: Path) -> list[Path]:
+    """The figures of the results in `folder`, written to `target`."""
+    matplotlib.rcParams["svg.hashsalt"] = "chunkdist"  # the same file from the same result
+    files = []
+    for name, result in results_of(folder).items():
+        figure = None if "failed" in result else figure_of(result)
+        if figure is not None:
+            figure.savefig(target / f"{name}.svg", metadata={"Date": None})
+            files.append(target / f"{name}.svg")
+    return files
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes, or compares; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--check" in given:
+        old = [page.name for page, text in written() if page.read_text(encoding="utf-8") != text]
+        print("\n".join(f"{name} is not up to date: run python docs/make_benchmarks.py" for name in old))
+        return 1 if old else 0
+    for page, text in written():
+        page.write_text(text, encoding="utf-8")
+    write_figures(RESULTS, DOCS / "figures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""The table of docs/performance.md, from docs/benchmarks/overhead-cpu.json, by docs/make_benchmarks.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tables import DOCS, RESULTS, Result, filled, paragraph, required
+
+PAGE = DOCS / "performance.md"
+
+
+def page_of_results(page: str, folder: Path = RESULTS) -> str:
+    """`page` with the table of the committed result."""
+    return filled(page, "overhead figures", _text(required("overhead-cpu", folder)))
+
+
+def _text(result: Result) -> str:
+    model, machine = result["model"], result["hardware"]
+    rows = [
+        "| | cells | CPU time of a step | outside of operators, a cell | in operators |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        host_ms, share = row["host_s_per_cell"] * 1e3, row["kernel_share"]
+        figures = f"{row['cpu_s']:.2f} s | {host_ms:.1f} ms | {share:.0%}"
+        rows.append(f"| {row['way']} | {row['num_cells']} | {figures} |")
+    note = f"""Llama of {model["num_parameters"] / 1e6:.1f}M parameters, {model["num_tokens"]:,} tokens,
+{machine["num_threads"]} thread of {machine["cpu"]} at a load of {machine["load_average_1_min"]} when it
+began, medians of {result["num_repetitions"]}: `{result["command"]}`."""
+    return "\n".join([*rows, "", paragraph(note)])

@@ -1,0 +1,121 @@
+"""The docs' tables are those of the committed results, and a GPU's results fill theirs without a line of code
+more."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from chunkdist.bench import spaco, step
+from chunkdist.bench.all import JOBS
+from chunkdist.bench.environment import provenance
+from chunkdist.bench.sizes import SIZES
+from chunkdist.bench.ways import baselines, chunked
+from tests.tiny_run import ROOT, load_script
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_script(ROOT / "docs" / "make_benchmarks.py")
+
+
+def test_pages_are_up_to_date(script: ModuleType) -> None:
+    assert script.main(["--check"]) == 0, "run python docs/make_benchmarks.py"
+
+
+def test_a_page_that_is_not_up_to_date_is_told(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "benchmarks.md"
+    page.write_text(script.PAGE.read_text().replace("| to reach |", "| reached |"))
+    monkeypatch.setattr(script, "PAGE", page)
+    assert script.main(["--check"]) == 1
+    assert "benchmarks.md is not up to date" in capsys.readouterr().out
+    assert script.main([]) == 0
+    assert page.read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def on_gpu(name: str, *given: str) -> dict[str, Any]:
+    result = provenance(name, ["--device", "cuda", *given])
+    return {**result, "hardware": {**result["hardware"], "gpu": "Made-up GPU"}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real results of tiny steps, as if they came from a GPU, and some of what can be made up."""
+    settings: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "num_rounds": 1}
+    sizes, paper = SIZES["smoke"], baselines(16, on_gpu=False)
+    found = step.measure(
+        sizes, [paper[0], paper[3], *chunked(16)[:2]], [32, 64], report=lambda line: None, **settings
+    )
+    factor = 16384 // 64
+    for row in found["rows"]:
+        row |= {"num_tokens": row["num_tokens"] * factor, "peak_allocated_bytes": row["num_tokens"] * 2**24}
+        row |= {"median_wall_s": 3.0 if row["way"] == "the paper's chunk loop" else 2.0}
+    for row in found["rows"]:
+        if row["way"] == "chunked, K/V kept":
+            row |= {"wall_ratio": row["num_tokens"] / 16384 / 4, "mfu": 0.123}
+    long = {**found, "rows": [{**row, "num_tokens": row["num_tokens"] * 4} for row in found["rows"]]}
+    small = replace(sizes, num_tokens=64, chunk_size=4)
+    made = {
+        "step-8b": {**on_gpu("step"), "num_repetitions": 1, **found},
+        "step-8b-64k": {**on_gpu("step"), "num_repetitions": 1, **long},
+        "spaco-1b": {**on_gpu("spaco"), "num_repetitions": 1, **spaco.measure(small, [8], **settings)},
+        "max-length-24gib": {
+            **on_gpu("max-length"),
+            "memory_gib": 24,
+            "method": "steps on the GPU",
+            "rows": [{"way": "chunked, host offload", "fits": 135168, "fails": 139264, "out_of_time": False}],
+        },
+        "overhead-8b": {**on_gpu("overhead"), "failed": "stopped after 60 s", "errors": "none"},
+    }
+    made["spaco-1b"]["summary"]["8 chunks"]["faster_than_exact"] = 3.21
+    target: Path = tmp_path_factory.mktemp("results")
+    for name, result in made.items():
+        (target / f"{name}.json").write_text(json.dumps(result))
+    return target
+
+
+def test_results_of_a_gpu_fill_the_page(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    page = script.page_of_results(script.PAGE.read_text(), folder)
+    ratios = "0.12 x at 8,192, 0.25 x at 16,384, 0.12 x at 32,768, 0.25 x at 65,536"
+    assert f"to gradient checkpointing | 1.00 x | {ratios} |" in page
+    assert "faster than the paper's loop | 1.3 x | 1.50 x |" in page
+    assert "model FLOP utilisation | 50 % | 12.3% |" in page
+    assert "8B with LoRA | 131,072 | 135,168 |" in page
+    assert "faster than SeCO | 3 x | 3.21 x |" in page
+    assert "to the no-grad forward | 1.3 x | not yet measured |" in page
+    assert "On Made-up GPU." in page
+    assert page.count("not yet measured: `chunkdist bench") == len(JOBS) - 5
+    assert "stopped after 60 s: `python -m chunkdist.bench.overhead --device cuda`" in page
+    for text in (
+        "tokens of a sequence in one step of training",
+        "MFU: model FLOPs",
+        "its parts: the no-grad",
+    ):
+        assert text in page
+    assert "(figures/step-8b.svg)" in page
+    assert script.page_of_results(page, folder) == page
+    assert {file.name for file in script.write_figures(folder, tmp_path)} == {
+        "step-8b.svg",
+        "step-8b-64k.svg",
+    }
+    assert "gradient checkpointing" in (tmp_path / "step-8b.svg").read_text()
+    assert "Made-up" not in script.page_of_results(page, tmp_path)
+
+
+def test_figures_that_mean_nothing_are_not_shown(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "step-8b.json").write_text(json.dumps(provenance("step", ["--smoke"])))
+    with pytest.raises(ValueError, match=r"step-8b\.json is of a run with --smoke"):
+        script.results_of(tmp_path)
+
+
+def test_a_page_without_marks(script: ModuleType) -> None:
+    with pytest.raises(ValueError, match="begin: summary"):
+        script.page_of_results("no marks")
