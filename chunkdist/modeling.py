@@ -145,8 +145,7 @@ def resolve_auto_values(model: nn.Module, *, activation_bytes: int | None = None
         activation_bytes: As in `ModelSizes.of`.
         settings: What `resolve_auto` takes, of the longest row that will come.
     """
-    handle = _handle(_causal_lm(model))
-    context = handle.context
+    context = (handle := _handle(_causal_lm(model))).context
     if not context.reason:
         sizes = handle.sizes(activation_bytes, settings.get("engine", SINGLE).weights_dtype)
         chosen, reason = resolve_auto(model, context.asked, sizes, **settings)

@@ -60,7 +60,7 @@ def room_for_graphs(
     layer = max(sizes.layers, key=lambda weights: weights.local_bytes)
     states = OptimizerMemory.named(optimizer) or OptimizerMemory()
     fixed = 0
-    for weights, count in ((layer, num_layers), (sizes.other, 1)):
+    for weights, count in ((layer, num_layers), (sizes.embedding, 1), (sizes.head, 1)):
         trained = weights.whole_trainable_bytes
         own = states.state_bytes(weights.num_trainable, trained, weights.factored_numbers)
         fixed += count * (weights.local_bytes + (1 + states.update) * trained + own)
