@@ -25,6 +25,13 @@ _NUM_LARGEST = 3
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
+def use_expandable_segments() -> None:
+    """Before the first allocation: rows of many lengths leave gaps between segments of fixed size. What the
+    user has set stays."""
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+
+
 @contextmanager
 def explained_out_of_memory(trainer: Trainer, *, is_chunked: bool) -> Iterator[None]:
     """Around training.
