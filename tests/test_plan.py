@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from chunkdist.bench.environment import LLAMA_3_8B
+from chunkdist.bench.plan import MODELS
 from chunkdist.cli import main
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
@@ -43,10 +44,19 @@ def test_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing fits: 524,288 tokens need" in out
 
 
-@pytest.mark.parametrize("name", ["llama3-8b-lora-24gb", "llama3-8b-qlora-24gb"])
-def test_presets_fit_on_their_card(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of Llama-3-8B's sizes; bitsandbytes need not be there."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA_3_8B}))
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("llama3-8b-lora-24gb", MODELS["Llama-3-8B"]),
+        ("llama3-8b-qlora-24gb", MODELS["Llama-3-8B"]),
+        ("llama3.2-1b-full-24gb", MODELS["Llama-3.2-1B"]),
+    ],
+)
+def test_presets_fit_on_their_card(
+    name: str, sizes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of their models' sizes; bitsandbytes need not be there."""
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
     config = str(Path(CONFIG).with_name(f"{name}.yaml"))
     assert main(["plan", config, "--model_name_or_path", str(tmp_path)]) == 0
     assert "as configured: chunk_size: " in " ".join(capsys.readouterr().out.split())

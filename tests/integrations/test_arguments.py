@@ -147,6 +147,8 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"load_in_4bit": True}, "needs use_peft"),
         ({"load_in_4bit": True, "use_peft": True}, r"pip install 'chunkdist\[qlora\]'"),
         ({"max_length": 1}, "max_length=1 leaves no token"),
+        ({"oom": "shrink", "chunk_method": "spaco"}, "oom=shrink with chunk_method=spaco: only exact steps"),
+        ({"oom": "shrink", "chunk_packing": True}, "oom=shrink with chunk_packing=True: streams are cut"),
         ({"output_dir": __file__}, "is a file: write the name of a folder"),
     ],
 )
