@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tables import DOCS, RESULTS, Result, filled, required
 
-from chunkdist.bench.plan import CARD_NAMES, table
+from chunkdist.bench.plan_tables import CARD_NAMES, engine_table, table, target_table
 from chunkdist.memory.cards import CARDS
 
 PAGE = DOCS / "memory.md"
@@ -39,4 +39,14 @@ def _text(result: Result) -> str:
     ]
     for name, found in result["summary"].items():
         lines.append(f"| {name} | " + " | ".join(f"{found['longest'][card]:,}" for card in CARD_NAMES) + " |")
+    lines += [
+        "",
+        "With as little as Llama-3-8B can do with: of the device, of the host, of the device without the host.",
+        "",
+        target_table(result),
+        "",
+        "FSDP2, all layers; *full* trains everything with fp32 masters and gathers bf16.",
+        "",
+        engine_table(result),
+    ]
     return "\n".join([*lines, "", f"`{result['command']}`."])
