@@ -41,7 +41,7 @@ def _text(result: Result) -> str:
         lines.append(f"| {name} | " + " | ".join(f"{found['longest'][card]:,}" for card in CARD_NAMES) + " |")
     lines += [
         "",
-        "With as little as Llama-3-8B can do with: of the device, of the host, of the device without the host.",
+        "With as little as Llama-3-8B can do with: of the device, of the host, of the device alone.",
         "",
         target_table(result),
         "",

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import BatchSampler
 
+from chunkdist.data.sampler import longest_to_front
 from chunkdist.flops import StepFlops, num_pairs
 
 
 class PipelineBatchSampler(BatchSampler):
     """Global batches of an epoch; yields the share of one replica, as one index of `StreamSamples`.
 
-    The longest sequences are dealt out first. What is yielded follows from the epoch alone.
+    The longest sequences are dealt out first, and shuffled epochs begin with the longest. What is
+    yielded follows from the epoch alone.
     """
 
     batch_size = 1  # accelerate: an item is whole, none is cut to even out the last one
@@ -44,7 +46,7 @@ class PipelineBatchSampler(BatchSampler):
         order = list(range(len(self._lengths)))
         if self._shuffle:
             generator = torch.Generator().manual_seed(self._seed + self._epoch)
-            order = torch.randperm(len(order), generator=generator).tolist()
+            order = longest_to_front(torch.randperm(len(order), generator=generator).tolist(), self._lengths)
         for start in range(0, len(order), self._batch_sequences):
             batch = order[start : start + self._batch_sequences]
             batch.sort(key=lambda index: (-self._lengths[index], index))
