@@ -73,6 +73,7 @@ def check_pipeline(
         "save_on_each_node": training.save_on_each_node,
         "gradient_accumulation_steps": training.gradient_accumulation_steps > 1,
         "dataloader_drop_last": training.dataloader_drop_last,
+        "average_tokens_across_devices": not training.average_tokens_across_devices,
         "load_best_model_at_end": training.load_best_model_at_end,
         "auto_find_batch_size": training.auto_find_batch_size,
         "ignore_data_skip": training.ignore_data_skip,

@@ -23,6 +23,7 @@ from chunkdist.pipeline.plan import (
     PipelinePlan,
     choose_pipeline,
     simulate_plan,
+    tried_cuts,
 )
 from chunkdist.pipeline.simulate import Timeline
 
@@ -81,9 +82,11 @@ class PipelineQuestion:
             device_type=self._device_type,
             activation_bytes=settings["activation_bytes"],
         )
+        stages, costs, head = self.args.pipeline_stages, self._costs, self._head
+        cuts = tried_cuts(self.batches, costs, num_stages=stages, head_per_token=head)
         return room_for_graphs(
             sizes,
-            num_stages=self.args.pipeline_stages,
+            num_layers=max(len(stage) for cut in cuts for stage in cut),
             longest=self.longest,
             optimizer=settings["optimizer"],
             available_bytes=available_bytes,

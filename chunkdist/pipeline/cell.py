@@ -122,6 +122,7 @@ class StageCell:
             grad = graph.backward(grad_output)
             for relay in graph.relays:
                 relay.forget()
+        self.stores = []  # of a pipeline of one stage, torch keeps the node until the step ends
         return grad
 
     def _run_layers(self, received: Tensor | None) -> CellGraph:

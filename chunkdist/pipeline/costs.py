@@ -40,15 +40,17 @@ def layer_costs(model: nn.Module) -> tuple[list[SequenceCost], float]:
 
 
 def room_for_graphs(
-    sizes: ModelSizes, *, num_stages: int, longest: int, optimizer: str, available_bytes: int
+    sizes: ModelSizes, *, num_layers: int, longest: int, optimizer: str, available_bytes: int
 ) -> int:
     """Tokens times layers of which a stage may hold graphs: `max_graph_tokens` of `choose_pipeline`. A power
     of two, so that a run that goes on chooses the same with a little less memory.
 
-    What is there beside is estimated for the largest stage: weights, gradients and optimizer states, and of
-    the longest sequence K/V with gradients and, for each token, its hidden states and two gradients of them.
+    What is there beside is estimated for the largest stage: weights, gradients and optimizer states, a tile
+    of logits, and of the longest sequence K/V with gradients and, for each token, its hidden states and two
+    gradients of them. Another sequence as long may begin while it goes back: its K/V are there as well.
 
     Args:
+        num_layers: Of the stage with most of them.
         longest: Tokens of the longest sequence.
         optimizer: As in `TrainingArguments.optim`; the states of one that is not known count nothing.
         available_bytes: Of one rank, for everything.
@@ -56,7 +58,6 @@ def room_for_graphs(
     Returns:
         0: there is no room.
     """
-    num_layers = -(-len(sizes.layers) // num_stages)
     layer = max(sizes.layers, key=lambda weights: weights.local_bytes)
     states = OptimizerMemory.named(optimizer) or OptimizerMemory()
     fixed = 0
@@ -64,7 +65,8 @@ def room_for_graphs(
         trained = weights.whole_trainable_bytes
         own = states.state_bytes(weights.num_trainable, trained, weights.factored_numbers)
         fixed += count * (weights.local_bytes + (1 + states.update) * trained + own)
-    kv = max(cell.kv_bytes + cell.kv_numbers * sizes.kv_grad_bytes for cell in sizes.cells)
+    fixed += 12 * (sizes.head_tile_tokens or 0) * sizes.head_width
+    kv = max(2 * cell.kv_bytes + cell.kv_numbers * sizes.kv_grad_bytes for cell in sizes.cells)
     sequence = longest * (num_layers * kv + 3 * sizes.stream.hidden_bytes)
     room = (available_bytes - fixed - sequence) / max(cell.saved.per_token for cell in sizes.cells)
     return 0 if room < 1 else 1 << (int(room).bit_length() - 1)

@@ -47,6 +47,21 @@ class PipelinePlan:
     peak_graphs: tuple[int, ...]
 
 
+def tried_cuts(
+    batches: Sequence[Sequence[int]],
+    layers: Sequence[SequenceCost],
+    *,
+    num_stages: int,
+    head_per_token: float,
+) -> list[tuple[range, ...]]:
+    """The cuts into stages of whole layers that `choose_pipeline` compares; arguments as there."""
+    lengths = [length for batch in batches for length in batch]
+    of_kind = {layer: sum(map(layer, lengths)) / sum(lengths) for layer in set(layers)}
+    costs = [of_kind[layer] for layer in layers]
+    weights = [weight * head_per_token for weight in _HEAD_WEIGHTS]
+    return list(dict.fromkeys(cut_stages(costs, num_stages, head_cost=weight) for weight in weights))
+
+
 def choose_pipeline(
     batches: Sequence[Sequence[int]],
     layers: Sequence[SequenceCost],
@@ -78,15 +93,10 @@ def choose_pipeline(
     """
     if not batches:
         raise ValueError("batches is empty: pass the lengths of at least one optimizer step")
-    lengths = [length for batch in batches for length in batch]
-    of_kind = {layer: sum(map(layer, lengths)) / sum(lengths) for layer in set(layers)}
-    costs = [of_kind[layer] for layer in layers]
+    cuts = tried_cuts(batches, layers, num_stages=num_stages, head_per_token=head_per_token)
     best: PipelinePlan | None = None
     for chunk_size in chunk_sizes:
         packed = [pack_runs(batch, chunk_size, shares_chunks=shares_chunks) for batch in batches]
-        cuts = {
-            cut_stages(costs, num_stages, head_cost=weight * head_per_token): None for weight in _HEAD_WEIGHTS
-        }
         for cut in cuts:
             stages = [_sum([layers[index] for index in stage]) for stage in cut]
             for ahead in forwards_ahead:

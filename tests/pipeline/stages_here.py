@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from chunkdist import ChunkConfig, UnsupportedModelError
 from chunkdist.exact_classes import CLASSES, TRANSFORMERS_VERSION
 from chunkdist.model_layers import find_layers
+from chunkdist.packed_models import refuse_segments
 from chunkdist.pipeline.runs import pack_runs
 from chunkdist.pipeline.schedule import schedule_1f1b
 from chunkdist.pipeline.stage import ModelStage
@@ -64,6 +65,7 @@ def staged_step(
     config = ChunkConfig(chunk_size=chunk_size, attention="math")
     stages = [ModelStage(own, config, layers) for own, layers in zip(models, cut, strict=True)]
     runs = pack_runs(lengths, chunk_size, shares_chunks=not stages[0].has_state)
+    refuse_segments(model, max(*lengths, *(run.num_empty for run in runs)))  # as `Pipeline.runs`
     schedule = schedule_1f1b(
         [run.num_chunks for run in runs], num_stages=len(cut), retained_chunks=retained_chunks
     )
