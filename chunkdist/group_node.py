@@ -48,6 +48,7 @@ class _GroupNode(torch.autograd.Function):
 
         def instead() -> tuple[Tensor | None, ...]:
             run.drop()
+            run.units.gather()  # as the other ranks do
             return grad_output if ctx.wants_grad else None, *map(zeros, run.parameters.trainable)
 
         return None, *attempt(compute, instead)

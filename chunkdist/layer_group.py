@@ -33,6 +33,7 @@ from chunkdist.kv_store import KVStore
 from chunkdist.layer_arguments import refuse_arguments, slice_tokens
 from chunkdist.parameters import GroupParameters
 from chunkdist.projected import projected_parts
+from chunkdist.recovery import attempt
 from chunkdist.replay import AutocastState, RngState, undisturbed_rng
 from chunkdist.schedule import Chunk, Stream
 from chunkdist.sharding import zero3
@@ -128,7 +129,7 @@ class GroupRun:
         if torch.is_grad_enabled() and (hidden.requires_grad or self.parameters.trainable):
             return as_node(self, hidden)
         with torch.no_grad():
-            return self.forward(hidden, retained=(), for_backward=False)
+            return attempt(lambda: self.forward(hidden, retained=(), for_backward=False), lambda: hidden)
 
     def learn_output_form(self, layer: GroupLayer) -> None:
         """Runs `layer` on the first token alone, to see whether it returns a tensor or a tuple."""

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from chunkdist.recovery import attempt, zeros
+
 TILE_BYTES = 2**29
 """Memory of one tile: its logits in the model's dtype and in fp32, and their gradients."""
 
@@ -119,14 +121,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            *(None if x is None else x * grad_loss.to(x.dtype) for x in ctx.saved_tensors),
-            None,
-            None,
-            None,
-            None,
-            None,
+        saved: tuple[Tensor | None, ...] = ctx.saved_tensors
+        grads = attempt(
+            lambda: [None if x is None else x * grad_loss.to(x.dtype) for x in saved],
+            lambda: [None if x is None else zeros(x) for x in saved],
         )
+        return *grads, None, None, None, None, None
 
 
 def _tiles_with_labels(labels_N: Tensor, num_tokens: int, ignore_index: int) -> list[int]:

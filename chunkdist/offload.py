@@ -187,7 +187,7 @@ class _Pool:
             self._idle.setdefault(slab.numel(), []).append(slab)
 
     def require(self, num_bytes: int, *, of_all_ranks: bool = False, exactly: bool = False) -> None:
-        """Before the first slab, what is free is this rank's part; later, the other ranks have taken theirs.
+        """Compares with this rank's part of what is free: all ranks may grow at once.
 
         Args:
             of_all_ranks: Compare with all that is free.
@@ -198,7 +198,7 @@ class _Pool:
         missing = num_bytes if exactly else num_bytes - self.idle_bytes
         if missing <= 0:
             return
-        num_ranks = 1 if of_all_ranks or self.held_bytes else None
+        num_ranks = 1 if of_all_ranks else None
         free = int(free_host_bytes(num_ranks=num_ranks) * _USABLE_SHARE)
         if missing > free and self.idle_bytes:  # slabs of sizes that are not wanted any more
             self._release([slab for slabs in self._idle.values() for slab in slabs])

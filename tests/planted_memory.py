@@ -20,7 +20,7 @@ def memory_for(num_tokens: int, place: Place, group: int = 1) -> Iterator[list[i
     """Inside, longer chunks of one group find too little memory, or, in the loss, all tokens do once.
 
     Args:
-        group: Counted from the top; 0 is the final norm.
+        group: Counted from the top.
 
     Yields:
         The numbers of tokens that did not fit.

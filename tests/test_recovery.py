@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -32,6 +34,32 @@ def test_the_step_ends_and_the_next_one_is_exact(place: Place) -> None:
     model(**inputs).loss.backward()
     for name, p in model.named_parameters():
         assert torch.equal(p.grad, expected[name]), name  # type: ignore[arg-type]
+
+
+def test_layers_without_gradients() -> None:
+    model: Any = tiny_llama(num_layers=3)
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    chunk_model(model, ChunkConfig(chunk_size=8))
+    with memory_for(4, "forward", group=2) as refused, recovering() as recovery:
+        model(**batch(num_tokens=24), use_cache=False).loss.backward()
+    assert refused == [8]
+    assert recovery.error is not None
+
+
+def test_the_losss_own_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chunk_model(tiny_llama(num_layers=2), ChunkConfig(chunk_size=8))
+    loss = model(**batch(num_tokens=24), use_cache=False).loss
+
+    def refuse(*args: object) -> None:
+        raise torch.OutOfMemoryError("planted: out of memory")
+
+    with recovering() as recovery:
+        monkeypatch.setattr(torch.Tensor, "__mul__", refuse)
+        loss.backward()
+        monkeypatch.undo()
+    assert recovery.error is not None
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_outside_it_is_an_error() -> None:

@@ -74,4 +74,8 @@ def command_line(model: Path, rows: list[dict[str, Any]], **values: Any) -> list
     }
     if not (model / "model.safetensors").exists():
         given.setdefault("from_scratch", True)
-    return [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    return [
+        part
+        for key, value in given.items()
+        for part in (f"--{key}", *map(str, value if isinstance(value, list) else [value]))
+    ]

@@ -81,7 +81,7 @@ class ChunkCallback(TrainerCallback):
         self._model = model
         self._stream_tokens = stream_tokens
         self._metrics = MetricsFile(Path(output_dir) / "metrics.jsonl")
-        self._counter: TokenCounter | None = None
+        self.counter: TokenCounter | None = None
         self._num_tokens_seen = 0
         self._expected: ChunkReport | None = None
         self._has_warned = False
@@ -108,7 +108,7 @@ class ChunkCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stop_counting()  # an earlier run may have died
-        self._counter = self._given_counter or TokenCounter(self._model)
+        self.counter = self._given_counter or TokenCounter(self._model)
         self._num_tokens_seen, self._expected = 0, None
         self._forget_time()
         if self._config is not None:
@@ -157,7 +157,7 @@ class ChunkCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs or self._counter is None or not self._num_steps:
+        if logs is None or "loss" not in logs or self.counter is None or not self._num_steps:
             return  # an evaluation, or the end
         self._take_time()  # the loss has been read: the device is done
         logs.update(self._figures(args))
@@ -177,8 +177,8 @@ class ChunkCallback(TrainerCallback):
             self._try(self._finish)
 
     def _figures(self, args: TrainingArguments) -> dict[str, float]:
-        assert self._counter is not None
-        counts, peaks = _over_ranks(self._counter.take(), _peak_bytes(args.device), args.device)
+        assert self.counter is not None
+        counts, peaks = _over_ranks(self.counter.take(), _peak_bytes(args.device), args.device)
         self._num_tokens_seen += counts[0]
         memory_name = "peak_memory_gib" if args.device.type == "cuda" else "peak_rss_gib"
         figures = {
@@ -189,7 +189,7 @@ class ChunkCallback(TrainerCallback):
         }
         peak = peak_flops(torch.cuda.get_device_name(args.device)) if args.device.type == "cuda" else None
         if peak is not None:
-            figures["mfu"] = self._counter.flops.from_counts(counts) / self._seconds / (peak * len(peaks))
+            figures["mfu"] = self.counter.flops.from_counts(counts) / self._seconds / (peak * len(peaks))
         return figures | self._sample_figures()
 
     def _note_sample(self) -> None:
@@ -248,9 +248,9 @@ class ChunkCallback(TrainerCallback):
         self._mark, self._seconds, self._num_steps = mark, 0.0, 0
 
     def _stop_counting(self) -> None:
-        if self._counter is not None:
-            self._counter.remove()
-            self._counter = None
+        if self.counter is not None:
+            self.counter.remove()
+            self.counter = None
 
     def _try(self, write: Callable[[], None]) -> None:
         """Files are no reason to lose a run: one line for the first fault."""

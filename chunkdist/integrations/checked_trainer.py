@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.data_loader import DataLoaderShard  # type: ignore[import-untyped]
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard  # type: ignore[import-untyped]
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -75,7 +75,9 @@ class CheckedSFTTrainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Transformers' own, but shuffled epochs begin with the longest sample."""
         loader: DataLoader[Any] = super().get_train_dataloader()
-        if self.args.train_sampling_strategy == "random" and isinstance(loader, DataLoaderShard):
+        if self.args.train_sampling_strategy == "random" and isinstance(
+            loader, DataLoaderShard | DataLoaderDispatcher
+        ):
             loader.set_sampler(LongestFirst(loader.get_sampler(), sample_lengths(self.train_dataset)))
         return loader
 

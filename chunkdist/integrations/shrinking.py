@@ -12,7 +12,9 @@ from torch import Tensor, distributed
 from trl import SFTTrainer
 
 from chunkdist.context import ChunkContext
+from chunkdist.integrations.callbacks import ChunkCallback
 from chunkdist.integrations.checked_trainer import print_once
+from chunkdist.integrations.token_counter import TokenCounter
 from chunkdist.modeling import layers_of
 from chunkdist.recovery import recovering
 
@@ -70,10 +72,13 @@ class ShrinkingTrainer(SFTTrainer):
             failed = 0
             for number, one in enumerate(todo, start=1):
                 before = copy.deepcopy(self._metrics), self._total_train_tokens
+                counters = [(counter, counter.sums) for counter in self._token_counters()]
                 with nullcontext() if number == len(todo) else self.accelerator.no_sync(model=model):
                     loss, failed = self._attempt(model, one, num_items_in_batch)
                 if failed or number < len(todo):  # noted already, or not to be
                     self._metrics, self._total_train_tokens = before
+                    for counter, sums in counters:
+                        counter.sums = sums
                 if failed:
                     break
             if not failed:
@@ -83,6 +88,14 @@ class ShrinkingTrainer(SFTTrainer):
             todo = [*self._done, inputs]
         self._done = [] if self.accelerator.sync_gradients else [*self._done, inputs]
         return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._done = []  # a run that failed may have left some
+        return super().train(*args, **kwargs)
+
+    def _token_counters(self) -> list[TokenCounter]:
+        callbacks = self.callback_handler.callbacks
+        return [c.counter for c in callbacks if isinstance(c, ChunkCallback) and c.counter is not None]
 
     def _attempt(
         self, model: Any, inputs: dict[str, Any], num_items: Tensor | int | None

@@ -29,12 +29,13 @@ class TokenCounter:
         self.flops = StepFlops.of(model)
         decoder: nn.Module = inner.get_decoder()
         self._signature = inspect.signature(decoder.forward)
-        self._sums: Tensor | None = None
+        self.sums: Tensor | None = None
+        """Since the last `take`, on the device."""
         self._hook = decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True, prepend=True)
 
     def take(self) -> list[int]:
         """The counts since the last call, as `StepFlops.from_counts` wants them; waits for the device."""
-        sums, self._sums = self._sums, None
+        sums, self.sums = self.sums, None
         return (
             [0] * (1 + len(self.flops.per_pair))
             if sums is None
@@ -53,7 +54,7 @@ class TokenCounter:
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         if isinstance(tokens, Tensor):
             counts = self.flops.counts(*_positions(tokens, arguments))
-            self._sums = counts if self._sums is None else self._sums + counts
+            self.sums = counts if self.sums is None else self.sums + counts
 
 
 def _positions(tokens: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:

@@ -62,12 +62,14 @@ def resolve_auto(
         available_bytes = int(free_bytes(device) * share)
     host_bytes = int(free_host_bytes() * USABLE_SHARE["cpu"])
     asked = [name for name in AUTO_FIELDS if getattr(config, name) == "auto"]
+    card = card_of(device)
     if asked != ["retained_chunks"]:
         available_bytes, host_bytes, num_tokens = _alike(device, available_bytes, host_bytes, num_tokens)
+        card = _slowest(card)
     weights = Job(
         sizes=sizes,
         flops=StepFlops.of(model),
-        card=card_of(device),
+        card=card,
         available_bytes=available_bytes,
         host_bytes=host_bytes,
         num_rows=num_rows,
@@ -97,6 +99,15 @@ def card_of(device: torch.device) -> Card:
     if device.type == "cuda":
         return card_named(torch.cuda.get_device_name(device))
     return CARDS["rtx3090"]  # only the order of schedules matters
+
+
+def _slowest(card: Card) -> Card:
+    """Of the cards of all ranks: another one would make another schedule the fastest."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return card
+    cards: list[Card] = [card] * distributed.get_world_size()
+    distributed.all_gather_object(cards, card)
+    return min(cards, key=lambda card: (card.flops, card.name))
 
 
 def _alike(device: torch.device, available: int, host: int, num_tokens: int) -> tuple[int, int, int]:

@@ -129,7 +129,8 @@ class Zero3Gathered(Gathered):
 
     def _live(self, *running: Weights) -> Parts:
         numbers = max(self._max_live, sum(weights.num_numbers for weights in running))
-        return _parts(min(numbers, self._sizes.all_weights.num_numbers) * self._element, 0)
+        # Its buckets are there all the time: `Engine.between_steps`.
+        return {"gathered weights": min(numbers, self._sizes.all_weights.num_numbers) * self._element}
 
 
 def _parts(gathered: int, collectives: int) -> Parts:

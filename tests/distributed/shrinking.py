@@ -13,6 +13,7 @@ from torch import distributed, nn
 
 from chunkdist import chunk_model
 from chunkdist.integrations.arguments import parse_options
+from chunkdist.integrations.callbacks import ChunkCallback
 from chunkdist.integrations.trl import build_trainer, chunk_trainer
 from chunkdist.modeling import layers_of
 from chunkdist.recovery import recovering
@@ -55,8 +56,11 @@ def largest_error_of_retry(case: Case, place: Place) -> float:
     return max(errors)
 
 
-def weights_and_chunk_size(model: Path, planted_rank: int, values: dict[str, Any]) -> tuple[list[float], int]:
-    """Trains two optimizer steps with memory for half a chunk on one rank; -1: on none."""
+def weights_and_chunk_size(
+    model: Path, planted_rank: int, values: dict[str, Any]
+) -> tuple[list[float], int, list[float]]:
+    """Trains two optimizer steps with memory for half a chunk on one rank; -1: on none. The weights, the
+    chunk size, and the tokens that were counted."""
     rank, num_ranks = (distributed.get_rank(), distributed.get_world_size())
     folder = model.parent / f"rank{rank}-of-{num_ranks}-{planted_rank}"
     folder.mkdir()
@@ -72,8 +76,11 @@ def weights_and_chunk_size(model: Path, planted_rank: int, values: dict[str, Any
     }
     trainer, config = build_trainer(parse_options(command_line(folder / "model", rows, **options)))
     chunk_trainer(trainer, config)
+    ChunkCallback.add_to(trainer, config)
     with memory_for(64, "backward") if rank == planted_rank else nullcontext():
         trainer.train()
     assert trainer.model is not None
     weights: list[float] = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).tolist()
-    return weights, int(layers_of(trainer.model)[0].group.context.config.chunk_size)
+    counts = [row["num_tokens_seen"] for row in trainer.state.log_history if "num_tokens_seen" in row]
+    assert len(counts) == 2
+    return weights, int(layers_of(trainer.model)[0].group.context.config.chunk_size), counts

@@ -21,6 +21,7 @@ LENGTHS = (3 * CHUNK_SIZE, 5 * CHUNK_SIZE + 2)
         (Case(engine="ddp", lengths=LENGTHS), "backward"),
         (Case(engine="fsdp2", lengths=LENGTHS), "forward"),
         (Case(engine="fsdp2", lengths=LENGTHS, layers_per_group=2, lora=True), "backward"),
+        (Case(engine="fsdp2", lengths=LENGTHS, layers_per_group="all"), "loss"),
         (Case(engine="fsdp2 head", lengths=LENGTHS, retained_chunks=1), "loss"),
     ],
     ids=lambda x: x if isinstance(x, str) else x.engine,
@@ -34,6 +35,7 @@ def test_the_trainer_shrinks_on_both_ranks_and_loses_nothing(two_ranks: Ranks, t
     values = {"oom": "shrink", "chunk_size": 128, "max_length": 256, "gradient_accumulation_steps": 2}
     runs = [two_ranks.run(weights_and_chunk_size, model, rank, values) for rank in (1, -1)]
     (first, second), (untouched, _) = runs
+    assert first[2] == untouched[2]
     assert first[0] == second[0]
-    assert [size for _, size in (first, second, untouched)] == [64, 64, 128]
+    assert [size for _, size, _ in (first, second, untouched)] == [64, 64, 128]
     assert first[0] == pytest.approx(untouched[0], abs=1e-6)

@@ -44,7 +44,12 @@ OPTIONS: dict[str, Any] = {
     "chunk_check": False,
     "seed": 5,
 }
-LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0}
+LORA = {
+    "use_peft": True,
+    "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
+    "lora_modules_to_save": ["embed_tokens", "lm_head"],  # tied, and saved under both names
+    "lora_dropout": 0.0,
+}
 RUNS: list[tuple[int, dict[str, Any]]] = [
     (2, {"pipeline_stages": 2}),
     (2, {"pipeline_stages": 2, **LORA}),
