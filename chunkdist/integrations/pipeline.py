@@ -56,6 +56,7 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
         self._chunk_config = chunk_config
         self._pipeline: Pipeline | None = None
         super().__init__(**kwargs)
+        _refuse_tied_copies(self.model)
         args: Any = self.args
         self._num_replicas = args.world_size // args.pipeline_stages
         self._replica, self._stage = divmod(args.process_index, args.pipeline_stages)
@@ -286,3 +287,20 @@ def _like(x: Any, parameter: Tensor) -> Any:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def _refuse_tied_copies(model: Any) -> None:
+    """PEFT saves tied modules that it trains whole under both names, and a stage has only one of them.
+
+    Raises:
+        ValueError: the adapters could not be loaded again.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    base: Any = model.get_base_model()
+    tied = base.config.get_text_config(decoder=True).tie_word_embeddings
+    if tied and hasattr(base.get_output_embeddings(), "modules_to_save"):
+        raise ValueError(
+            "lora_modules_to_save has the output layer, which is tied to the embeddings: with stages, "
+            "adapters could not be loaded again; leave embeddings and output layer out of it"
+        )

@@ -90,12 +90,7 @@ def whole_state_dict(pipeline: Pipeline, model: nn.Module) -> dict[str, Tensor] 
         model: As its names are wanted: the pipeline's, or a PEFT model around it.
     """
     tied = _second_of_tied(pipeline)
-    # PEFT saves and loads each of two tied modules that it trains whole.
-    left_out = {
-        name
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if p is tied and ".modules_to_save." not in name
-    }
+    left_out = {name for name, p in model.named_parameters(remove_duplicate=False) if p is tied}
     own = {
         name: x.full_tensor() if isinstance(x, DTensor) else x
         for name, x in model.state_dict().items()

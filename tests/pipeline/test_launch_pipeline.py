@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from chunkdist.integrations.pipeline import _refuse_tied_copies
 from chunkdist.pipeline.plan import CHUNK_SIZES
 from tests.distributed.launched import save_initial_model
 from tests.distributed.ranks import Ranks
+from tests.models import tiny_llama
 from tests.pipeline.launched_pipeline import (
     Failure,
     arguments_of,
@@ -44,12 +47,7 @@ OPTIONS: dict[str, Any] = {
     "chunk_check": False,
     "seed": 5,
 }
-LORA = {
-    "use_peft": True,
-    "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
-    "lora_modules_to_save": ["embed_tokens", "lm_head"],  # tied, and saved under both names
-    "lora_dropout": 0.0,
-}
+LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0}
 RUNS: list[tuple[int, dict[str, Any]]] = [
     (2, {"pipeline_stages": 2}),
     (2, {"pipeline_stages": 2, **LORA}),
@@ -224,3 +222,15 @@ def test_a_stage_that_fails_ends_the_others_and_is_named(
     assert died is None
     assert f"chunkdist: {named}" in said
     assert seconds < 15
+
+
+def test_adapters_that_could_not_be_loaded_again_are_refused() -> None:
+    for names, tied, refused in (
+        (["embed_tokens", "lm_head"], True, True),
+        (["embed_tokens", "lm_head"], False, False),
+        (None, True, False),
+    ):
+        config = LoraConfig(target_modules=["q_proj"], modules_to_save=names, task_type="CAUSAL_LM")
+        model = get_peft_model(tiny_llama(tie_word_embeddings=tied), config)
+        with pytest.raises(ValueError, match="tied to the embeddings") if refused else nullcontext():
+            _refuse_tied_copies(model)
