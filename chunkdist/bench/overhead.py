@@ -1,9 +1,10 @@
 """Host time of a cell, and the share of a step that is spent in kernels, by chunk size.
 
 Steps are timed without the profiler, one more runs under it. *Kernels* are, on CUDA, what runs on the device;
-on a CPU, torch's operators by their own time. *Host* is, on CUDA, the time until all work is queued: as long
-as it is below the device's, the device does not wait. On a CPU it is the CPU time of a step, which other
-programs on the machine hardly move, less the share that operators have of the step under the profiler.
+on a CPU, torch's operators; what runs at the same time is counted once. *Host* is, on CUDA, the time until
+all work is queued: as long as it is below the device's, the device does not wait. On a CPU it is the CPU time
+of a step, which other programs on the machine hardly move, less the share that operators have of the step
+under the profiler.
 A cell is one layer on one chunk, run once; a step runs each twice, the second time with a backward.
 
     python -m chunkdist.bench.overhead [--smoke] [--json FILE] [--repetitions N] [--device cuda] [--model 8b]
@@ -26,17 +27,14 @@ from torch.profiler import ProfilerActivity, profile
 from chunkdist import ChunkConfig
 from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.options import check_counts, dtype_on, parsed, parser_of
+from chunkdist.bench.profile import gaps_of, kernels_of
 from chunkdist.bench.sizes import SIZES, Sizes
 from chunkdist.bench.ways import BASELINE, Way, prepared
 
 
 def kernel_seconds(step_profile: profile, *, on_gpu: bool) -> float:
-    """Of all kernels under the profiler."""
-    events = step_profile.key_averages()
-    if on_gpu:
-        return sum(float(event.self_device_time_total) for event in events) / 1e6
-    ops = (event for event in events if event.key.startswith(("aten::", "chunkdist::")))
-    return sum(float(event.self_cpu_time_total) for event in ops) / 1e6
+    """In which at least one kernel runs, under the profiler."""
+    return gaps_of(kernels_of(step_profile, on_gpu=on_gpu))[0]
 
 
 def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, float]:
@@ -64,7 +62,7 @@ def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, float
             profiled_s = time.perf_counter() - start
     wall_s, cpu_s = statistics.median(walls), statistics.median(cpus)
     kernel_s = kernel_seconds(step_profile, on_gpu=on_gpu)
-    share = min(1.0, kernel_s / (wall_s if on_gpu else profiled_s))
+    share = kernel_s / (wall_s if on_gpu else profiled_s)
     host_s = statistics.median(queued) if on_gpu else cpu_s * (1 - share)
     return {"wall_s": wall_s, "cpu_s": cpu_s, "host_s": host_s, "kernel_s": kernel_s, "kernel_share": share}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +65,28 @@ def test_kernels_are_counted_once() -> None:
         torch.nn.functional.linear(a, a)
     total = max(event.cpu_time_total for event in found.key_averages()) / 1e6
     assert 0 < overhead.kernel_seconds(found, on_gpu=False) <= total * 1.01
+
+
+def test_on_a_gpu_what_launches_kernels_is_none() -> None:
+    """Two kernels on two streams overlap; the operator and the launch of the first, and a range around it,
+    which has a row on the device too, are no kernels."""
+
+    def event(name: str, device: str, start: float, end: float, *, is_range: bool = False) -> SimpleNamespace:
+        times = SimpleNamespace(start=start * 1e6, end=end * 1e6)
+        kind = SimpleNamespace(name=device)
+        return SimpleNamespace(name=name, device_type=kind, time_range=times, is_user_annotation=is_range)
+
+    events = [
+        event("aten::mm", "CPU", 0, 10),
+        event("cudaLaunchKernel", "CPU", 0, 1),
+        event("step", "CUDA", 0, 20, is_range=True),
+        event("gemm", "CUDA", 2, 5),
+        event("copy", "CUDA", 4, 6),
+        event("relu", "CUDA", 8, 9),
+    ]
+    found: Any = SimpleNamespace(events=lambda: events)
+    assert overhead.kernel_seconds(found, on_gpu=True) == pytest.approx(5)
+    assert overhead.kernel_seconds(found, on_gpu=False) == pytest.approx(10)
 
 
 def test_a_way_leaves_no_trace() -> None:
