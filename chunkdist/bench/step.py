@@ -66,21 +66,13 @@ def measure(
         report(f"{num_tokens:,} tokens")
         ids = replace(sizes, num_tokens=num_tokens).tokens(device)
         differences = _warmed_up(model, ids, left, report)
+        left = [way for way in left if way.name in differences]
+        left, here = _rounds(model, ids, left, num_rounds, report)
         rows += [
             {"num_tokens": num_tokens, "way": way.name, "outcome": OUT_OF_MEMORY}
             for way in ways
-            if way.name not in differences
+            if way not in left
         ]
-        left = [way for way in left if way.name in differences]
-        here: list[Step] = []
-        for number in range(1, num_rounds + 1):
-            report(f"round {number} of {num_rounds}")
-            shift = (number - 1) % max(1, len(left))
-            for way in left[shift:] + left[:shift]:
-                cost = attempt(model, ids, way)
-                if cost is None:
-                    raise RuntimeError(f"{way.name} ran out of memory after it had room in its warm-up")
-                here.append(Step(**asdict(cost), num_tokens=num_tokens, round=number, way=way.name))
         steps += here
         flops = step_flops(model, num_tokens)
         base = ways[0].name if ways[0] in left else None
@@ -129,6 +121,26 @@ def _warmed_up(
             expected = {name: grad.clone() for name, grad in grads.items()}
         differences[way.name] = largest_difference(grads, expected) if expected else None
     return differences
+
+
+def _rounds(
+    model: Any, ids: Tensor, ways: Sequence[Way], num_rounds: int, report: Callable[[str], None]
+) -> tuple[list[Way], list[Step]]:
+    """The ways that have room in every round, and their steps: room in the warm-up promises none later, when
+    memory is in other pieces."""
+    left, steps = list(ways), []
+    for number in range(1, num_rounds + 1):
+        report(f"round {number} of {num_rounds}")
+        shift = (number - 1) % max(1, len(left))
+        for way in left[shift:] + left[:shift]:
+            cost = attempt(model, ids, way)
+            if cost is None:
+                report(f"{way.name}: {OUT_OF_MEMORY}")
+                left = [other for other in left if other is not way]
+                continue
+            steps.append(Step(**asdict(cost), num_tokens=ids.shape[1], round=number, way=way.name))
+    names = {way.name for way in left}
+    return left, [step for step in steps if step.way in names]
 
 
 def attempt(model: Any, ids: Tensor, way: Way) -> Cost | None:

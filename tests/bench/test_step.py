@@ -115,6 +115,31 @@ def test_a_way_without_room_is_left_out_at_longer_lengths(monkeypatch: pytest.Mo
     assert table_line(step.table({**result, **provided}), "plain", 1).endswith(step.OUT_OF_MEMORY)
 
 
+def test_a_way_whose_room_is_gone_after_the_warm_up_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline too: what is left has then no ratio at this length, and runs on."""
+    real, seen = step.attempt, []
+
+    def gone(model: Any, ids: Tensor, way: Way) -> Any:
+        seen.append((way.name, ids.shape[1]))
+        return None if seen.count((BASELINE, 32)) == 3 and way.name == BASELINE else real(model, ids, way)
+
+    monkeypatch.setattr(step, "attempt", gone)
+    ways = baselines(16, on_gpu=False)[:2]
+    assert ways[0].name == BASELINE
+    settings = {"device": "cpu", "dtype": torch.float32, "num_rounds": 3, "report": lambda line: None}
+    result = step.measure(SIZES["smoke"], ways, [16, 32, 48], **settings)
+    outcomes = {(row["way"], row["num_tokens"]): row["outcome"] for row in result["rows"]}
+    assert [outcomes[BASELINE, length] for length in (16, 32, 48)] == ["ran", *[step.OUT_OF_MEMORY] * 2]
+    assert all(outcomes["plain", length] == "ran" for length in (16, 32, 48))
+    assert seen.count((BASELINE, 32)) == 3
+    assert (BASELINE, 48) not in seen
+    steps = [entry["way"] for entry in result["steps"] if entry["num_tokens"] == 32]
+    assert steps == ["plain"] * 3
+    rows = {row["num_tokens"]: row for row in result["rows"] if row["way"] == "plain"}
+    assert "wall_ratio" in rows[16]
+    assert "wall_ratio" not in rows[32]
+
+
 def table_line(table: str, way: str, number: int) -> str:
     return [line for line in table.splitlines() if line.startswith(f"{way} ")][number]
 
