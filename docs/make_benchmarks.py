@@ -174,6 +174,8 @@ def _tables(results: Results, folder: Path) -> str:
             parts.append(f"{UNKNOWN}: `chunkdist bench {job.name}`, part {job.part}.\n")
         elif "failed" in result:
             parts.append(f"{result['failed']}: `{result['command']}`.\n")
+            if result.get("rows") or result.get("summary"):
+                parts += ["What there was by then:\n", _table(job, result)]
         else:
             parts.append(_table(job, result))
             if figure_of(result) is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -73,16 +73,26 @@ def _wait(on_gpu: bool) -> None:
 
 
 def measure(
-    sizes: Sizes, chunk_sizes: Sequence[int], *, device: str, dtype: torch.dtype, num_rounds: int
+    sizes: Sizes,
+    chunk_sizes: Sequence[int],
+    *,
+    device: str,
+    dtype: torch.dtype,
+    num_rounds: int,
+    write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """What the JSON holds: by chunk size, and of gradient checkpointing, which runs each layer twice, too."""
+    """What the JSON holds: by chunk size, and of gradient checkpointing, which runs each layer twice, too.
+
+    `write` is called after each row, with what there is so far.
+    """
     model = sizes.model(device, dtype)
     ids = sizes.tokens(device)
     ways = [(sizes.num_tokens, Way(name=BASELINE))]
     ways += [
         (size, Way(name=f"chunks of {size:,}", config=ChunkConfig(chunk_size=size))) for size in chunk_sizes
     ]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {"model": {**asdict(sizes), "num_parameters": model.num_parameters()}, "rows": rows}
     for chunk_size, way in ways:
         num_cells = 2 * sizes.num_layers * -(-sizes.num_tokens // chunk_size)
         found = timed(model, ids, way, num_rounds)
@@ -95,7 +105,8 @@ def measure(
                 "host_s_per_cell": found["host_s"] / num_cells,
             }
         )
-    return {"model": {**asdict(sizes), "num_parameters": model.num_parameters()}, "rows": rows}
+        write(result)
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
@@ -128,19 +139,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_counts(parser, options, "chunk_sizes")
     sizes = SIZES["smoke" if options.smoke else options.model]
     sizes = replace(sizes, num_tokens=options.num_tokens or sizes.num_tokens)
-    result = {
+    head = {
         **provenance("overhead", given, device=options.device),
         "num_repetitions": options.repetitions,
-        **measure(
-            sizes,
-            options.chunk_sizes or [sizes.chunk_size // part for part in (1, 2, 4)],
-            device=options.device,
-            dtype=dtype_on(options.device),
-            num_rounds=options.repetitions,
-        ),
     }
-    print(table(result))
-    write_result(result, options.json)
+    found = measure(
+        sizes,
+        options.chunk_sizes or [sizes.chunk_size // part for part in (1, 2, 4)],
+        device=options.device,
+        dtype=dtype_on(options.device),
+        num_rounds=options.repetitions,
+        write=lambda found: write_result({**head, **found}, options.json),
+    )
+    print(table({**head, **found}))
     return 0
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from chunkdist.bench import gradient_error, offload, overhead
+from chunkdist.bench import gradient_error, offload, overhead, spaco
+from chunkdist.bench.environment import write_result
 from chunkdist.bench.sizes import SIZES
-from chunkdist.bench.ways import Way, prepared
+from chunkdist.bench.ways import BASELINE, Way, prepared
 
 
 def result_of(benchmark: Any, tmp_path: Path, *given: str) -> dict[str, Any]:
@@ -57,6 +58,34 @@ def test_overhead(tmp_path: Path) -> None:
     for row in result["rows"]:
         assert 0 < row["kernel_share"] <= 1
         assert row["host_s_per_cell"] * row["num_cells"] == pytest.approx(row["host_s"])
+
+
+def stopped(benchmark: Any, tmp_path: Path, *given: str) -> dict[str, Any]:
+    """What is left of a run that is stopped when it would write for the second time."""
+    file, written = tmp_path / "stopped.json", []
+
+    def write(result: dict[str, Any], file: Path | None) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(file)
+        write_result(result, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "write_result", write)
+        with pytest.raises(KeyboardInterrupt):
+            benchmark.main(["--smoke", *given, "--json", str(file)])
+    result: dict[str, Any] = json.loads(file.read_text())
+    assert benchmark.table(result)
+    return result
+
+
+def test_what_stopped_runs_leave_can_be_read(tmp_path: Path) -> None:
+    given = ["--repetitions", "1", "--chunk-sizes", "32"]
+    assert [row["way"] for row in stopped(overhead, tmp_path, *given)["rows"]] == [BASELINE]
+    assert len(stopped(spaco, tmp_path, "--repetitions", "2")["rounds"]) == 1
+    given = ["--num-tokens", "32", "--chunk-sizes", "16"]
+    assert [row["way"] for row in stopped(gradient_error, tmp_path, *given)["rows"]] == ["plain"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "stopped.json"]
 
 
 def test_kernels_are_counted_once() -> None:
