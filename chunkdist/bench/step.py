@@ -150,12 +150,18 @@ def _rounds(
             yield left, steps
 
 
-def attempt(model: Any, ids: Tensor, way: Way) -> Cost | None:
-    """The cost of one step; `None` where it runs out of the GPU's memory. The gradients stay."""
+def attempt(model: Any, ids: Tensor, way: Way, *, is_timed: bool = True) -> Cost | None:
+    """The cost of one step; `None` where it runs out of the GPU's memory. The gradients stay.
+
+    Args:
+        is_timed: Else the first step of host offload, which pins its memory, is the only one.
+    """
     model.zero_grad(set_to_none=True)
     try:
         with prepared(model, way, on_gpu=ids.is_cuda) as step:
-            if way.config is not None and way.config.offload == "host":  # its memory is pinned in the first
+            if (
+                is_timed and way.config is not None and way.config.offload == "host"
+            ):  # its memory is pinned in the first
                 step(ids)
                 model.zero_grad(set_to_none=True)
             return cost_of(lambda: step(ids), on_gpu=ids.is_cuda)

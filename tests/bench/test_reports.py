@@ -114,6 +114,11 @@ def test_results_of_a_gpu_fill_the_page(script: ModuleType, folder: Path, tmp_pa
     assert "Made-up" not in script.page_of_results(page, tmp_path)
 
 
+def test_a_longest_length_out_of_time_is_a_lower_bound(script: ModuleType) -> None:
+    row = {"way": "chunked, host offload", "fits": 135168, "fails": None, "out_of_time": True}
+    assert script._longest({"max-length-24gib": {"rows": [row]}}) == "at least 135,168"
+
+
 def test_figures_that_mean_nothing_are_not_shown(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "step-8b.json").write_text(json.dumps(provenance("step", ["--smoke"])))
     with pytest.raises(ValueError, match=r"step-8b\.json is of a run with --smoke"):
