@@ -8,7 +8,7 @@ under the profiler.
 A cell is one layer on one chunk, run once; a step runs each twice, the second time with a backward.
 
     python -m chunkdist.bench.overhead [--smoke] [--json FILE] [--repetitions N] [--device cuda] [--model 8b]
-        [--num-tokens N] [--chunk-sizes N ...]
+        [--num-tokens N] [--num-layers N] [--chunk-sizes N ...]
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from chunkdist import ChunkConfig
 from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.options import check_counts, dtype_on, parsed, parser_of
-from chunkdist.bench.profile import gaps_of, kernels_of
+from chunkdist.bench.profile import gaps_of, kernels_of, recorded
 from chunkdist.bench.sizes import SIZES, Sizes
 from chunkdist.bench.ways import BASELINE, Way, prepared
 
@@ -40,7 +40,6 @@ def kernel_seconds(step_profile: profile, *, on_gpu: bool) -> float:
 def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, float]:
     """Medians of seconds: of a step, of its CPU time, on the host, and in kernels; the kernels' share."""
     on_gpu = ids.is_cuda
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     walls, cpus, queued = [], [], []
     with prepared(model, way, on_gpu=on_gpu) as step:
         for number in range(num_rounds + 1):  # the first one warms up
@@ -55,7 +54,7 @@ def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, float
                 cpus.append(time.process_time() - cpu_start)
                 queued.append(done - start)
         model.zero_grad(set_to_none=True)
-        with profile(activities=activities) as step_profile:
+        with profile(activities=recorded(on_gpu=on_gpu)) as step_profile:
             start = time.perf_counter()
             step(ids)
             _wait(on_gpu)
@@ -134,11 +133,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_rounds=(5, 1),
     )
     parser.add_argument("--num-tokens", type=int, help="tokens of the sequence; default: the model's own")
+    parser.add_argument("--num-layers", type=int, help="of the model, alike; default: the model's own")
     parser.add_argument("--chunk-sizes", type=int, nargs="+", help="default: 1, 1/2 and 1/4 of the model's")
     options = parsed(parser, given)
-    check_counts(parser, options, "chunk_sizes")
+    check_counts(parser, options, "chunk_sizes", "num_layers")
     sizes = SIZES["smoke" if options.smoke else options.model]
-    sizes = replace(sizes, num_tokens=options.num_tokens or sizes.num_tokens)
+    sizes = replace(
+        sizes,
+        num_tokens=options.num_tokens or sizes.num_tokens,
+        num_layers=options.num_layers or sizes.num_layers,
+    )
     head = {
         **provenance("overhead", given, device=options.device),
         "num_repetitions": options.repetitions,

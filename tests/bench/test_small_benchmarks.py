@@ -53,8 +53,8 @@ def test_offload(tmp_path: Path) -> None:
 
 
 def test_overhead(tmp_path: Path) -> None:
-    result = result_of(overhead, tmp_path, "--chunk-sizes", "16", "32")
-    assert [row["num_cells"] for row in result["rows"]] == [4, 16, 8]
+    result = result_of(overhead, tmp_path, "--chunk-sizes", "16", "32", "--num-layers", "1")
+    assert [row["num_cells"] for row in result["rows"]] == [2, 8, 4]
     for row in result["rows"]:
         assert 0 < row["kernel_share"] <= 1
         assert row["host_s_per_cell"] * row["num_cells"] == pytest.approx(row["host_s"])
