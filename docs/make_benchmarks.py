@@ -27,6 +27,7 @@ from tables import DOCS, RESULTS, UNKNOWN, Result, filled, read_result
 
 from chunkdist.bench import module_of
 from chunkdist.bench.all import JOBS, Job
+from chunkdist.bench.max_length import fits_text
 from chunkdist.bench.spaco import NUM_CHUNKS
 from chunkdist.bench.ways import BASELINE
 
@@ -103,12 +104,11 @@ def _utilisation(results: Results) -> str | None:
 
 def _longest(results: Results) -> str | None:
     rows = results.get("max-length-24gib", {}).get("rows", [])
-    fits = max((row["fits"] for row in rows), default=None)
-    if fits is None:
+    if not rows:
         return None
     others = results.get("max-length-24gib-checkpointing", {}).get("rows", [])
-    return f"{fits:,}" + "".join(
-        f"; {row['way']} {row['fits']:,}" for row in others if row["way"] == BASELINE
+    return fits_text(max(rows, key=lambda row: row["fits"])) + "".join(
+        f"; {row['way']} {fits_text(row)}" for row in others if row["way"] == BASELINE
     )
 
 
@@ -174,6 +174,8 @@ def _tables(results: Results, folder: Path) -> str:
             parts.append(f"{UNKNOWN}: `chunkdist bench {job.name}`, part {job.part}.\n")
         elif "failed" in result:
             parts.append(f"{result['failed']}: `{result['command']}`.\n")
+            if result.get("rows") or result.get("summary"):
+                parts += ["What there was by then:\n", _table(job, result)]
         else:
             parts.append(_table(job, result))
             if figure_of(result) is not None:

@@ -1,7 +1,8 @@
 """What moved between two results of one benchmark; exit status 1 on a slowdown above a threshold.
 
-Rows with the same name are compared. Between machines, and on a busy one, only ratios to a baseline in the
-same run can be compared: they are judged where there are any, else seconds are. So are bytes and errors.
+Rows with the same name are compared; one that is gone is worse, and so is a run that now fails, or a check
+that no longer passes. Between machines, and on a busy one, only ratios to a baseline in the same run can be
+compared: they are judged where a row has any, else seconds and rates are. So are bytes and errors.
 
     python -m chunkdist.bench.compare OLD.json NEW.json [--threshold 1.1] [--figures NAME ...]
 """
@@ -17,13 +18,16 @@ from typing import Any
 from chunkdist.bench.options import parser_of
 
 RATIOS = ("wall_ratio", "cpu_ratio", "ratio", "of_exact", "of_forward")
+SPEEDUPS = ("wall_speedup", "cpu_speedup")
+SECONDS = ("wall_s", "cpu_s", "median_wall_s", "median_s", "forward_s", "backward_s", "host_s_per_cell")
+ABSOLUTE = (*SECONDS, "tokens_per_s")
+"""Of one machine: judged where a row has no ratio and no speedup."""
 LESS_IS_BETTER = (
-    *("wall_s", "median_wall_s", "median_s", "forward_s", "backward_s", "host_s_per_cell"),
     *("peak_allocated_bytes", "peak_reserved_bytes", "bytes_per_token"),
     *("largest_gradient_difference", "error", "worst"),
     *("gathers", "gathered_bytes", "reductions", "sent_bytes"),
 )
-MORE_IS_BETTER = ("fits",)
+MORE_IS_BETTER = ("fits", "mfu", "tokens_per_s", *SPEEDUPS)
 _NAMES = ("engine", "training", "way", "name", "backend", "dtype", "num_tokens", "num_queries", "num_before")
 _SMALLEST = 1e-12
 """Differences below it are none: no figure is as small."""
@@ -40,10 +44,12 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def moved(old: dict[str, Any], new: dict[str, Any], figures: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Every figure that both have: what it was, is, and by what factor it is worse (below 1: better).
+    """Every figure that both have: what it was, is, and by what factor it is worse (below 1: better;
+    infinite: what was there is gone or fails).
 
     Args:
-        figures: These alone, of which less is better; by default all that are known.
+        figures: These alone, of which less is better where more is not known to be; by default all that are
+            known. What is gone or fails is told in any case.
 
     Raises:
         ValueError: the results are of different benchmarks, or have no row, or none of `figures`, in common.
@@ -52,27 +58,44 @@ def moved(old: dict[str, Any], new: dict[str, Any], figures: Sequence[str] = ())
         raise ValueError(
             f"the results are of {old.get('benchmark')} and {new.get('benchmark')}: compare equals"
         )
-    before = dict(rows(old))
-    changes: list[dict[str, Any]] = []
-    common = [(name, before[name], row) for name, row in rows(new) if name in before]
-    if not common:
+    before, after = dict(rows(old)), dict(rows(new))
+    changes = _broken("all", old, new)
+    common = [name for name in after if name in before]
+    if not (common or changes):
         raise ValueError("the results have no row in common: run both with the same options")
-    for name, was, row in common:
+    changes += [_lost(name, "row") for name in before if name not in after]
+    compared: list[dict[str, Any]] = []
+    for name in common:
+        was, row = before[name], after[name]
+        changes += _broken(name, was, row)
         if row.get("outcome", "ran") != was.get("outcome", "ran"):
-            worse = float("inf") if was["outcome"] == "ran" else 0.0
-            changes.append({"row": name, "figure": "outcome", "worse": worse})
+            better = was.get("outcome", "ran") != "ran"
+            changes.append(
+                {"row": name, "figure": "outcome", "worse": 0.0} if better else _lost(name, "outcome")
+            )
             continue
-        if figures:
-            for figure in figures:
-                changes += _change(name, figure, was.get(figure), row.get(figure))
-            continue
-        ratios = [figure for figure in RATIOS if figure in was and figure in row]
-        for figure in (*ratios, *LESS_IS_BETTER, *MORE_IS_BETTER):
-            if figure in ratios or not (ratios and figure.endswith("_s")):
-                changes += _change(name, figure, was.get(figure), row.get(figure))
-    if figures and not changes:
+        for figure in figures or _judged(was, row):
+            compared += _change(name, figure, was.get(figure), row.get(figure))
+    if figures and common and not compared:
         raise ValueError(f"the results have none of {', '.join(figures)} in common: write other --figures")
-    return changes
+    return [*changes, *compared]
+
+
+def _judged(was: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    relative = [figure for figure in (*RATIOS, *SPEEDUPS) if figure in was and figure in row]
+    known = dict.fromkeys((*RATIOS, *ABSOLUTE, *LESS_IS_BETTER, *MORE_IS_BETTER))
+    return [figure for figure in known if not (relative and figure in ABSOLUTE)]
+
+
+def _broken(name: str, was: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whether a run or a row fails that has not, or no longer passes its check."""
+    failed = "failed" in row and "failed" not in was
+    wrong = row.get("passed") is False and was.get("passed") is not False
+    return [_lost(name, figure) for figure, is_so in (("failed", failed), ("passed", wrong)) if is_so]
+
+
+def _lost(name: str, figure: str) -> dict[str, Any]:
+    return {"row": name, "figure": figure, "worse": float("inf")}
 
 
 def _change(name: str, figure: str, old: Any, new: Any) -> list[dict[str, Any]]:

@@ -43,9 +43,11 @@ def provenance(name: str, arguments: Sequence[str], *, device: str = "cpu") -> d
 
 
 def write_result(result: dict[str, Any], file: Path | None) -> None:
-    """Writes a result as JSON, where a file is asked for."""
+    """Writes a result as JSON, where a file is asked for. Stopped meanwhile, it leaves the one before."""
     if file is not None:
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        part = file.with_name(f"{file.name}.part")
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        part.replace(file)
 
 
 def versions() -> dict[str, str]:

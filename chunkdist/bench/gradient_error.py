@@ -67,12 +67,14 @@ def measure(
     *,
     device: str,
     report: Callable[[str], None],
+    write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """What the JSON holds: errors by length and way."""
+    """What the JSON holds: errors by length and way. `write` is called after each, with what there is."""
     model = replace(sizes, num_tokens=max(lengths)).model(device, torch.bfloat16)
     exact_model = replace(sizes, num_tokens=max(lengths)).model(device, torch.float64)
     exact_model.load_state_dict(model.state_dict())
     rows: list[dict[str, Any]] = []
+    result = {"model": {**asdict(sizes), "num_parameters": model.num_parameters()}, "rows": rows}
     for num_tokens in lengths:
         report(f"{num_tokens:,} tokens")
         ids = replace(sizes, num_tokens=num_tokens).tokens(device)
@@ -84,12 +86,9 @@ def measure(
             if way.name == PLAIN:
                 plain = found
             rows[-1]["ratio_to_plain"] = found["error"] / plain["error"]
-    largest = max(row["ratio_to_plain"] for row in rows)
-    return {
-        "model": {**asdict(sizes), "num_parameters": model.num_parameters()},
-        "rows": rows,
-        "largest_ratio_to_plain": largest,
-    }
+            result["largest_ratio_to_plain"] = max(row["ratio_to_plain"] for row in rows)
+            write(result)
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
@@ -112,18 +111,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(parser, given)
     check_counts(parser, options, "chunk_sizes")
     smoke: bool = options.smoke
-    result = {
-        **provenance("gradient-error", given, device=options.device),
-        **measure(
-            SIZES["smoke" if smoke else "10m"],
-            sorted(options.num_tokens or ([32, 64] if smoke else [512, 2048, 4096])),
-            options.chunk_sizes or ([8, 16] if smoke else [128, 512]),
-            device=options.device,
-            report=lambda line: print(line, file=sys.stderr),
-        ),
-    }
-    print(table(result))
-    write_result(result, options.json)
+    head = provenance("gradient-error", given, device=options.device)
+    found = measure(
+        SIZES["smoke" if smoke else "10m"],
+        sorted(options.num_tokens or ([32, 64] if smoke else [512, 2048, 4096])),
+        options.chunk_sizes or ([8, 16] if smoke else [128, 512]),
+        device=options.device,
+        report=lambda line: print(line, file=sys.stderr),
+        write=lambda found: write_result({**head, **found}, options.json),
+    )
+    print(table({**head, **found}))
     return 0
 
 

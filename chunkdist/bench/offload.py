@@ -47,22 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = SIZES["smoke" if options.smoke else options.model]
     sizes = replace(sizes, chunk_size=options.chunk_size or sizes.chunk_size)
     limit_gpu_memory(options.memory_gib)
-    result = {
+    head = {
         **provenance("offload", given, device=options.device),
         "num_repetitions": options.repetitions,
         "memory_gib": options.memory_gib,
-        **measure(
-            sizes,
-            ways(sizes.chunk_size),
-            sorted(options.num_tokens or [sizes.num_tokens]),
-            device=options.device,
-            dtype=dtype_on(options.device),
-            num_rounds=options.repetitions,
-            report=lambda line: print(line, file=sys.stderr),
-        ),
     }
-    print(table(result))
-    write_result(result, options.json)
+    found = measure(
+        sizes,
+        ways(sizes.chunk_size),
+        sorted(options.num_tokens or [sizes.num_tokens]),
+        device=options.device,
+        dtype=dtype_on(options.device),
+        num_rounds=options.repetitions,
+        report=lambda line: print(line, file=sys.stderr),
+        write=lambda found: write_result({**head, **found}, options.json),
+    )
+    print(table({**head, **found}))
     return 0
 
 

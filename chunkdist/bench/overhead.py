@@ -1,13 +1,14 @@
 """Host time of a cell, and the share of a step that is spent in kernels, by chunk size.
 
 Steps are timed without the profiler, one more runs under it. *Kernels* are, on CUDA, what runs on the device;
-on a CPU, torch's operators by their own time. *Host* is, on CUDA, the time until all work is queued: as long
-as it is below the device's, the device does not wait. On a CPU it is the CPU time of a step, which other
-programs on the machine hardly move, less the share that operators have of the step under the profiler.
+on a CPU, torch's operators; what runs at the same time is counted once. *Host* is, on CUDA, the time until
+all work is queued: as long as it is below the device's, the device does not wait. On a CPU it is the CPU time
+of a step, which other programs on the machine hardly move, less the share that operators have of the step
+under the profiler.
 A cell is one layer on one chunk, run once; a step runs each twice, the second time with a backward.
 
     python -m chunkdist.bench.overhead [--smoke] [--json FILE] [--repetitions N] [--device cuda] [--model 8b]
-        [--num-tokens N] [--chunk-sizes N ...]
+        [--num-tokens N] [--num-layers N] [--chunk-sizes N ...]
 """
 
 from __future__ import annotations
@@ -15,34 +16,30 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from chunkdist import ChunkConfig
 from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.options import check_counts, dtype_on, parsed, parser_of
+from chunkdist.bench.profile import gaps_of, kernels_of, recorded
 from chunkdist.bench.sizes import SIZES, Sizes
 from chunkdist.bench.ways import BASELINE, Way, prepared
 
 
 def kernel_seconds(step_profile: profile, *, on_gpu: bool) -> float:
-    """Of all kernels under the profiler."""
-    events = step_profile.key_averages()
-    if on_gpu:
-        return sum(float(event.self_device_time_total) for event in events) / 1e6
-    ops = (event for event in events if event.key.startswith(("aten::", "chunkdist::")))
-    return sum(float(event.self_cpu_time_total) for event in ops) / 1e6
+    """In which at least one kernel runs, under the profiler."""
+    return gaps_of(kernels_of(step_profile, on_gpu=on_gpu))[0]
 
 
 def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, float]:
     """Medians of seconds: of a step, of its CPU time, on the host, and in kernels; the kernels' share."""
     on_gpu = ids.is_cuda
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     walls, cpus, queued = [], [], []
     with prepared(model, way, on_gpu=on_gpu) as step:
         for number in range(num_rounds + 1):  # the first one warms up
@@ -57,14 +54,14 @@ def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, float
                 cpus.append(time.process_time() - cpu_start)
                 queued.append(done - start)
         model.zero_grad(set_to_none=True)
-        with profile(activities=activities) as step_profile:
+        with profile(activities=recorded(on_gpu=on_gpu)) as step_profile:
             start = time.perf_counter()
             step(ids)
             _wait(on_gpu)
             profiled_s = time.perf_counter() - start
     wall_s, cpu_s = statistics.median(walls), statistics.median(cpus)
     kernel_s = kernel_seconds(step_profile, on_gpu=on_gpu)
-    share = min(1.0, kernel_s / (wall_s if on_gpu else profiled_s))
+    share = kernel_s / (wall_s if on_gpu else profiled_s)
     host_s = statistics.median(queued) if on_gpu else cpu_s * (1 - share)
     return {"wall_s": wall_s, "cpu_s": cpu_s, "host_s": host_s, "kernel_s": kernel_s, "kernel_share": share}
 
@@ -75,16 +72,26 @@ def _wait(on_gpu: bool) -> None:
 
 
 def measure(
-    sizes: Sizes, chunk_sizes: Sequence[int], *, device: str, dtype: torch.dtype, num_rounds: int
+    sizes: Sizes,
+    chunk_sizes: Sequence[int],
+    *,
+    device: str,
+    dtype: torch.dtype,
+    num_rounds: int,
+    write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """What the JSON holds: by chunk size, and of gradient checkpointing, which runs each layer twice, too."""
+    """What the JSON holds: by chunk size, and of gradient checkpointing, which runs each layer twice, too.
+
+    `write` is called after each row, with what there is so far.
+    """
     model = sizes.model(device, dtype)
     ids = sizes.tokens(device)
     ways = [(sizes.num_tokens, Way(name=BASELINE))]
     ways += [
         (size, Way(name=f"chunks of {size:,}", config=ChunkConfig(chunk_size=size))) for size in chunk_sizes
     ]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {"model": {**asdict(sizes), "num_parameters": model.num_parameters()}, "rows": rows}
     for chunk_size, way in ways:
         num_cells = 2 * sizes.num_layers * -(-sizes.num_tokens // chunk_size)
         found = timed(model, ids, way, num_rounds)
@@ -97,7 +104,8 @@ def measure(
                 "host_s_per_cell": found["host_s"] / num_cells,
             }
         )
-    return {"model": {**asdict(sizes), "num_parameters": model.num_parameters()}, "rows": rows}
+        write(result)
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
@@ -125,24 +133,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_rounds=(5, 1),
     )
     parser.add_argument("--num-tokens", type=int, help="tokens of the sequence; default: the model's own")
+    parser.add_argument("--num-layers", type=int, help="of the model, alike; default: the model's own")
     parser.add_argument("--chunk-sizes", type=int, nargs="+", help="default: 1, 1/2 and 1/4 of the model's")
     options = parsed(parser, given)
-    check_counts(parser, options, "chunk_sizes")
+    check_counts(parser, options, "chunk_sizes", "num_layers")
     sizes = SIZES["smoke" if options.smoke else options.model]
-    sizes = replace(sizes, num_tokens=options.num_tokens or sizes.num_tokens)
-    result = {
+    sizes = replace(
+        sizes,
+        num_tokens=options.num_tokens or sizes.num_tokens,
+        num_layers=options.num_layers or sizes.num_layers,
+    )
+    head = {
         **provenance("overhead", given, device=options.device),
         "num_repetitions": options.repetitions,
-        **measure(
-            sizes,
-            options.chunk_sizes or [sizes.chunk_size // part for part in (1, 2, 4)],
-            device=options.device,
-            dtype=dtype_on(options.device),
-            num_rounds=options.repetitions,
-        ),
     }
-    print(table(result))
-    write_result(result, options.json)
+    found = measure(
+        sizes,
+        options.chunk_sizes or [sizes.chunk_size // part for part in (1, 2, 4)],
+        device=options.device,
+        dtype=dtype_on(options.device),
+        num_rounds=options.repetitions,
+        write=lambda found: write_result({**head, **found}, options.json),
+    )
+    print(table({**head, **found}))
     return 0
 
 

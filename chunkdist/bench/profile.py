@@ -4,10 +4,11 @@ most of the time, and the gaps between kernels.
 *Kernels* are, on CUDA, what runs on the device, copies too; on a CPU, torch's operators, an operator inside
 another one not counted again. A gap is time between the first and the last of them in which none runs, on any
 stream: the device waits for the host. The profiler makes the host slower, so gaps are upper bounds; the step
-without it is timed, too.
+without it is timed, too. On CUDA the host's operators, a million of them in a large step, are not recorded.
 
     python -m chunkdist.bench.profile [--smoke] [--json FILE] [--trace FILE] [--device cuda] [--model 8b]
-        [--num-tokens N] [--chunk-size N] [--layers-per-group N] [--checkpointing] [--top N]
+        [--num-tokens N] [--num-layers N] [--chunk-size N]
+        [--layers-per-group N] [--checkpointing] [--top N]
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ class Gap:
     seconds: float
     before: str
     after: str
+
+
+def recorded(*, on_gpu: bool) -> list[ProfilerActivity]:
+    """Not the operators of a GPU's step: to read a million of them takes minutes."""
+    return [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
 
 
 def kernels_of(step_profile: profile, *, on_gpu: bool) -> list[Kernel]:
@@ -121,8 +127,7 @@ def measure(step: Callable[[], Any], *, on_gpu: bool, trace: Path, num_kernels: 
     """Runs a step to warm up, times one, and runs one under the profiler, which writes `trace`."""
     step()
     wall_s = cost_of(step, on_gpu=on_gpu).wall_s
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as step_profile:
+    with profile(activities=recorded(on_gpu=on_gpu)) as step_profile:
         profiled_s = cost_of(step, on_gpu=on_gpu).wall_s
     step_profile.export_chrome_trace(str(trace))
     kernels = kernels_of(step_profile, on_gpu=on_gpu)
@@ -183,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *("model", "device", "threads", "flash-impl"),
     )
     parser.add_argument("--num-tokens", type=int, help="tokens of the sequence; default: the model's own")
+    parser.add_argument("--num-layers", type=int, help="of the model, alike; default: the model's own")
     parser.add_argument("--chunk-size", type=int, help="tokens of a chunk; default: the model's own")
     parser.add_argument("--layers-per-group", type=int, default=1, help="default: 1")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, not chunks")
@@ -195,9 +201,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="where the trace goes, compressed where it ends in .gz; default: trace.json",
     )
     options = parsed(parser, given)
-    check_counts(parser, options, "layers_per_group", "top")
+    check_counts(parser, options, "layers_per_group", "num_layers", "top")
     sizes = SIZES["smoke" if options.smoke else options.model]
-    sizes = replace(sizes, num_tokens=options.num_tokens or sizes.num_tokens)
+    sizes = replace(
+        sizes,
+        num_tokens=options.num_tokens or sizes.num_tokens,
+        num_layers=options.num_layers or sizes.num_layers,
+    )
     chunk_size = options.chunk_size or sizes.chunk_size
     config = ChunkConfig(chunk_size=chunk_size, layers_per_group=options.layers_per_group)
     way = (

@@ -29,9 +29,18 @@ NUM_CHUNKS = 128
 
 
 def measure(
-    sizes: Sizes, budgets: Sequence[int], *, device: str, dtype: torch.dtype, num_rounds: int
+    sizes: Sizes,
+    budgets: Sequence[int],
+    *,
+    device: str,
+    dtype: torch.dtype,
+    num_rounds: int,
+    write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Seconds of each round, and the ratios of SpaCO's steps to what they should cost."""
+    """Seconds of each round, and the ratios of SpaCO's steps to what they should cost.
+
+    `write` is called after each round, with what there is so far.
+    """
     model = sizes.model(device, dtype)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, sizes.vocab_size, (1, sizes.num_tokens), generator=generator).to(device)
@@ -48,15 +57,26 @@ def measure(
     torch.manual_seed(0)
     rounds: list[dict[str, list[float]]] = []
     names = list(ways)
+    num_chunks = -(-sizes.num_tokens // sizes.chunk_size)
+    result = {
+        "model": {**asdict(sizes), "num_parameters": model.num_parameters(), "num_chunks": num_chunks},
+        "summary": {},
+        "rounds": rounds,
+    }
     for number in range(num_rounds + 1):  # the first one warms up
         order = names[number % len(names) :] + names[: number % len(names)]
         seconds = {name: ways[name]() for name in order}
         if number:
             rounds.append({name: seconds[name] for name in names})
+            result["summary"] = _summary(rounds, num_chunks)
             print(f"round {number} of {num_rounds}", file=sys.stderr, flush=True)
+            write(result)
+    return result
+
+
+def _summary(rounds: Sequence[dict[str, list[float]]], num_chunks: int) -> dict[str, dict[str, float]]:
     summary = {}
-    num_chunks = -(-sizes.num_tokens // sizes.chunk_size)
-    for name in names:
+    for name in rounds[0]:
         steps = [sum(one[name]) for one in rounds]
         summary[name] = {"median_s": statistics.median(steps)}
         if name.partition(" ")[0].isdigit():
@@ -73,11 +93,7 @@ def measure(
                 "of_forward": statistics.median(to_forward),
                 "faster_than_exact": statistics.median(1 / ratio for ratio in to_exact),
             }
-    return {
-        "model": {**asdict(sizes), "num_parameters": model.num_parameters(), "num_chunks": num_chunks},
-        "summary": summary,
-        "rounds": rounds,
-    }
+    return summary
 
 
 def _timed(
@@ -142,19 +158,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_chunks = 16 if options.smoke else NUM_CHUNKS
     if num_tokens % num_chunks or not all(0 < budget <= num_chunks for budget in options.budgets):
         parser.error(f"write a multiple of {num_chunks} tokens, and budgets from 1 to {num_chunks}")
-    result = {
+    head = {
         **provenance("spaco", given, device=options.device),
         "num_repetitions": options.repetitions,
-        **measure(
-            replace(sizes, num_tokens=num_tokens, chunk_size=num_tokens // num_chunks),
-            options.budgets,
-            device=options.device,
-            dtype=dtype_on(options.device),
-            num_rounds=options.repetitions,
-        ),
     }
-    print(table(result))
-    write_result(result, options.json)
+    found = measure(
+        replace(sizes, num_tokens=num_tokens, chunk_size=num_tokens // num_chunks),
+        options.budgets,
+        device=options.device,
+        dtype=dtype_on(options.device),
+        num_rounds=options.repetitions,
+        write=lambda found: write_result({**head, **found}, options.json),
+    )
+    print(table({**head, **found}))
     return 0
 
 

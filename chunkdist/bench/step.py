@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -49,6 +49,7 @@ def measure(
     dtype: torch.dtype,
     num_rounds: int,
     report: Callable[[str], None],
+    write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Runs every way at every length once to warm up, then `num_rounds` times; returns what the JSON holds.
 
@@ -56,48 +57,12 @@ def measure(
 
     Args:
         lengths: Tokens, ascending.
+        write: Called after each warm-up and each step, with what there is so far.
     """
     model = replace(sizes, num_tokens=lengths[-1]).model(device, dtype)
     rate = matmul_flops(device, dtype)
-    left = list(ways)
-    rows: list[dict[str, Any]] = []
-    steps: list[Step] = []
-    for num_tokens in lengths:
-        report(f"{num_tokens:,} tokens")
-        ids = replace(sizes, num_tokens=num_tokens).tokens(device)
-        differences = _warmed_up(model, ids, left, report)
-        rows += [
-            {"num_tokens": num_tokens, "way": way.name, "outcome": OUT_OF_MEMORY}
-            for way in ways
-            if way.name not in differences
-        ]
-        left = [way for way in left if way.name in differences]
-        here: list[Step] = []
-        for number in range(1, num_rounds + 1):
-            report(f"round {number} of {num_rounds}")
-            shift = (number - 1) % max(1, len(left))
-            for way in left[shift:] + left[:shift]:
-                cost = attempt(model, ids, way)
-                if cost is None:
-                    raise RuntimeError(f"{way.name} ran out of memory after it had room in its warm-up")
-                here.append(Step(**asdict(cost), num_tokens=num_tokens, round=number, way=way.name))
-        steps += here
-        flops = step_flops(model, num_tokens)
-        base = ways[0].name if ways[0] in left else None
-        rows += [
-            {
-                "num_tokens": num_tokens,
-                "way": way.name,
-                "outcome": "ran",
-                **_summary(here, way.name, base),
-                "largest_gradient_difference": differences[way.name],
-                **_utilisation(here, way.name, num_tokens, flops, rate),
-            }
-            for way in left
-        ]
-    longest = [row for row in rows if row["num_tokens"] == lengths[-1] and row["outcome"] == "ran"]
-    names = [way.name for way in ways]
-    return {
+    left, names = list(ways), [way.name for way in ways]
+    result: dict[str, Any] = {
         "model": {
             **asdict(sizes),
             "num_tokens": lengths[-1],
@@ -106,10 +71,43 @@ def measure(
         },
         "baseline": names[0],
         "matmul_flops": rate,
-        "rows": sorted(rows, key=lambda row: (row["num_tokens"], names.index(row["way"]))),
-        "summary": {row["way"]: row for row in longest},
-        "steps": [asdict(step) for step in steps],
+        "rows": [],
+        "summary": {},
+        "steps": [],
     }
+    for num_tokens in lengths:
+        report(f"{num_tokens:,} tokens")
+        ids = replace(sizes, num_tokens=num_tokens).tokens(device)
+        differences = _warmed_up(model, ids, left, report)
+        left = [way for way in left if way.name in differences]
+        flops = step_flops(model, num_tokens)
+        rows, steps = result["rows"], result["steps"]
+        for with_room, here in _rounds(model, ids, left, num_rounds, report):
+            left = with_room
+            missing = [name for name in names if name not in {way.name for way in left}]
+            lost: list[dict[str, Any]] = [
+                {"num_tokens": num_tokens, "way": name, "outcome": OUT_OF_MEMORY} for name in missing
+            ]
+            base = None if names[0] in missing else names[0]
+            ran = [
+                {
+                    "num_tokens": num_tokens,
+                    "way": name,
+                    "outcome": "ran",
+                    **_summary(here, name, base),
+                    "largest_gradient_difference": differences[name],
+                    **_utilisation(here, name, num_tokens, flops, rate),
+                }
+                for name in dict.fromkeys(step.way for step in here)
+            ]
+            result["rows"] = [*rows, *sorted([*lost, *ran], key=lambda row: names.index(row["way"]))]
+            result["steps"] = [*steps, *map(asdict, here)]
+            if num_tokens == lengths[-1]:
+                result["summary"] = {
+                    row["way"]: row for row in result["rows"][len(rows) :] if row["outcome"] == "ran"
+                }
+            write(result)
+    return result
 
 
 def _warmed_up(
@@ -131,12 +129,39 @@ def _warmed_up(
     return differences
 
 
-def attempt(model: Any, ids: Tensor, way: Way) -> Cost | None:
-    """The cost of one step; `None` where it runs out of the GPU's memory. The gradients stay."""
+def _rounds(
+    model: Any, ids: Tensor, ways: Sequence[Way], num_rounds: int, report: Callable[[str], None]
+) -> Iterator[tuple[list[Way], list[Step]]]:
+    """At first and after each step, the ways that have had room in every round, and their steps: room in the
+    warm-up promises none later, when memory is in other pieces."""
+    left, steps = list(ways), list[Step]()
+    yield left, steps
+    for number in range(1, num_rounds + 1):
+        report(f"round {number} of {num_rounds}")
+        shift = (number - 1) % max(1, len(left))
+        for way in left[shift:] + left[:shift]:
+            cost = attempt(model, ids, way)
+            if cost is None:
+                report(f"{way.name}: {OUT_OF_MEMORY}")
+                left = [other for other in left if other is not way]
+                steps = [step for step in steps if step.way != way.name]
+            else:
+                steps.append(Step(**asdict(cost), num_tokens=ids.shape[1], round=number, way=way.name))
+            yield left, steps
+
+
+def attempt(model: Any, ids: Tensor, way: Way, *, is_timed: bool = True) -> Cost | None:
+    """The cost of one step; `None` where it runs out of the GPU's memory. The gradients stay.
+
+    Args:
+        is_timed: Else the first step of host offload, which pins its memory, is the only one.
+    """
     model.zero_grad(set_to_none=True)
     try:
         with prepared(model, way, on_gpu=ids.is_cuda) as step:
-            if way.config is not None and way.config.offload == "host":  # its memory is pinned in the first
+            if (
+                is_timed and way.config is not None and way.config.offload == "host"
+            ):  # its memory is pinned in the first
                 step(ids)
                 model.zero_grad(set_to_none=True)
             return cost_of(lambda: step(ids), on_gpu=ids.is_cuda)
@@ -158,15 +183,17 @@ def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 
 def _summary(steps: Sequence[Step], way: str, baseline: str | None) -> dict[str, float | int | None]:
-    mine = [step for step in steps if step.way == way]
-    base = [step for step in steps if step.way == baseline]
+    """Medians, and ratios over the rounds that both have: the last one may not have ended."""
+    mine = {step.round: step for step in steps if step.way == way}
+    base = {step.round: step for step in steps if step.way == baseline}
+    both = [(mine[number], base[number]) for number in mine if number in base]
     result: dict[str, float | int | None] = {}
     for name in ("wall_s", "cpu_s"):
-        short, times = name.removesuffix("_s"), _by_round(mine, name)
-        result[f"median_{name}"] = statistics.median(times)
-        if not base:
+        short = name.removesuffix("_s")
+        result[f"median_{name}"] = statistics.median(getattr(step, name) for step in mine.values())
+        if not both:
             continue
-        base_times = _by_round(base, name)
+        times, base_times = ([getattr(step, name) for step in own] for own in zip(*both, strict=True))
         ratios = [time_s / max(base_s, 1e-9) for time_s, base_s in zip(times, base_times, strict=True)]
         result |= {
             f"{short}_ratio": statistics.median(ratios),
@@ -175,13 +202,9 @@ def _summary(steps: Sequence[Step], way: str, baseline: str | None) -> dict[str,
             f"{short}_ratio_of_fastest": min(times) / max(min(base_times), 1e-9),
         }
     for name in ("peak_allocated_bytes", "peak_reserved_bytes"):
-        peaks = [getattr(step, name) for step in mine]
+        peaks = [getattr(step, name) for step in mine.values()]
         result[name] = max((peak for peak in peaks if peak is not None), default=None)
     return result
-
-
-def _by_round(steps: Sequence[Step], name: str) -> list[float]:
-    return [getattr(step, name) for step in sorted(steps, key=lambda step: step.round)]
 
 
 def _utilisation(
@@ -264,22 +287,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ways = [way for way in ways if not any(word in way.name for word in options.without)]
     if not ways:
         parser.error(f"--without {' '.join(options.without)}: no way is left")
-    result = {
+    head = {
         **provenance("step", given, device=options.device),
         "num_repetitions": options.repetitions,
         "memory_gib": options.memory_gib,
-        **measure(
-            sizes,
-            ways,
-            sorted(options.num_tokens or [sizes.num_tokens]),
-            device=options.device,
-            dtype=dtype_on(options.device),
-            num_rounds=options.repetitions,
-            report=lambda line: print(line, file=sys.stderr),
-        ),
     }
-    print(table(result))
-    write_result(result, options.json)
+    found = measure(
+        sizes,
+        ways,
+        sorted(options.num_tokens or [sizes.num_tokens]),
+        device=options.device,
+        dtype=dtype_on(options.device),
+        num_rounds=options.repetitions,
+        report=lambda line: print(line, file=sys.stderr),
+        write=lambda found: write_result({**head, **found}, options.json),
+    )
+    print(table({**head, **found}))
     return 0
 
 

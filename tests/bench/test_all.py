@@ -41,7 +41,8 @@ def test_jobs_are_such_that_a_part_ends_in_ten_minutes() -> None:
         assert sum(job.limit_s for job in JOBS if job.part == part) <= 590, "10 s are for bench all itself"
     assert len({job.file for job in JOBS}) == len(JOBS)
     assert {job.name for job in JOBS} <= BENCHMARKS.keys()
-    assert JOBS[0].name == "attention", "before anything is timed"
+    assert [job.file for job in JOBS[:3]] == ["attention", "step-8b", "step-8b-64k"]
+    assert [job.part for job in JOBS] == sorted(job.part for job in JOBS)
 
 
 def test_a_dry_run_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +102,7 @@ def test_options_of_jobs_are_understood(job: Job, monkeypatch: pytest.MonkeyPatc
 
 def result(**changes: Any) -> dict[str, Any]:
     row = {"num_tokens": 64, "way": "chunked", "outcome": "ran", "wall_ratio": 1.0, "median_wall_s": 2.0}
+    row |= {"mfu": 0.5, "tokens_per_s": 32.0, "passed": True}
     return {"benchmark": "step", "rows": [{**row, "peak_allocated_bytes": 100, **changes}]}
 
 
@@ -113,6 +115,11 @@ def result(**changes: Any) -> dict[str, Any]:
         ({"median_wall_s": 9.0}, 0),  # another machine: the ratio is judged
         ({"peak_allocated_bytes": 120}, 1),
         ({"outcome": "out of memory"}, 1),
+        ({"mfu": 0.4}, 1),
+        ({"mfu": 0.6}, 0),
+        ({"tokens_per_s": 1.0}, 0),  # as seconds
+        ({"passed": False}, 1),
+        ({"failed": "wrong"}, 1),
     ],
 )
 def test_a_slowdown_fails(changes: dict[str, Any], status: int, tmp_path: Path) -> None:
@@ -129,6 +136,39 @@ def test_seconds_are_judged_where_there_is_no_ratio() -> None:
     assert "WORSE" in compare.table([change], 1.1)
     old, new = ({"benchmark": "max-length", "rows": [{"way": "a", "fits": n}]} for n in (100, 50))
     assert compare.moved(old, new)[0]["worse"] == pytest.approx(2), "shorter is worse"
+
+
+@pytest.mark.parametrize("figure", ["mfu", "tokens_per_s", "wall_speedup", "cpu_speedup"])
+def test_of_rates_and_speedups_more_is_better(figure: str) -> None:
+    old, new = ({"benchmark": "long-tail", "summary": {"a": {figure: value}}} for value in (4.0, 2.0))
+    (change,) = compare.moved(old, new)
+    assert change["worse"] == pytest.approx(2)
+    assert compare.moved(old, new, [figure]) == [change], "asked for by name, too"
+    assert compare.moved(new, old)[0]["worse"] == pytest.approx(0.5)
+
+
+def test_seconds_are_not_judged_beside_a_speedup() -> None:
+    old, new = (
+        {"benchmark": "long-tail", "summary": {"a": {"wall_speedup": 2.0, "wall_s": s, "cpu_s": s}}}
+        for s in (1.0, 9.0)
+    )
+    assert [change["figure"] for change in compare.moved(old, new)] == ["wall_speedup"]
+
+
+def test_what_is_gone_or_fails_is_worse(tmp_path: Path) -> None:
+    row = result()["rows"][0]
+    two = {**result(), "rows": [row, {**row, "way": "other"}]}
+    (gone,) = (change for change in compare.moved(two, result()) if change["worse"] > 1)
+    assert gone == {"row": "other, 64", "figure": "row", "worse": float("inf")}
+    assert gone in compare.moved(two, result(), ["wall_ratio"])
+    assert {change["worse"] for change in compare.moved(result(), two)} == {1}, "a new row is no news"
+    stopped = {"benchmark": "step", "failed": "stopped after 60 s"}
+    for new in ({**result(), **stopped}, stopped, {**result(), "passed": False}):
+        assert float("inf") in [change["worse"] for change in compare.moved(result(), new)]
+    assert {change["worse"] for change in compare.moved({**result(), **stopped}, result())} == {1}
+    for name, content in {"old": result(), "new": stopped}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")]) == 1
 
 
 def test_what_cannot_be_compared() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from chunkdist.bench import max_length, memory
+from chunkdist.bench import max_length, memory, step
 from chunkdist.bench.max_length import Found, longest
 from chunkdist.bench.sizes import SIZES
 
@@ -70,6 +73,33 @@ def test_running_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(model, "forward", small)
     assert [fits(length) for length in (32, 48)] == [True, False]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_each_trial_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With host offload, too, whose second step is for its time alone."""
+    sizes = SIZES["smoke"]
+    model, way = sizes.model("cpu", torch.float32), max_length.ways(16)[-1]
+    assert way.config is not None
+    assert way.config.offload == "host"
+    real, lengths = step.prepared, []
+
+    @contextmanager
+    def counting(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with real(*args, **kwargs) as run:
+            yield lambda ids: (lengths.append(ids.shape[1]), run(ids))
+
+    monkeypatch.setattr(step, "prepared", counting)
+    assert max_length.on_cuda(model, sizes, way, "cpu")(32)
+    assert lengths == [32]
+
+
+def test_a_search_that_ran_out_of_time_gives_a_lower_bound() -> None:
+    late = {"way": "late", "fits": 131072, "fails": None, "out_of_time": True}
+    rows = [late, {"way": "in time", "fits": 4096, "fails": 8192, "out_of_time": False}]
+    lines = max_length.table({"memory_gib": 24, "method": "", "rows": rows}).splitlines()[1:4]
+    assert lines[1].split() == ["late", "at", "least", "131,072", "-"]
+    assert lines[2].split() == ["in", "time", "4,096", "8,192"]
+    assert len({len(line) for line in lines}) == 1, "columns"
 
 
 @pytest.mark.parametrize("given", [["--only", "no-such"], ["--limit", "8"], ["--start", "0"]])

@@ -39,6 +39,11 @@ def test_gaps_between_kernels_of_several_streams() -> None:
     assert [k.name for k in profile.outermost(kernels)] == ["a", "b", "d", "e"]
 
 
+def test_operators_are_not_recorded_on_a_gpu() -> None:
+    assert [activity.name for activity in profile.recorded(on_gpu=True)] == ["CUDA"]
+    assert [activity.name for activity in profile.recorded(on_gpu=False)] == ["CPU"]
+
+
 def test_gaps_by_length() -> None:
     gaps = [Gap(seconds=seconds, before="", after="") for seconds in (10e-6, 11e-6, 50e-6, 20e-3)]
     rows = profile.by_length(gaps)

@@ -49,7 +49,7 @@ def on_gpu(name: str, *given: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real results of tiny steps, as if they came from a GPU, and some of what can be made up."""
-    settings: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "num_rounds": 1}
+    settings: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "num_rounds": 1, "write": print}
     sizes, paper = SIZES["smoke"], baselines(16, on_gpu=False)
     found = step.measure(
         sizes, [paper[0], paper[3], *chunked(16)[:2]], [32, 64], report=lambda line: None, **settings
@@ -74,6 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "rows": [{"way": "chunked, host offload", "fits": 135168, "fails": 139264, "out_of_time": False}],
         },
         "overhead-8b": {**on_gpu("overhead"), "failed": "stopped after 60 s", "errors": "none"},
+        "step-1b": {**on_gpu("step"), "num_repetitions": 1, **found, "failed": "stopped after 70 s"},
     }
     made["spaco-1b"]["summary"]["8 chunks"]["faster_than_exact"] = 3.21
     target: Path = tmp_path_factory.mktemp("results")
@@ -92,8 +93,11 @@ def test_results_of_a_gpu_fill_the_page(script: ModuleType, folder: Path, tmp_pa
     assert "faster than SeCO | 3 x | 3.21 x |" in page
     assert "to the no-grad forward | 1.3 x | not yet measured |" in page
     assert "On Made-up GPU." in page
-    assert page.count("not yet measured: `chunkdist bench") == len(JOBS) - 5
+    assert page.count("not yet measured: `chunkdist bench") == len(JOBS) - 6
     assert "stopped after 60 s: `python -m chunkdist.bench.overhead --device cuda`" in page
+    _, _, stopped = page.partition("stopped after 70 s: `python -m chunkdist.bench.step --device cuda`")
+    assert "chunked, K/V kept" in stopped.partition("###")[0], "what there was is shown"
+    assert "```" not in page.partition("stopped after 60 s")[2].partition("###")[0]
     for text in (
         "tokens of a sequence in one step of training",
         "MFU: model FLOPs",
@@ -108,6 +112,11 @@ def test_results_of_a_gpu_fill_the_page(script: ModuleType, folder: Path, tmp_pa
     }
     assert "gradient checkpointing" in (tmp_path / "step-8b.svg").read_text()
     assert "Made-up" not in script.page_of_results(page, tmp_path)
+
+
+def test_a_longest_length_out_of_time_is_a_lower_bound(script: ModuleType) -> None:
+    row = {"way": "chunked, host offload", "fits": 135168, "fails": None, "out_of_time": True}
+    assert script._longest({"max-length-24gib": {"rows": [row]}}) == "at least 135,168"
 
 
 def test_figures_that_mean_nothing_are_not_shown(script: ModuleType, tmp_path: Path) -> None:

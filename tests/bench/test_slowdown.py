@@ -35,7 +35,7 @@ def slowdowns(folder: Path, *more: str) -> dict[str, float]:
     return {
         f"{change['row']}: {change['figure']}": change["worse"]
         for change in changes
-        if change["worse"] > LIMITS[change["figure"]]
+        if change["worse"] > LIMITS.get(change["figure"], 1.0)
     }
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from chunkdist.bench import gradient_error, offload, overhead
+from chunkdist.bench import gradient_error, offload, overhead, spaco
+from chunkdist.bench.environment import write_result
 from chunkdist.bench.sizes import SIZES
-from chunkdist.bench.ways import Way, prepared
+from chunkdist.bench.ways import BASELINE, Way, prepared
 
 
 def result_of(benchmark: Any, tmp_path: Path, *given: str) -> dict[str, Any]:
@@ -51,11 +53,39 @@ def test_offload(tmp_path: Path) -> None:
 
 
 def test_overhead(tmp_path: Path) -> None:
-    result = result_of(overhead, tmp_path, "--chunk-sizes", "16", "32")
-    assert [row["num_cells"] for row in result["rows"]] == [4, 16, 8]
+    result = result_of(overhead, tmp_path, "--chunk-sizes", "16", "32", "--num-layers", "1")
+    assert [row["num_cells"] for row in result["rows"]] == [2, 8, 4]
     for row in result["rows"]:
         assert 0 < row["kernel_share"] <= 1
         assert row["host_s_per_cell"] * row["num_cells"] == pytest.approx(row["host_s"])
+
+
+def stopped(benchmark: Any, tmp_path: Path, *given: str) -> dict[str, Any]:
+    """What is left of a run that is stopped when it would write for the second time."""
+    file, written = tmp_path / "stopped.json", []
+
+    def write(result: dict[str, Any], file: Path | None) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(file)
+        write_result(result, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "write_result", write)
+        with pytest.raises(KeyboardInterrupt):
+            benchmark.main(["--smoke", *given, "--json", str(file)])
+    result: dict[str, Any] = json.loads(file.read_text())
+    assert benchmark.table(result)
+    return result
+
+
+def test_what_stopped_runs_leave_can_be_read(tmp_path: Path) -> None:
+    given = ["--repetitions", "1", "--chunk-sizes", "32"]
+    assert [row["way"] for row in stopped(overhead, tmp_path, *given)["rows"]] == [BASELINE]
+    assert len(stopped(spaco, tmp_path, "--repetitions", "2")["rounds"]) == 1
+    given = ["--num-tokens", "32", "--chunk-sizes", "16"]
+    assert [row["way"] for row in stopped(gradient_error, tmp_path, *given)["rows"]] == ["plain"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "stopped.json"]
 
 
 def test_kernels_are_counted_once() -> None:
@@ -64,6 +94,28 @@ def test_kernels_are_counted_once() -> None:
         torch.nn.functional.linear(a, a)
     total = max(event.cpu_time_total for event in found.key_averages()) / 1e6
     assert 0 < overhead.kernel_seconds(found, on_gpu=False) <= total * 1.01
+
+
+def test_on_a_gpu_what_launches_kernels_is_none() -> None:
+    """Two kernels on two streams overlap; the operator and the launch of the first, and a range around it,
+    which has a row on the device too, are no kernels."""
+
+    def event(name: str, device: str, start: float, end: float, *, is_range: bool = False) -> SimpleNamespace:
+        times = SimpleNamespace(start=start * 1e6, end=end * 1e6)
+        kind = SimpleNamespace(name=device)
+        return SimpleNamespace(name=name, device_type=kind, time_range=times, is_user_annotation=is_range)
+
+    events = [
+        event("aten::mm", "CPU", 0, 10),
+        event("cudaLaunchKernel", "CPU", 0, 1),
+        event("step", "CUDA", 0, 20, is_range=True),
+        event("gemm", "CUDA", 2, 5),
+        event("copy", "CUDA", 4, 6),
+        event("relu", "CUDA", 8, 9),
+    ]
+    found: Any = SimpleNamespace(events=lambda: events)
+    assert overhead.kernel_seconds(found, on_gpu=True) == pytest.approx(5)
+    assert overhead.kernel_seconds(found, on_gpu=False) == pytest.approx(10)
 
 
 def test_a_way_leaves_no_trace() -> None:

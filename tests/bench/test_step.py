@@ -105,14 +105,66 @@ def test_a_way_without_room_is_left_out_at_longer_lengths(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(step, "prepared", small_memory)
     sizes, ways = SIZES["smoke"], baselines(16, on_gpu=False)[:2]
-    settings = {"device": "cpu", "dtype": torch.float32, "num_rounds": 1, "report": lambda line: None}
-    result = step.measure(sizes, ways, [16, 32, 48], **settings)
+    settings = {"device": "cpu", "dtype": torch.float32, "num_rounds": 1}
+    result = step.measure(sizes, ways, [16, 32, 48], report=print, write=lambda result: None, **settings)
     outcomes = {(row["way"], row["num_tokens"]): row["outcome"] for row in result["rows"]}
     assert [outcomes["plain", length] for length in (16, 32, 48)] == ["ran", *[step.OUT_OF_MEMORY] * 2]
     assert all(outcomes[BASELINE, length] == "ran" for length in (16, 32, 48))
     assert ("plain", 48) not in seen
     provided = {"hardware": hardware("cpu"), "num_repetitions": 1}
     assert table_line(step.table({**result, **provided}), "plain", 1).endswith(step.OUT_OF_MEMORY)
+
+
+def test_a_way_whose_room_is_gone_after_the_warm_up_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline too: what is left has then no ratio at this length, and runs on."""
+    real, seen = step.attempt, []
+
+    def gone(model: Any, ids: Tensor, way: Way) -> Any:
+        seen.append((way.name, ids.shape[1]))
+        return None if seen.count((BASELINE, 32)) == 3 and way.name == BASELINE else real(model, ids, way)
+
+    monkeypatch.setattr(step, "attempt", gone)
+    ways = baselines(16, on_gpu=False)[:2]
+    assert ways[0].name == BASELINE
+    settings = {"device": "cpu", "dtype": torch.float32, "num_rounds": 3}
+    result = step.measure(
+        SIZES["smoke"], ways, [16, 32, 48], report=print, write=lambda result: None, **settings
+    )
+    outcomes = {(row["way"], row["num_tokens"]): row["outcome"] for row in result["rows"]}
+    assert [outcomes[BASELINE, length] for length in (16, 32, 48)] == ["ran", *[step.OUT_OF_MEMORY] * 2]
+    assert all(outcomes["plain", length] == "ran" for length in (16, 32, 48))
+    assert seen.count((BASELINE, 32)) == 3
+    assert (BASELINE, 48) not in seen
+    steps = [entry["way"] for entry in result["steps"] if entry["num_tokens"] == 32]
+    assert steps == ["plain"] * 3
+    rows = {row["num_tokens"]: row for row in result["rows"] if row["way"] == "plain"}
+    assert "wall_ratio" in rows[16]
+    assert "wall_ratio" not in rows[32]
+
+
+def test_what_a_stopped_run_leaves_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped in the second round of the second length, after the baseline's turn is over."""
+    real, calls = step.attempt, []
+
+    def stopping(model: Any, ids: Tensor, way: Way) -> Any:
+        calls.append((way.name, ids.shape[1]))
+        if calls.count((BASELINE, 64)) == 3:
+            raise KeyboardInterrupt
+        return real(model, ids, way)
+
+    monkeypatch.setattr(step, "attempt", stopping)
+    file = tmp_path / "step.json"
+    given = ["--smoke", "--num-tokens", "40", "64", "--repetitions", "2", "--without", "paper", "host"]
+    with pytest.raises(KeyboardInterrupt):
+        step.main([*given, "--json", str(file)])
+    result = json.loads(file.read_text())
+    rows = {(row["num_tokens"], row["way"]): row for row in result["rows"]}
+    assert len(rows) == 2 * len({way for _, way in rows})
+    assert all(row["wall_ratio"] > 0 for row in rows.values()), "of the rounds that both have"
+    rounds = [entry["round"] for entry in result["steps"] if entry["num_tokens"] == 64]
+    assert rounds.count(1) == len(rows) // 2
+    assert 0 < rounds.count(2) < len(rows) // 2
+    assert table_line(step.table(result), "plain", 1)
 
 
 def table_line(table: str, way: str, number: int) -> str:
