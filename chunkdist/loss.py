@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from chunkdist.recovery import attempt, zeros
+from chunkdist.token_figures import running_figures
 
 TILE_BYTES = 2**29
 """Memory of one tile: its logits in the model's dtype and in fp32, and their gradients."""
@@ -83,6 +84,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         needs = [wants_grad and need for need in ctx.needs_input_grad[:3]]
         num_tokens = tile_tokens(weight_VH.shape[0], hidden_NH.element_size())
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
+        figures = running_figures()
         grad_hidden = torch.zeros_like(hidden_NH) if needs[0] else None
         leaves = [
             None if x is None else x.detach().requires_grad_(need)
@@ -101,6 +103,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 logits = logits_of(hidden, *leaves, operations=operations).float()
                 tile_sum = F.cross_entropy(logits, labels_N[tile], ignore_index=ignore_index, reduction="sum")
                 tile_loss = tile_sum * scale
+            if figures is not None:
+                figures.add(logits.detach(), labels_N[tile], ignore_index)
             del logits
             loss += tile_loss.detach()
             if not any(needs):

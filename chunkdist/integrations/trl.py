@@ -24,6 +24,7 @@ from chunkdist.integrations.packing import StreamTrainer
 from chunkdist.integrations.pipeline import PipelineSFTTrainer
 from chunkdist.integrations.shrinking import ShrinkingTrainer
 from chunkdist.integrations.stream_order import refuse_other_order
+from chunkdist.integrations.trl_loss import install_tiled_loss
 from chunkdist.sharding.launch import check_engine, check_ranks, leave_offloaded_unpinned
 from chunkdist.sharding.zero3 import whole_weights
 
@@ -142,6 +143,7 @@ def chunk_trainer(trainer: SFTTrainer, chunk_config: ChunkConfig | None) -> None
         )
     assert trainer.model is not None
     chunk_model(trainer.model, chunk_config)
+    install_tiled_loss(trainer.model, trainer.args)
 
 
 def first_batch(trainer: SFTTrainer, min_tokens: int = 5) -> dict[str, Any]:
