@@ -51,14 +51,15 @@ def test_steps_are_as_fast_as_they_were(tmp_path: Path) -> None:
 DEFAULT_ONLY = ("--repetitions", "2", "--without", "plain", "paper", "host", "kept", "one group")
 
 
-def test_cells_that_run_twice_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_that_run_again_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = GroupRun._run_layers
 
-    def twice(*args: Any, **kwargs: Any) -> Any:
-        real(*args, **kwargs)
+    def again(*args: Any, **kwargs: Any) -> Any:
+        for _ in range(3):  # one would be a third of a step: near what the limits leave to noise
+            real(*args, **kwargs)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(GroupRun, "_run_layers", twice)
+    monkeypatch.setattr(GroupRun, "_run_layers", again)
     assert any("cpu_ratio" in name for name in slowdowns(tmp_path, *DEFAULT_ONLY))
 
 
