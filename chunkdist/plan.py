@@ -21,7 +21,7 @@ from chunkdist.figures import save_figure
 from chunkdist.flops import StepFlops
 from chunkdist.integrations.arguments import TrainingOptions, check_options
 from chunkdist.integrations.start_table import step_sizes
-from chunkdist.memory.cards import CARDS, GIB
+from chunkdist.memory.cards import CARDS, GIB, Card
 from chunkdist.memory.engine import Engine, EngineName
 from chunkdist.memory.estimate import step_stages
 from chunkdist.memory.model_sizes import ModelSizes, quantized
@@ -62,6 +62,11 @@ class PlanOptions:
     num_ranks: int = 1
     simulate: bool = False
     figure: Path | None = None
+
+    @property
+    def planned_card(self) -> Card:
+        card = CARDS[self.card]
+        return card if self.memory_gib is None else replace(card, memory_bytes=int(self.memory_gib * GIB))
 
     def __post_init__(self) -> None:
         for name in ("memory_gib", "length", "num_ranks"):
@@ -155,9 +160,7 @@ def job_of(
 ) -> Job:
     """What the planner is asked about."""
     settings = step_sizes(options.training)
-    card = CARDS[asked.card]
-    if asked.memory_gib is not None:
-        card = replace(card, memory_bytes=int(asked.memory_gib * GIB))
+    card = asked.planned_card
     return Job(
         sizes=sizes,
         flops=StepFlops.of(model),

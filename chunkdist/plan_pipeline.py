@@ -12,7 +12,6 @@ from chunkdist.integrations.arguments import TrainingOptions
 from chunkdist.integrations.pipeline_batches import PipelineBatchSampler
 from chunkdist.integrations.pipeline_plan import PipelineQuestion
 from chunkdist.integrations.trl import build_trainer
-from chunkdist.memory.cards import CARDS, GIB
 from chunkdist.memory.planner import usable_bytes
 from chunkdist.pipeline.picture import draw_timeline
 
@@ -50,9 +49,7 @@ def run_pipeline_plan(
     )
     steps = [[lengths[index] for index in batch] for (batch,) in batches]
     question = PipelineQuestion(model, config, steps, max(lengths), options.training, "cuda")
-    card = CARDS[asked.card]
-    memory = card.memory_bytes if asked.memory_gib is None else int(asked.memory_gib * GIB)
-    room = question.room(usable_bytes(memory)) if question.asked else None
+    room = question.room(usable_bytes(asked.planned_card.memory_bytes)) if question.asked else None
     plan = question.answer(room)
     console.print(question.table(plan, room, num_replicas=1))
     timeline = question.timeline(plan)

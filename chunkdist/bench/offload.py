@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from chunkdist import ChunkConfig
-from chunkdist.bench.environment import provenance, write_result
-from chunkdist.bench.options import dtype_on, parsed, parser_of
+from chunkdist.bench.options import parsed, parser_of
 from chunkdist.bench.sizes import SIZES
-from chunkdist.bench.step import measure, table
+from chunkdist.bench.step import report_ways
 from chunkdist.bench.timing import limit_gpu_memory
 from chunkdist.bench.ways import Way
 
@@ -47,22 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = SIZES["smoke" if options.smoke else options.model]
     sizes = replace(sizes, chunk_size=options.chunk_size or sizes.chunk_size)
     limit_gpu_memory(options.memory_gib)
-    head = {
-        **provenance("offload", given, device=options.device),
-        "num_repetitions": options.repetitions,
-        "memory_gib": options.memory_gib,
-    }
-    found = measure(
-        sizes,
-        ways(sizes.chunk_size),
-        sorted(options.num_tokens or [sizes.num_tokens]),
-        device=options.device,
-        dtype=dtype_on(options.device),
-        num_rounds=options.repetitions,
-        report=lambda line: print(line, file=sys.stderr),
-        write=lambda found: write_result({**head, **found}, options.json),
-    )
-    print(table({**head, **found}))
+    report_ways("offload", given, options, sizes, ways(sizes.chunk_size))
     return 0
 
 

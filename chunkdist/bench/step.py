@@ -254,6 +254,26 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
+def report_ways(name: str, given: Sequence[str], options: Any, sizes: Sizes, ways: Sequence[Way]) -> None:
+    """Measures as the command line says, writes the JSON of benchmark `name`, and prints the table."""
+    head = {
+        **provenance(name, given, device=options.device),
+        "num_repetitions": options.repetitions,
+        "memory_gib": options.memory_gib,
+    }
+    found = measure(
+        sizes,
+        ways,
+        sorted(options.num_tokens or [sizes.num_tokens]),
+        device=options.device,
+        dtype=dtype_on(options.device),
+        num_rounds=options.repetitions,
+        report=lambda line: print(line, file=sys.stderr),
+        write=lambda found: write_result({**head, **found}, options.json),
+    )
+    print(table({**head, **found}))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -287,22 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ways = [way for way in ways if not any(word in way.name for word in options.without)]
     if not ways:
         parser.error(f"--without {' '.join(options.without)}: no way is left")
-    head = {
-        **provenance("step", given, device=options.device),
-        "num_repetitions": options.repetitions,
-        "memory_gib": options.memory_gib,
-    }
-    found = measure(
-        sizes,
-        ways,
-        sorted(options.num_tokens or [sizes.num_tokens]),
-        device=options.device,
-        dtype=dtype_on(options.device),
-        num_rounds=options.repetitions,
-        report=lambda line: print(line, file=sys.stderr),
-        write=lambda found: write_result({**head, **found}, options.json),
-    )
-    print(table({**head, **found}))
+    report_ways("step", given, options, sizes, ways)
     return 0
 
 

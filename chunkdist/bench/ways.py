@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from chunkdist import ChunkConfig, chunk_model, unchunk_model
 from chunkdist.bench.paper_loop import KERNEL, paper_step
 from chunkdist.lazy_logits import lazy_logits
+from chunkdist.model_layers import causal_lm_of
 
 BASELINE = "gradient checkpointing"
 
@@ -74,7 +75,7 @@ def chunked(
 @contextmanager
 def prepared(model: Any, way: Way, *, on_gpu: bool) -> Iterator[Callable[[Tensor], Tensor]]:
     """Inside, the model runs as `way` says; gives the step: from ids (1, T) to the loss, gradients added."""
-    causal_lm = getattr(model, "get_base_model", lambda: model)()
+    causal_lm = causal_lm_of(model)
 
     def step(ids: Tensor) -> Tensor:
         if way.method == "paper" and way.config is None:

@@ -23,6 +23,12 @@ def longest_to_front(order: list[int], lengths: Sequence[int]) -> list[int]:
     return order
 
 
+def shuffled(lengths: Sequence[int], seed: int, *, longest_first: bool) -> list[int]:
+    """An order of the samples, the same for the same seed."""
+    order: list[int] = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    return longest_to_front(order, lengths) if longest_first else order
+
+
 class LongestFirst(Sampler[int]):
     """Another sampler's order, each time with the longest sample first."""
 
@@ -126,6 +132,4 @@ class StreamBatchSampler(BatchSampler):
     def _new_order(self, epoch: int) -> list[int]:
         if not self._shuffle:
             return list(range(len(self.lengths)))
-        generator = torch.Generator().manual_seed(self._seed + epoch)
-        order: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
-        return longest_to_front(order, self.lengths) if self._longest_first else order
+        return shuffled(self.lengths, self._seed + epoch, longest_first=self._longest_first)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.data_loader import DataLoaderShard  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
-from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers.trainer_utils import seed_worker
@@ -33,6 +32,7 @@ from chunkdist.data.samples import sample_lengths
 from chunkdist.data.streams import NO_LABEL, join_sequences
 from chunkdist.integrations.metrics_file import MetricsFile
 from chunkdist.integrations.stream_order import StreamOrder
+from chunkdist.model_layers import causal_lm_of
 from chunkdist.modeling import chunk_report
 from chunkdist.packed_models import refuse_segments
 
@@ -131,8 +131,7 @@ class StreamTrainer(SFTTrainer):
         self._chunk_config = chunk_config
         super().__init__(**kwargs)
         self._lengths = sample_lengths(self.train_dataset)
-        base: Any = self.model
-        refuse_segments(base.get_base_model() if isinstance(base, PeftModel) else base, max(self._lengths))
+        refuse_segments(causal_lm_of(self.model), max(self._lengths))
         self._packing_file = MetricsFile(Path(self.args.output_dir or ".") / "packing.jsonl")
         self._last_reported_step: int | None = None
         self._has_warned = False

@@ -37,6 +37,7 @@ from chunkdist.integrations.packing import StreamSamples
 from chunkdist.integrations.pipeline_batches import PipelineBatchSampler, PipelineTokens
 from chunkdist.integrations.pipeline_plan import MOST_BATCHES, PipelineQuestion, least_room
 from chunkdist.integrations.stream_order import StreamOrder
+from chunkdist.model_layers import causal_lm_of
 from chunkdist.pipeline.across import clip_grad_norm, evaluate, whole_state_dict
 from chunkdist.pipeline.plan import PipelinePlan
 from chunkdist.pipeline.step import Pipeline
@@ -110,7 +111,7 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
             groups = [distributed.new_group(list(ranks), timeout=timeout) for ranks in (*rows, *columns)]
             of_stage: Any = groups[replicas + self._stage]
             self._pipeline = Pipeline(
-                _base(self.model),
+                causal_lm_of(self.model),
                 self._chunk_config,
                 self._plan.stages,
                 group=groups[self._replica],
@@ -256,10 +257,6 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
         return Path(folder) / f"optimizer_rank{self.args.process_index}.pt"
 
 
-def _base(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _only(items: list[Samples]) -> Samples:
     (samples,) = items
     return samples
@@ -297,7 +294,7 @@ def _refuse_tied_copies(model: Any) -> None:
     """
     if not isinstance(model, PeftModel):
         return
-    base: Any = model.get_base_model()
+    base = causal_lm_of(model)
     tied = base.config.get_text_config(decoder=True).tie_word_embeddings
     if tied and hasattr(base.get_output_embeddings(), "modules_to_save"):
         raise ValueError(

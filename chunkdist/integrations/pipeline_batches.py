@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch.utils.data import BatchSampler
 
-from chunkdist.data.sampler import longest_to_front
+from chunkdist.data.sampler import shuffled
 from chunkdist.flops import StepFlops, num_pairs
 
 
@@ -45,8 +44,7 @@ class PipelineBatchSampler(BatchSampler):
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:  # type: ignore[override]  # indices of one batch
         order = list(range(len(self._lengths)))
         if self._shuffle:
-            generator = torch.Generator().manual_seed(self._seed + self._epoch)
-            order = longest_to_front(torch.randperm(len(order), generator=generator).tolist(), self._lengths)
+            order = shuffled(self._lengths, self._seed + self._epoch, longest_first=True)
         for start in range(0, len(order), self._batch_sequences):
             batch = order[start : start + self._batch_sequences]
             batch.sort(key=lambda index: (-self._lengths[index], index))

@@ -14,7 +14,7 @@ from chunkdist.config import ChunkConfig
 from chunkdist.integrations.start_table import step_sizes
 from chunkdist.memory.auto import USABLE_SHARE, free_bytes
 from chunkdist.memory.model_sizes import ModelSizes
-from chunkdist.model_layers import find_layers, layer_states
+from chunkdist.model_layers import causal_lm_of, find_layers, layer_states
 from chunkdist.pipeline.costs import layer_costs, room_for_graphs
 from chunkdist.pipeline.plan import (
     CHUNK_SIZES,
@@ -59,7 +59,7 @@ class PipelineQuestion:
             if sum(map(len, self.batches)) >= ENOUGH_SEQUENCES:
                 break
         self._costs, self._head = layer_costs(model)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = causal_lm_of(model)
         states = layer_states(base.config.get_text_config(), find_layers(base)[2])
         self._shares_chunks = not any(state.relays for state in states)
 

@@ -12,10 +12,10 @@ import inspect
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from chunkdist.flops import StepFlops
+from chunkdist.model_layers import causal_lm_of
 
 
 class TokenCounter:
@@ -25,9 +25,8 @@ class TokenCounter:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.flops = StepFlops.of(model)
-        decoder: nn.Module = inner.get_decoder()
+        decoder: nn.Module = causal_lm_of(model).get_decoder()
         self._signature = inspect.signature(decoder.forward)
         self.sums: Tensor | None = None
         """Since the last `take`, on the device."""

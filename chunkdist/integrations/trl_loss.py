@@ -38,7 +38,7 @@ def _forward(
 ) -> Any:
     labels: Tensor | None = kwargs.get("labels")
     if not fused_lm_head or labels is None:
-        return inner(*args, **{**kwargs, **({"fused_lm_head": True} if fused_lm_head else {})})
+        return inner(*args, fused_lm_head=fused_lm_head, **kwargs)
     kwargs.pop("num_items_in_batch", None)
     with token_figures() as figures:
         loss = inner(*args, **kwargs, num_items_in_batch=1).loss

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -237,10 +236,9 @@ def measure_cells(
     chunks = _chunks_of(base)
     config = ChunkConfig(chunk_size=1, rebuild_kv=False, attention=attention, kv_grad_dtype=kv_grad_dtype)
     num_layers = max(firsts.values()) + 1
-    run = partial(
-        _run, config=config, device_type=device_type, autocast=autocast, weights_dtype=weights_dtype
-    )
-    runs = {size: run(model, num_layers, size) for size in chunks}
+    runs = {
+        size: _run(model, num_layers, size, config, device_type, autocast, weights_dtype) for size in chunks
+    }
     sizes = {kind: _cell_sizes(runs, number) for kind, number in firsts.items()}
     first = runs[chunks[0]]
     assert first.arguments_bytes is not None

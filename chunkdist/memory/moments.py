@@ -90,8 +90,8 @@ class StepMoments:
         }
         weight, grads = sizes.head_numbers_trained, self._gradients([])
         # Its gradient is summed in fp32; that of a tile comes when its logits are only in their dtype.
+        gathered = self.gathered.loss(12 * logits)
         for tile, weight_bytes in ((12 * logits, 4), (sizes.element_bytes * logits, 4 + sizes.element_bytes)):
-            gathered = self.gathered.loss(12 * logits)
             yield (
                 "the loss",
                 {**kept, **gathered, "loss tile": tile, "gradients": grads + weight * weight_bytes},

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from chunkdist.data.cost import SequenceCost
 from chunkdist.flops import StepFlops, pairs_by_layer
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.optimizers import OptimizerMemory
-from chunkdist.model_layers import find_layers
+from chunkdist.model_layers import causal_lm_of, find_layers
 
 
 def layer_costs(model: nn.Module) -> tuple[list[SequenceCost], float]:
@@ -22,7 +20,7 @@ def layer_costs(model: nn.Module) -> tuple[list[SequenceCost], float]:
     Args:
         model: A causal LM, or a PEFT model of one; its weights may be anywhere, or nowhere.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = causal_lm_of(model)
     layers = find_layers(base)[2]
     head = 6.0 * base.get_output_embeddings().weight.numel()
     rest = max(0.0, StepFlops.of(model).per_token - head)
