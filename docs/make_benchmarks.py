@@ -4,7 +4,7 @@
     python docs/make_benchmarks.py --check      # exit status 1 when pages are not up to date; names them
 
 docs/benchmarks.md has what `chunkdist bench all` measures on a GPU: results that are there, by the files'
-names in `chunkdist.bench.all.JOBS`, are shown, for others the page says that nothing has been measured.
+names in `chunkdist.bench.jobs.JOBS`, are shown, for others the page says that nothing has been measured.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from matplotlib.figure import Figure
 from tables import DOCS, RESULTS, UNKNOWN, Result, filled, read_result
 
 from chunkdist.bench import module_of
-from chunkdist.bench.all import JOBS, Job
+from chunkdist.bench.jobs import JOBS, Job
 from chunkdist.bench.max_length import fits_text
 from chunkdist.bench.spaco import NUM_CHUNKS
+from chunkdist.bench.step import WARMED_UP
 from chunkdist.bench.ways import BASELINE
 
 PAGE = DOCS / "benchmarks.md"
 PAPER = "the paper's chunk loop"
+LONG_STEP = "step-8b-24gib-128k"
 OTHERS = (
     make_data_tables,
     make_figures,
@@ -47,7 +49,7 @@ Results = dict[str, Result]
 
 
 def results_of(folder: Path) -> Results:
-    """What `bench all` has left in a folder, by file name. One that failed is there, too, and says so."""
+    """What `bench all` has left in a folder, by file name. One that is not whole is there, too."""
     found = {job.file: read_result(job.file, folder) for job in JOBS}
     return {name: result for name, result in found.items() if result is not None}
 
@@ -58,24 +60,31 @@ def page_of_results(page: str, folder: Path = RESULTS) -> str:
     return filled(filled(page, "summary", _summary(results)), "results", _tables(results, folder))
 
 
+def why_partial(result: Result) -> str | None:
+    """Why a result is not whole; `None`: it is."""
+    if "failed" in result:
+        return str(result["failed"])
+    return "it did not end" if result.get("partial") else None
+
+
 def _summary(results: Results) -> str:
-    usable = {name: result for name, result in results.items() if "failed" not in result}
     rows = ["| | to reach | on a GPU |", "|---|---|---|"]
-    for name, goal, figure in SUMMARY:
-        found = figure(usable)
-        rows.append(f"| {name} | {goal} | {UNKNOWN if found is None else found} |")
+    for name, goal, files, figure in SUMMARY:
+        own = {file: results[file] for file in files if file in results}
+        found = figure(own)
+        partial = [file for file, result in own.items() if why_partial(result) is not None]
+        mark = f" (partial: {', '.join(partial)})" if partial and found is not None else ""
+        rows.append(f"| {name} | {goal} | {UNKNOWN if found is None else found}{mark} |")
     gpus = sorted(
-        {str(result["hardware"]["gpu"]) for result in usable.values() if "gpu" in result["hardware"]}
+        {str(result["hardware"]["gpu"]) for result in results.values() if "gpu" in result["hardware"]}
     )
     return "\n".join([*rows, *([f"\nOn {', '.join(gpus)}."] if gpus else [])])
 
 
 def _steps(results: Results) -> Iterator[Result]:
-    """The rows of step's results on the 8B model, without a limit of memory, that ran."""
-    for name in ("step-8b", "step-8b-64k"):
-        for row in results.get(name, {}).get("rows", []):
-            if row["outcome"] == "ran":
-                yield row
+    """The rows of step's results that ran."""
+    for result in results.values():
+        yield from (row for row in result.get("rows", []) if row["outcome"] == "ran")
 
 
 def _chunked(rows: Iterator[Result]) -> list[Result]:
@@ -84,7 +93,8 @@ def _chunked(rows: Iterator[Result]) -> list[Result]:
 
 def _of_checkpointing(results: Results) -> str | None:
     best: dict[int, float] = {}
-    for row in _chunked(_steps(results)):
+    against = {name: result for name, result in results.items() if result.get("baseline") == BASELINE}
+    for row in _chunked(_steps(against)):
         if "wall_ratio" in row:
             best[row["num_tokens"]] = min(row["wall_ratio"], best.get(row["num_tokens"], float("inf")))
     return ", ".join(f"{ratio:.2f} x at {num:,}" for num, ratio in sorted(best.items())) or None
@@ -99,35 +109,55 @@ def _of_paper(results: Results) -> str | None:
 
 def _utilisation(results: Results) -> str | None:
     rows = [row for row in _chunked(_steps(results)) if row["num_tokens"] >= 65536]
-    return f"{max(row['mfu'] for row in rows):.1%}" if rows else None
+    if not rows:
+        return None
+    best = max(rows, key=lambda row: row["mfu"])
+    return f"{best['mfu']:.1%} at {best['num_tokens']:,}: {best['way']}"
+
+
+def _utilisation_by_variant(results: Results) -> str | None:
+    rows = sorted(_steps(results), key=lambda row: -row["mfu"])
+    return "; ".join(f"{row['way']} {row['mfu']:.1%}" for row in rows) or None
 
 
 def _longest(results: Results) -> str | None:
-    rows = results.get("max-length-24gib", {}).get("rows", [])
-    if not rows:
-        return None
-    others = results.get("max-length-24gib-checkpointing", {}).get("rows", [])
-    return fits_text(max(rows, key=lambda row: row["fits"])) + "".join(
-        f"; {row['way']} {fits_text(row)}" for row in others if row["way"] == BASELINE
-    )
+    searched = {name: result for name, result in results.items() if result["benchmark"] == "max-length"}
+    found = [fits_text(row) for row in _searched(searched) if row["way"] != BASELINE and row["fits"]]
+    for row in results.get(LONG_STEP, {}).get("rows", []):
+        if row["outcome"] in ("ran", WARMED_UP):
+            speed = f" at {row['tokens_per_s']:,.0f} tokens/s" if row["outcome"] == "ran" else ""
+            peak = row["peak_reserved_bytes"] / 2**30
+            found.append(f"a step of {row['num_tokens']:,}{speed}, {peak:.2f} GiB reserved")
+    found += [f"{row['way']} {fits_text(row)}" for row in _searched(searched) if row["way"] == BASELINE]
+    return "; ".join(found) or None
 
 
-def _spaco(file: str, figure: str) -> Callable[[Results], str | None]:
+def _searched(results: Results) -> Iterator[Result]:
+    for result in results.values():
+        yield from result.get("rows", [])
+
+
+def _exact(results: Results) -> str | None:
+    rows = [row for row in _chunked(_steps(results)) if row["compared_with"] == BASELINE]
+    return f"{max(row['largest_gradient_difference'] for row in rows):.1e}" if rows else None
+
+
+def _spaco(figure: str) -> Callable[[Results], str | None]:
     def found(results: Results) -> str | None:
-        row = results.get(file, {}).get("summary", {}).get("8 chunks")
-        return None if row is None else f"{row[figure]:.2f} x"
+        rows = [result.get("summary", {}).get("8 chunks", {}) for result in results.values()]
+        return next((f"{row[figure]:.2f} x" for row in rows if figure in row), None)
 
     return found
 
 
 def _error(results: Results) -> str | None:
-    result = results.get("gradient-error")
-    return None if result is None else f"{result['largest_ratio_to_plain']:.2f} x"
+    ratio = results.get("gradient-error", {}).get("largest_ratio_to_plain")
+    return None if ratio is None else f"{ratio:.2f} x"
 
 
 def _epoch(results: Results) -> str | None:
-    row = results.get("long-tail", {}).get("summary", {}).get("token streams")
-    return None if row is None else f"{row['wall_speedup']:.2f} x"
+    row = results.get("long-tail", {}).get("summary", {}).get("token streams", {})
+    return f"{row['wall_speedup']:.2f} x" if "wall_speedup" in row else None
 
 
 def _gathers(results: Results) -> str | None:
@@ -138,31 +168,60 @@ def _gathers(results: Results) -> str | None:
     more = [
         row["gathers"] - plain[row["engine"], row["training"]]
         for row in rows
-        if row["way"].endswith(" chunks")
+        if row["way"].endswith(" chunks") and (row["engine"], row["training"]) in plain
     ]
     return f"{max(more)} more" if more else None
 
 
-SUMMARY: tuple[tuple[str, str, Callable[[Results], str | None]], ...] = (
-    ("8B with LoRA: best time of chunks, to gradient checkpointing", "1.00 x", _of_checkpointing),
-    ("the same at 16K: faster than the paper's loop", "1.3 x", _of_paper),
-    ("the same, at 64K and above: model FLOP utilisation", "50 %", _utilisation),
-    ("longest sequence in 24 GiB, 8B with LoRA", "131,072", _longest),
+WHOLE_CARD = ("step-8b", "step-8b-64k", "step-8b-128k")
+WITHIN_24_GIB = ("step-8b-24gib", LONG_STEP)
+SUMMARY: tuple[tuple[str, str, Sequence[str], Callable[[Results], str | None]], ...] = (
+    (
+        "8B with LoRA: best time of chunks, to gradient checkpointing",
+        "1.00 x",
+        WHOLE_CARD,
+        _of_checkpointing,
+    ),
+    ("the same within 24 GiB", "1.00 x", WITHIN_24_GIB, _of_checkpointing),
+    ("8B with LoRA at 16K: faster than the paper's loop", "1.3 x", ("step-8b",), _of_paper),
+    ("8B with LoRA at 64K and above: model FLOP utilisation", "50 %", WHOLE_CARD, _utilisation),
+    (
+        "4 of its layers at 64K: utilisation by kernel and variant",
+        "50 %",
+        ("step-4-layers-variants", "step-4-layers-fa3"),
+        _utilisation_by_variant,
+    ),
+    (
+        "longest sequence in 24 GiB, 8B with LoRA",
+        "131,072",
+        ("max-length-24gib", LONG_STEP, "max-length-24gib-checkpointing"),
+        _longest,
+    ),
+    ("longest sequence on the whole card, within ten minutes", "-", ("max-length-card",), _longest),
+    (
+        "2 layers at 131,072: gradients, to those of checkpointing, in bf16",
+        "-",
+        ("step-2-layers-128k",),
+        _exact,
+    ),
     (
         f"SpaCO, 8 of {NUM_CHUNKS} chunks at 16K: faster than SeCO",
         "3 x",
-        _spaco("spaco-1b", "faster_than_exact"),
+        ("spaco-1b",),
+        _spaco("faster_than_exact"),
     ),
     (
         f"SpaCO, 8 of {NUM_CHUNKS} chunks at 128K, to the no-grad forward",
         "1.3 x",
-        _spaco("spaco-1b-128k", "of_forward"),
+        ("spaco-1b-128k",),
+        _spaco("of_forward"),
     ),
-    ("bf16 gradients: largest error, to that of the plain model", "1 x", _error),
-    ("an epoch of long-tailed data: faster than padded rows", "-", _epoch),
-    ("gathers of a step in many chunks, beside the plain model", "0 more", _gathers),
+    ("bf16 gradients: largest error, to that of the plain model", "1 x", ("gradient-error",), _error),
+    ("an epoch of long-tailed data: faster than padded rows", "-", ("long-tail",), _epoch),
+    ("gathers of a step in many chunks, beside the plain model", "0 more", ("sharding",), _gathers),
 )
-"""Figures, what they should be, and how they are read from the results."""
+"""Figures, what they should be, the results that they are read from, and how. One that is not whole counts,
+and is named."""
 
 
 def _tables(results: Results, folder: Path) -> str:
@@ -172,8 +231,8 @@ def _tables(results: Results, folder: Path) -> str:
         result = results.get(job.file)
         if result is None:
             parts.append(f"{UNKNOWN}: `chunkdist bench {job.name}`, part {job.part}.\n")
-        elif "failed" in result:
-            parts.append(f"{result['failed']}: `{result['command']}`.\n")
+        elif (why := why_partial(result)) is not None:
+            parts.append(f"{why}: `{result['command']}`.\n")
             if result.get("rows") or result.get("summary"):
                 parts += ["What there was by then:\n", _table(job, result)]
         else:
@@ -226,7 +285,7 @@ def write_figures(folder: Path, target: Path) -> list[Path]:
     matplotlib.rcParams["svg.hashsalt"] = "chunkdist"  # the same file from the same result
     files = []
     for name, result in results_of(folder).items():
-        figure = None if "failed" in result else figure_of(result)
+        figure = None if why_partial(result) else figure_of(result)
         if figure is not None:
             figure.savefig(target / f"{name}.svg", metadata={"Date": None})
             files.append(target / f"{name}.svg")

@@ -19,10 +19,11 @@ from chunkdist.check import check_gradients
 from chunkdist.integrations.arguments import TrainingOptions, parse_options
 from chunkdist.integrations.callbacks import ChunkCallback
 from chunkdist.integrations.checked_trainer import CheckedSFTTrainer, print_once
-from chunkdist.integrations.out_of_memory import explained_out_of_memory, use_expandable_segments
+from chunkdist.integrations.out_of_memory import explained_out_of_memory
 from chunkdist.integrations.pipeline import PipelineSFTTrainer
 from chunkdist.integrations.saving import is_disk_full, removed_if_empty, save_model
 from chunkdist.integrations.trl import build_trainer, check_blocker, chunk_trainer, first_batch
+from chunkdist.memory.allocator import use_expandable_segments
 from chunkdist.sharding.failures import FailureWatch, RankFailure, named_failures
 
 

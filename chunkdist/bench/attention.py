@@ -9,7 +9,7 @@ its dtype allows; nothing is timed that has not passed. Exit status 1 when one f
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from chunkdist.attention import BACKENDS
 from chunkdist.attention.base import AttentionVariant, Backend, Span
 from chunkdist.attention.math import MathBackend
-from chunkdist.bench.environment import provenance, write_result
+from chunkdist.bench.environment import provenance, write_partial, write_result
 from chunkdist.bench.options import parsed, parser_of
 from chunkdist.bench.timing import matmul_flops, median_s
 
@@ -142,9 +142,15 @@ def measure(
     device: str,
     dtypes: Sequence[torch.dtype],
     num_calls: int,
+    write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """What the JSON holds: errors of every case that a backend takes, and rates of those that passed."""
-    rows, fast = [], []
+    """What the JSON holds: errors of every case that a backend takes, and rates of those that passed.
+
+    `write` is called after each case and each rate, with what there is so far.
+    """
+    rows: list[dict[str, Any]] = []
+    fast: list[dict[str, Any]] = []
+    result = {"passed": True, "rows": rows, "rates": fast, "matmul_flops": matmul_flops(device, dtypes[0])}
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         for backend in backends:
@@ -160,18 +166,16 @@ def measure(
                 else:
                     row["why_not"] = why_not
                 rows.append(row)
+                result["passed"] &= row.get("passed", True)
+                write(result)
             takes = [case for case in timed if backend.why_not(q, case.variant()) is None]
             if isinstance(backend, MathBackend):
                 takes = takes[:1]  # it is there to be right: long prefixes take it minutes
             for case in takes if passed and dtype == dtypes[0] else []:
                 found = rates(backend, case, device, dtype, num_calls)
                 fast.append({"backend": backend.name, "dtype": name, **asdict(case), **found})
-    return {
-        "passed": all(row.get("passed", True) for row in rows),
-        "rows": rows,
-        "rates": fast,
-        "matmul_flops": matmul_flops(device, dtypes[0]),
-    }
+                write(result)
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
@@ -208,18 +212,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.smoke:
         sizes = [(64, 64)]
     timed = [Case(name="rate", num_queries=t, num_before=before, **few) for t, before in sizes]
-    result = {
+    head = {
         **provenance("attention", given, device=options.device),
         "num_repetitions": options.repetitions,
-        **measure(
-            [backend for backend in BACKENDS if not (on_gpu and backend.name == "cpu_flash")],
-            checked,
-            timed,
-            device=options.device,
-            dtypes=(torch.bfloat16, torch.float16) if on_gpu else (torch.float32, torch.bfloat16),
-            num_calls=options.repetitions,
-        ),
     }
+    found = measure(
+        [backend for backend in BACKENDS if not (on_gpu and backend.name == "cpu_flash")],
+        checked,
+        timed,
+        device=options.device,
+        dtypes=(torch.bfloat16, torch.float16) if on_gpu else (torch.float32, torch.bfloat16),
+        num_calls=options.repetitions,
+        write=lambda found: write_partial({**head, **found}, options.json),
+    )
+    result = {**head, **found}
     print(table(result))
     write_result(result, options.json)
     return 0 if result["passed"] else 1

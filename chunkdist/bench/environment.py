@@ -13,15 +13,7 @@ from typing import Any
 
 import torch
 
-LLAMA_3_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
-"""Sizes of a `LlamaConfig`."""
+from chunkdist.memory import allocator
 
 _PACKAGES = ("chunkdist", "torch", "transformers", "peft")
 
@@ -50,6 +42,11 @@ def write_result(result: dict[str, Any], file: Path | None) -> None:
         part.replace(file)
 
 
+def write_partial(result: dict[str, Any], file: Path | None) -> None:
+    """Writes what there is so far: until `write_result` replaces it, the file says that it is not all."""
+    write_result({**result, "partial": True}, file)
+
+
 def versions() -> dict[str, str]:
     """Of Python and of what a benchmark imports."""
     found = {"python": platform.python_version()}
@@ -72,6 +69,7 @@ def hardware(device: str) -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
+        found["allocator"] = allocator.setting()
     return found
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from chunkdist import ChunkConfig
-from chunkdist.bench.environment import provenance, write_result
+from chunkdist.bench.environment import provenance, write_partial, write_result
 from chunkdist.bench.options import check_counts, parsed, parser_of
 from chunkdist.bench.sizes import SIZES, Sizes
 from chunkdist.bench.ways import BASELINE, Way, prepared
@@ -118,8 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.chunk_sizes or ([8, 16] if smoke else [128, 512]),
         device=options.device,
         report=lambda line: print(line, file=sys.stderr),
-        write=lambda found: write_result({**head, **found}, options.json),
+        write=lambda found: write_partial({**head, **found}, options.json),
     )
+    write_result({**head, **found}, options.json)
     print(table({**head, **found}))
     return 0
 

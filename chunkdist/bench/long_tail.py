@@ -34,9 +34,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from chunkdist import chunk_model, unchunk_model
-from chunkdist.bench.environment import provenance, write_result
+from chunkdist.bench.environment import provenance, write_partial, write_result
 from chunkdist.bench.long_tail_simulation import simulate
-from chunkdist.bench.long_tail_ways import BASELINE, BATCH_SEQUENCES, SEGMENT_FLASH, SIZES, Sizes, Way, ways
+from chunkdist.bench.long_tail_ways import (
+    BASELINE,
+    BATCH_SEQUENCES,
+    PADDED_FLASH,
+    SEGMENT_FLASH,
+    SIZES,
+    Sizes,
+    Way,
+    ways,
+)
 from chunkdist.bench.options import dtype_on, parsed, parser_of
 from chunkdist.bench.timing import cost_of
 from chunkdist.bench.ways import set_checkpointing
@@ -48,9 +57,15 @@ from chunkdist.modeling import chunk_report
 
 
 def measure(
-    sizes: Sizes, *, num_rounds: int, report: Callable[[str], None], device: str = "cpu"
+    sizes: Sizes,
+    *,
+    num_rounds: int,
+    report: Callable[[str], None],
+    write: Callable[[dict[str, Any]], None],
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Every way once a round, in an order that rotates; returns what the JSON holds of it.
+    """Every way once a round, in an order that rotates; returns what the JSON holds of it. `write` is called
+    after each, with what there is so far.
 
     The gradients of a way's first epoch are compared with the baseline's: a fast wrong step is no step.
     """
@@ -68,6 +83,22 @@ def measure(
     expected: dict[str, Tensor] = {}
     rows: dict[str, dict[str, Any]] = {}
     epochs: dict[str, list[_Epoch]] = {way.name: [] for way in contenders}
+    result: dict[str, Any] = {
+        "model": {
+            **asdict(sizes),
+            "num_parameters": model.num_parameters(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "data": {
+            "num_sequences": len(lengths),
+            "num_tokens": sum(lengths),
+            "longest": max(lengths),
+            "median": statistics.median(lengths),
+            "batch_sequences": BATCH_SEQUENCES,
+        },
+        "baseline": BASELINE,
+        "summary": rows,
+    }
     for number in range(num_rounds):
         shift = number % len(contenders)
         for way in contenders[shift:] + contenders[:shift]:
@@ -84,29 +115,22 @@ def measure(
                         for name in expected
                     ),
                 }
-    for name, row in rows.items():
-        for clock in ("wall_s", "cpu_s"):
-            own, base = ([getattr(epoch, clock) for epoch in epochs[way]] for way in (name, BASELINE))
-            ratios = [slow / max(fast, 1e-9) for slow, fast in zip(base, own, strict=True)]
-            short = clock.removesuffix("_s")
-            row |= {clock: own, f"median_{clock}": statistics.median(own)}
-            row |= {f"{short}_speedup": statistics.median(ratios), f"{short}_speedup_lowest": min(ratios)}
-    return {
-        "model": {
-            **asdict(sizes),
-            "num_parameters": model.num_parameters(),
-            "dtype": str(model.dtype).removeprefix("torch."),
-        },
-        "data": {
-            "num_sequences": len(lengths),
-            "num_tokens": sum(lengths),
-            "longest": max(lengths),
-            "median": statistics.median(lengths),
-            "batch_sequences": BATCH_SEQUENCES,
-        },
-        "baseline": BASELINE,
-        "summary": rows,
-    }
+            for name, row in rows.items():
+                row |= _times(epochs[name], epochs[BASELINE])
+            write(result)
+    return result
+
+
+def _times(epochs: Sequence[_Epoch], base_epochs: Sequence[_Epoch]) -> dict[str, Any]:
+    """Of one way; ratios over the rounds that both have: the last one may not have ended."""
+    found: dict[str, Any] = {}
+    for clock in ("wall_s", "cpu_s"):
+        own, base = ([getattr(epoch, clock) for epoch in each] for each in (epochs, base_epochs))
+        ratios = [slow / max(fast, 1e-9) for slow, fast in zip(base, own, strict=False)]
+        short = clock.removesuffix("_s")
+        found |= {clock: own, f"median_{clock}": statistics.median(own)}
+        found |= {f"{short}_speedup": statistics.median(ratios), f"{short}_speedup_lowest": min(ratios)}
+    return found
 
 
 def _model(sizes: Sizes, longest: int) -> Any:
@@ -134,13 +158,14 @@ class _Epoch:
 
 
 def _epoch(model: Any, way: Way, num_items: int) -> _Epoch:
-    model.zero_grad(set_to_none=True)
     if way.config is None:
+        model.set_attn_implementation(SEGMENT_FLASH if way.is_packed else PADDED_FLASH)
         set_checkpointing(model, True)
     else:
         chunk_model(model, way.config)
 
     def all_micro_batches() -> None:
+        model.zero_grad(set_to_none=True)
         for inputs in way.micro_batches:
             with (
                 lazy_logits(model) if way.config is None else nullcontext()
@@ -245,17 +270,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured = json.loads(options.json.read_text(encoding="utf-8"))
             write_result({**measured, "simulation": simulation}, options.json)
         return 0
-    result = {
+    head = {
         **provenance("long-tail", given, device=options.device),
         "num_repetitions": num_rounds,
-        **measure(
-            SIZES["smoke" if options.smoke else options.model],
-            device=options.device,
-            num_rounds=num_rounds,
-            report=lambda line: print(line, file=sys.stderr),
-        ),
         "simulation": simulation,
     }
+    found = measure(
+        SIZES["smoke" if options.smoke else options.model],
+        device=options.device,
+        num_rounds=num_rounds,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+        write=lambda found: write_partial({**head, **found}, options.json),
+    )
+    result = {**head, **found}
     print(table(result))
     write_result(result, options.json)
     return 0

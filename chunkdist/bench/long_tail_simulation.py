@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from chunkdist.bench.environment import LLAMA_3_8B
+from chunkdist.bench.sizes import LLAMA_3_8B
 from chunkdist.data.assignment import assign_sequences, plan_batch
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.long_tail import LONGEST, SEED, long_tailed_lengths

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -23,6 +24,7 @@ STREAMS = "token streams"
 BASELINE = "padded, 8 rows"
 BATCH_SEQUENCES = 64
 SEGMENT_FLASH = "chunkdist_bench_segments"
+PADDED_FLASH = "chunkdist_bench_padded"
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -82,31 +84,45 @@ class Way:
     config: ChunkConfig | None
     num_padded: int = 0
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several sequences, which `position_ids` tell apart."""
+        return "position_ids" in self.micro_batches[0]
+
+
+def padded_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Flash attention, causal, on each whole row: on a CPU the kernel of `cpu_flash`, on CUDA torch's own and
+    no other, as all ways have."""
+    if not query.is_cuda:
+        return _kernel(query, key, value, 0.0, True)[0].transpose(1, 2), None
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None
+
 
 def segment_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Flash attention, causal, on each segment of a row that `position_ids` tell apart: on a CPU the kernel
-    of `cpu_flash`, on CUDA torch's own for padded rows, and for segments chunkdist's fastest backend."""
-    positions = kwargs.get("position_ids")
-    starts = [] if positions is None else (positions[0] == 0).nonzero().flatten().tolist()
-    if query.is_cuda and len(starts) < 2:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None
+    of `cpu_flash`, on CUDA chunkdist's fastest backend."""
+    starts = (kwargs["position_ids"][0] == 0).nonzero().flatten().tolist()
+    if len(starts) < 2:
+        return padded_attention(module, query, key, value, mask)
     if query.is_cuda:
         ends = [*starts[1:], query.shape[2]]
         spans = tuple(Span(start, end, start, end) for start, end in zip(starts, ends, strict=True))
         scale = query.shape[-1] ** -0.5
         out: Tensor = SpanKernel.apply(scale, spans, query, key, value)  # type: ignore[no-untyped-call]
         return out, None
-    if len(starts) < 2:
-        return _kernel(query, key, value, 0.0, True)[0].transpose(1, 2), None
     lengths = torch.diff(torch.tensor([*starts, query.shape[2]])).tolist()
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([_kernel(*part, 0.0, True)[0] for part in parts], dim=2).transpose(1, 2), None
 
 
-AttentionInterface.register(SEGMENT_FLASH, segment_attention)
-AttentionMaskInterface.register(SEGMENT_FLASH, lambda **kwargs: None)
+for _name, _function in ((SEGMENT_FLASH, segment_attention), (PADDED_FLASH, padded_attention)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, lambda **kwargs: None)
 
 
 def ways(

@@ -7,7 +7,7 @@ Lengths are doubled until one does not fit, then bisected. A search that runs ou
 gives as the longest fits, and a longer one may fit, too.
 
     python -m chunkdist.bench.max_length [--smoke] [--json FILE] [--device cuda] [--model 8b]
-        [--memory-gib 24] [--only WORD] [--start N] [--limit N] [--seconds S]
+        [--memory-gib 24] [--whole-card] [--chunk-size N] [--only WORD] [--start N] [--limit N] [--seconds S]
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from typing import Any
 
 from chunkdist import ChunkConfig
 from chunkdist.bench import memory
-from chunkdist.bench.environment import LLAMA_3_8B, provenance, write_result
-from chunkdist.bench.options import check_counts, dtype_on, parsed, parser_of
-from chunkdist.bench.sizes import SIZES, Sizes
-from chunkdist.bench.step import attempt
-from chunkdist.bench.timing import limit_gpu_memory
-from chunkdist.bench.ways import BASELINE, Way
+from chunkdist.bench.environment import provenance, write_partial, write_result
+from chunkdist.bench.options import check_counts, dtype_on, limit_memory, parsed, parser_of
+from chunkdist.bench.rounds import OUT_OF_MEMORY, attempt
+from chunkdist.bench.sizes import LLAMA_3_8B, SIZES, Sizes
+from chunkdist.bench.ways import BASELINE, OFFLOADED, REBUILT, Way
 
 SMOKE_GIB = 1 + 4 / 1024
 PRECISION = 16
@@ -82,17 +81,24 @@ def ways(chunk_size: int, attention: Any = "auto") -> list[Way]:
     return [
         Way(name=BASELINE),
         chunked("chunked, one group of all layers", layers_per_group="all"),
-        chunked("chunked, K/V rebuilt (default)"),
-        chunked("chunked, host offload", offload="host"),
+        chunked(REBUILT),
+        chunked(OFFLOADED, offload="host"),
     ]
 
 
 def on_cuda(model: Any, sizes: Sizes, way: Way, device: str) -> Callable[[int], bool]:
-    """Whether a step on so many tokens ends without running out of memory."""
+    """Whether a step on so many tokens ends without running out of memory.
+
+    Raises:
+        RuntimeError: it fails otherwise, when called.
+    """
 
     def fits(num_tokens: int) -> bool:
         ids = replace(sizes, num_tokens=num_tokens).tokens(device)
-        return attempt(model, ids, way, is_timed=False) is not None
+        why_not = attempt(model, ids, way, is_timed=False).why_not
+        if why_not not in (None, OUT_OF_MEMORY):
+            raise RuntimeError(f"{way.name}, {num_tokens:,} tokens: {why_not}")
+        return why_not is None
 
     return fits
 
@@ -120,7 +126,7 @@ def fits_text(row: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The rows, for people to read."""
-    lines = [f"{result['memory_gib']:g} GiB; {result['method']}", f"{'':44}{'fits':>20}{'does not':>12}"]
+    lines = [f"{result['memory_gib']:.4g} GiB; {result['method']}", f"{'':44}{'fits':>20}{'does not':>12}"]
     for row in result["rows"]:
         fails = "-" if row["fails"] is None else f"{row['fails']:,}"
         lines.append(f"{row['way']:44}{fits_text(row):>20}{fails:>12}")
@@ -132,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = parser_of("max-length", "The longest that fits.", "model", "device", "threads", "memory-gib")
     parser.set_defaults(model="8b")
+    parser.add_argument("--whole-card", action="store_true", help="all of the GPU's memory, not 24 GiB")
+    parser.add_argument("--chunk-size", type=int, help="tokens of a chunk; default: the model's own")
     parser.add_argument("--only", default="", metavar="WORD", help="the ways whose names have it")
     parser.add_argument("--start", type=int, help="tokens tried first; default: 8,192")
     parser.add_argument("--limit", type=int, help="tokens, no more are tried; default: 1,048,576")
@@ -142,45 +150,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = SIZES["smoke" if options.smoke else options.model]
     if not on_gpu and not options.smoke and options.model != "8b":
         parser.error(f"--model {options.model}: without a GPU only 8b is counted: leave --model out")
-    memory_gib = options.memory_gib or (SMOKE_GIB if options.smoke else 24.0)
-    if options.smoke:
-        sizes = replace(sizes, chunk_size=64)
+    if options.whole_card and (options.memory_gib is not None or not on_gpu):
+        parser.error("--whole-card is for --device cuda, without --memory-gib: leave one of them out")
+    if not options.whole_card:
+        options.memory_gib = options.memory_gib or (SMOKE_GIB if options.smoke else 24.0)
+    chunk_size = options.chunk_size or (64 if options.smoke else sizes.chunk_size)
+    sizes = replace(sizes, chunk_size=chunk_size)
     start, limit = options.start or (128 if options.smoke else 8192), options.limit or 2**20
-    attention = "auto" if on_gpu else "varlen"
-    chosen = [way for way in ways(sizes.chunk_size, attention) if options.only in way.name]
+    chosen = [way for way in ways(chunk_size, "auto" if on_gpu else "varlen") if options.only in way.name]
     if not chosen:
         parser.error(f"--only {options.only}: no way has it in its name")
-    if limit < sizes.chunk_size:
-        parser.error(f"--limit {limit} is less than a chunk: write {sizes.chunk_size} or more")
-    if on_gpu:
-        limit_gpu_memory(memory_gib)
-        model = replace(sizes, num_tokens=limit).model(options.device, dtype_on(options.device))
+    if limit < chunk_size:
+        parser.error(f"--limit {limit} is less than a chunk: write {chunk_size} or more")
     counted_sizes = memory.SMALL if options.smoke else LLAMA_3_8B
+    if on_gpu:
+        limit_memory(parser, options)
+    head = provenance("max-length", given, device=options.device)
+    if on_gpu:
+        model = replace(sizes, num_tokens=limit).model(options.device, dtype_on(options.device))
     result: dict[str, Any] = {
-        **provenance("max-length", given, device=options.device),
+        **head,
         "method": "steps on the GPU" if on_gpu else "live bytes under FakeTensorMode and the weights; no GPU",
-        "memory_gib": memory_gib,
+        "memory_gib": options.memory_gib or head["hardware"]["gpu_bytes"] / 2**30,
         "model": asdict(sizes) if on_gpu else {**counted_sizes, "lora_rank": 8},
-        "chunk_size": sizes.chunk_size,
+        "chunk_size": chunk_size,
         "rows": [],
     }
+    rows = result["rows"]
     for way in chosen:
         fits = (
             on_cuda(model, sizes, way, options.device)
             if on_gpu
-            else counted(counted_sizes, way, int((memory_gib - 1) * 2**30))
+            else counted(counted_sizes, way, int((options.memory_gib - 1) * 2**30))
         )
         deadline = time.perf_counter() + options.seconds
-        trials = _Trials(way.name, fits)
-        found = longest(
-            trials,
-            start=start,
-            step=sizes.chunk_size,
-            limit=limit,
-            is_late=partial(_is_late, deadline),
+        trials = _Trials(
+            way.name, fits, write=lambda row: write_partial({**result, "rows": [*rows, row]}, options.json)
         )
-        result["rows"].append({"way": way.name, **asdict(found), "seconds_by_length": trials.seconds})
-        write_result(result, options.json)  # what is found so far: the next search may not end
+        found = longest(
+            trials, start=start, step=chunk_size, limit=limit, is_late=partial(_is_late, deadline)
+        )
+        rows.append({"way": way.name, **asdict(found), "seconds_by_length": trials.seconds})
+    write_result(result, options.json)
     print(table(result))
     return 0
 
@@ -190,17 +201,25 @@ def _is_late(deadline: float) -> bool:
 
 
 class _Trials:
-    """Asks `fits`, and keeps what each answer took."""
+    """Asks `fits`, keeps what each answer took, and writes what is known then: the next one may not come."""
 
-    def __init__(self, name: str, fits: Callable[[int], bool]) -> None:
+    def __init__(
+        self, name: str, fits: Callable[[int], bool], *, write: Callable[[dict[str, Any]], None]
+    ) -> None:
         self.seconds: dict[int, float] = {}
-        self._name, self._fits = name, fits
+        self._name, self._fits, self._write = name, fits, write
+        self._known = Found(fits=0, fails=None, out_of_time=True)
 
     def __call__(self, num_tokens: int) -> bool:
         start = time.perf_counter()
         found = self._fits(num_tokens)
         self.seconds[num_tokens] = time.perf_counter() - start
-        print(f"{self._name}: {num_tokens:,} {'fits' if found else 'does not fit'}", file=sys.stderr)
+        print(
+            f"{self._name}: {num_tokens:,} {'fits' if found else 'does not fit'}", file=sys.stderr, flush=True
+        )
+        known = self._known
+        self._known = replace(known, fits=num_tokens) if found else replace(known, fails=num_tokens)
+        self._write({"way": self._name, **asdict(self._known), "seconds_by_length": self.seconds})
         return found
 
 

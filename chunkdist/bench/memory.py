@@ -26,8 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig
 
 from chunkdist import ChunkConfig, chunk_model
-from chunkdist.bench.environment import LLAMA_3_8B, provenance, write_result
+from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.options import parsed, parser_of
+from chunkdist.bench.sizes import LLAMA_3_8B
 from chunkdist.bench.ways import BASELINE, set_checkpointing
 from chunkdist.lazy_logits import lazy_logits
 from chunkdist.memory import LiveBytes

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from chunkdist import ChunkConfig
-from chunkdist.bench.options import parsed, parser_of
+from chunkdist.bench.options import limit_memory, parsed, parser_of
 from chunkdist.bench.sizes import SIZES
 from chunkdist.bench.step import report_ways
-from chunkdist.bench.timing import limit_gpu_memory
 from chunkdist.bench.ways import Way
 
 
@@ -45,9 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(parser, given)
     sizes = SIZES["smoke" if options.smoke else options.model]
     sizes = replace(sizes, chunk_size=options.chunk_size or sizes.chunk_size)
-    limit_gpu_memory(options.memory_gib)
-    report_ways("offload", given, options, sizes, ways(sizes.chunk_size))
-    return 0
+    limit_memory(parser, options)
+    return report_ways("offload", given, options, sizes, ways(sizes.chunk_size))
 
 
 if __name__ == "__main__":

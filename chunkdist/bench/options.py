@@ -10,6 +10,8 @@ import torch
 from torch.nn import attention as torch_attention
 
 from chunkdist.bench.sizes import SIZES
+from chunkdist.bench.timing import limit_gpu_memory
+from chunkdist.memory.allocator import use_expandable_segments
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "model": {
@@ -24,6 +26,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "NAME",
         "help": "what torch's flash attention is replaced by, for all ways: FA3, where it is installed",
     },
+    "num-layers": {"type": int, "help": "of the model, alike; default: the model's own"},
     "memory-gib": {
         "type": float,
         "help": "GPU memory that the run may take, less 1 GiB for the context and the desktop",
@@ -61,12 +64,38 @@ def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
     options = parser.parse_args(arguments)
     if getattr(options, "repetitions", 0) is None:
         options.repetitions = options.default_rounds[options.smoke]
-    check_counts(parser, options, "repetitions", "threads", "num_tokens", "chunk_size")
+    check_counts(parser, options, "repetitions", "threads", "num_tokens", "chunk_size", "num_layers")
+    check_device(parser, getattr(options, "device", "cpu"))
     if getattr(options, "threads", None) is not None:
         torch.set_num_threads(options.threads)
     if getattr(options, "flash_impl", None) is not None:
         activate_flash(parser, options.flash_impl)
     return options
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends the program where this machine has none of the kind."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {device}: torch sees no GPU on this machine: write --device cpu")
+
+
+def limit_memory(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What `--memory-gib` says; ends the program where there is no such memory. Before the first allocation.
+
+    Segments can grow then, as in the launcher: near the limit, gaps between segments of fixed size count.
+    """
+    if options.memory_gib is None:
+        return
+    if not options.device.startswith("cuda"):
+        parser.error(
+            f"--memory-gib {options.memory_gib:g} limits a GPU's memory, and --device {options.device} is "
+            "none: leave it out, or write --device cuda"
+        )
+    use_expandable_segments()
+    try:
+        limit_gpu_memory(options.memory_gib)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def activate_flash(parser: argparse.ArgumentParser, name: str) -> None:

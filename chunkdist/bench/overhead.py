@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from chunkdist import ChunkConfig
-from chunkdist.bench.environment import provenance, write_result
+from chunkdist.bench.environment import provenance, write_partial, write_result
 from chunkdist.bench.options import check_counts, dtype_on, parsed, parser_of
 from chunkdist.bench.profile import gaps_of, kernels_of, recorded
 from chunkdist.bench.sizes import SIZES, Sizes
@@ -129,14 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = parser_of(
         *("overhead", "Host time of a cell, and the share of kernels."),
-        *("model", "repetitions", "device", "threads", "flash-impl"),
+        *("model", "repetitions", "device", "threads", "flash-impl", "num-layers"),
         num_rounds=(5, 1),
     )
     parser.add_argument("--num-tokens", type=int, help="tokens of the sequence; default: the model's own")
-    parser.add_argument("--num-layers", type=int, help="of the model, alike; default: the model's own")
     parser.add_argument("--chunk-sizes", type=int, nargs="+", help="default: 1, 1/2 and 1/4 of the model's")
     options = parsed(parser, given)
-    check_counts(parser, options, "chunk_sizes", "num_layers")
+    check_counts(parser, options, "chunk_sizes")
     sizes = SIZES["smoke" if options.smoke else options.model]
     sizes = replace(
         sizes,
@@ -153,8 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device=options.device,
         dtype=dtype_on(options.device),
         num_rounds=options.repetitions,
-        write=lambda found: write_result({**head, **found}, options.json),
+        write=lambda found: write_partial({**head, **found}, options.json),
     )
+    write_result({**head, **found}, options.json)
     print(table({**head, **found}))
     return 0
 

@@ -16,8 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from chunkdist.bench.environment import LLAMA_3_8B, provenance, write_result
+from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.pipeline_interleaved import simulate_ranks
+from chunkdist.bench.sizes import LLAMA_3_8B
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.long_tail import long_tailed_lengths
 from chunkdist.pipeline.plan import choose_pipeline, simulate_plan

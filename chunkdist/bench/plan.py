@@ -19,8 +19,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from chunkdist.bench.environment import LLAMA_3_8B, provenance, write_result
+from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.plan_tables import CARD_NAMES, engine_table, table, target_table
+from chunkdist.bench.sizes import LLAMA_3_8B
 from chunkdist.config import ChunkConfig
 from chunkdist.flops import StepFlops
 from chunkdist.memory.cards import CARDS

@@ -17,7 +17,7 @@ import json
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from chunkdist.bench.environment import provenance, write_result
+from chunkdist.bench.environment import provenance, write_partial, write_result
 from chunkdist.bench.options import check_counts, parsed, parser_of
 from chunkdist.bench.sharding_ranks import ENGINES, Case, run_cases
 from chunkdist.bench.sizes import SIZES, Sizes
@@ -51,11 +51,19 @@ def cases(num_tokens: int, chunk_size: int, *, has_deepspeed: bool, only: str = 
             yield Case(engine=engine, way=f"{many} chunks", chunk_size=chunk_size, lora=lora)
 
 
-def measure(chosen: Sequence[Case], sizes: Sizes, lengths: list[int], *, device: str) -> dict[str, Any]:
+def measure(
+    chosen: Sequence[Case],
+    sizes: Sizes,
+    lengths: list[int],
+    *,
+    device: str,
+    write: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
     """Starts the ranks, which run all cases; what the JSON holds.
 
     Args:
         lengths: Tokens, by rank.
+        write: Called as cases end, with what there is so far.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank failed; the others have been stopped.
@@ -64,20 +72,41 @@ def measure(chosen: Sequence[Case], sizes: Sizes, lengths: list[int], *, device:
         folder = Path(name)
         # Forked from a process that has imported torch and transformers, and has not touched CUDA.
         multiprocessing.get_context("forkserver").set_forkserver_preload([run_cases.__module__])
-        start_processes(
+        ranks = start_processes(
             partial(run_cases, device_type=device, folder=folder),
             args=(list(chosen), sizes, lengths),
             nprocs=len(lengths),
             start_method="forkserver",
+            join=False,
         )
-        by_rank = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(len(lengths))]
-    return {
-        "model": asdict(sizes),
-        "num_ranks": len(lengths),
-        "lengths": lengths,
-        "parameter_bytes": _parameter_bytes(sizes, device),
-        "rows": [row_of(case, found) for case, *found in zip(chosen, *by_rank, strict=True)],
-    }
+        head = {
+            "model": asdict(sizes),
+            "num_ranks": len(lengths),
+            "lengths": lengths,
+            "parameter_bytes": _parameter_bytes(sizes, device),
+        }
+        rows: list[dict[str, Any]] = []
+        try:
+            ended = False
+            while not ended:
+                ended = ranks.join(timeout=1)
+                found = _rows(chosen, folder, len(lengths))
+                if len(found) > len(rows):
+                    rows = found
+                    write({**head, "rows": rows})
+        finally:
+            for process in ranks.processes:  # interrupted, or a rank failed: the others wait for it
+                if process.is_alive():
+                    process.kill()
+    assert len(rows) == len(chosen)
+    return {**head, "rows": rows}
+
+
+def _rows(chosen: Sequence[Case], folder: Path, num_ranks: int) -> list[dict[str, Any]]:
+    """Of the cases that all ranks have ended."""
+    files = [folder / f"{rank}.json" for rank in range(num_ranks)]
+    by_rank = [json.loads(file.read_text(encoding="utf-8")) if file.exists() else [] for file in files]
+    return [row_of(case, found) for case, *found in zip(chosen, *by_rank, strict=False)]
 
 
 def row_of(case: Case, by_rank: list[dict[str, dict[str, int]]]) -> dict[str, Any]:
@@ -154,12 +183,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         parser.error(f"--only {options.only}: no engine has it in its name, or DeepSpeed is not installed")
     lengths = [num_tokens, *[max(1, num_tokens // 2)] * (num_ranks - 1)]
-    result = {
+    head = {
         **provenance("sharding", given, device=options.device),
         "left_out": [] if has_deepspeed else ["ZeRO-2, ZeRO-3: deepspeed is not installed"],
         "chunk_size": chunk_size,
-        **measure(chosen, replace(sizes, num_tokens=num_tokens), lengths, device=options.device),
     }
+    found = measure(
+        chosen,
+        replace(sizes, num_tokens=num_tokens),
+        lengths,
+        device=options.device,
+        write=lambda found: write_partial({**head, **found}, options.json),
+    )
+    result = {**head, **found}
     print("\n".join([table(result), *result["left_out"]]))
     write_result(result, options.json)
     return 0

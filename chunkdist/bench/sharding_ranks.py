@@ -72,7 +72,7 @@ def run_cases(
     device_type: str,
     folder: Path,
 ) -> None:
-    """Runs every case on one rank, and writes its counts to `folder`, as `{rank}.json`.
+    """Runs every case on one rank, and writes its counts to `folder`, as `{rank}.json`, after each.
 
     Args:
         lengths: Tokens of each rank's sequence.
@@ -101,9 +101,16 @@ def run_cases(
             if rank == 0:
                 print(f"{case.engine}, {case.way}", file=sys.stderr, flush=True)
             found.append(counts_of(case, sizes, lengths[rank], device))
-        (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+            write_counts(found, rank, folder)
     finally:
         distributed.destroy_process_group()
+
+
+def write_counts(found: list[dict[str, dict[str, int]]], rank: int, folder: Path) -> None:
+    """Of all cases so far. Who reads meanwhile finds the ones before."""
+    part = folder / f"{rank}.part"
+    part.write_text(json.dumps(found), encoding="utf-8")
+    part.replace(folder / f"{rank}.json")
 
 
 def counts_of(case: Case, sizes: Sizes, num_tokens: int, device: torch.device) -> dict[str, dict[str, int]]:

@@ -24,18 +24,21 @@ class Sizes:
     num_kv_heads: int
     lora_rank: int = 0
 
+    def config_values(self) -> dict[str, int]:
+        """As `LlamaConfig` calls the sizes of the model."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+        }
+
     def model(self, device: str, dtype: torch.dtype) -> Any:
         """The model, with random weights: neither speed nor memory depend on their values."""
-        config = LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_layers,
-            num_attention_heads=self.num_heads,
-            num_key_value_heads=self.num_kv_heads,
-            max_position_embeddings=self.num_tokens,
-            use_cache=False,
-        )
+        values: dict[str, Any] = self.config_values()
+        config = LlamaConfig(**values, max_position_embeddings=self.num_tokens, use_cache=False)
         torch.manual_seed(0)
         with torch.device(device):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -113,3 +116,5 @@ SIZES = {
     ),
 }
 """`8b` has the geometry of Llama-3-8B; `ci` is what tests time."""
+
+LLAMA_3_8B = SIZES["8b"].config_values()

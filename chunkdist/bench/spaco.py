@@ -1,7 +1,7 @@
 """The time of a SpaCO step beside its parts: a forward without gradients, and the exact backward.
 
 With t of k chunks, a step should cost the forward and t / k of the exact backward. All are run in turn, in
-one process; a ratio is the median of the ratios of each round.
+one process, each after one to warm up; a ratio is the median of the ratios of each round that has both.
 
     python -m chunkdist.bench.spaco [--smoke] [--json FILE] [--repetitions N] [--device cuda]
 """
@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chunkdist import ChunkConfig, FixedBudgetSampler, chunk_model, unchunk_model
-from chunkdist.bench.environment import provenance, write_result
+from chunkdist.bench.environment import provenance, write_partial, write_result
 from chunkdist.bench.options import dtype_on, parsed, parser_of
 from chunkdist.bench.sizes import SIZES, Sizes
+from chunkdist.bench.timing import settled
 
 NUM_CHUNKS = 128
 
@@ -39,11 +40,10 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds of each round, and the ratios of SpaCO's steps to what they should cost.
 
-    `write` is called after each round, with what there is so far.
+    `write` is called after each step, with what there is so far.
     """
     model = sizes.model(device, dtype)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, sizes.vocab_size, (1, sizes.num_tokens), generator=generator).to(device)
+    ids = sizes.tokens(device)
     exact = ChunkConfig(chunk_size=sizes.chunk_size)
     ways: dict[str, Callable[[], list[float]]] = {
         "no-grad forward": lambda: _timed(model, ids, exact, with_gradients=False),
@@ -58,18 +58,22 @@ def measure(
     rounds: list[dict[str, list[float]]] = []
     names = list(ways)
     num_chunks = -(-sizes.num_tokens // sizes.chunk_size)
-    result = {
+    result: dict[str, Any] = {
         "model": {**asdict(sizes), "num_parameters": model.num_parameters(), "num_chunks": num_chunks},
+        "num_reruns": 0,
         "summary": {},
         "rounds": rounds,
     }
-    for number in range(num_rounds + 1):  # the first one warms up
-        order = names[number % len(names) :] + names[: number % len(names)]
-        seconds = {name: ways[name]() for name in order}
-        if number:
-            rounds.append({name: seconds[name] for name in names})
+    for number in range(num_rounds):
+        print(f"round {number + 1} of {num_rounds}", file=sys.stderr, flush=True)
+        seconds: dict[str, list[float]] = {}
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            if number == 0:
+                ways[name]()  # to warm up
+            seconds[name], num_reruns, _ = settled(ways[name], on_gpu=ids.is_cuda)
+            result["num_reruns"] += num_reruns
+            rounds[number:] = [{name: seconds[name] for name in names if name in seconds}]
             result["summary"] = _summary(rounds, num_chunks)
-            print(f"round {number} of {num_rounds}", file=sys.stderr, flush=True)
             write(result)
     return result
 
@@ -77,16 +81,16 @@ def measure(
 def _summary(rounds: Sequence[dict[str, list[float]]], num_chunks: int) -> dict[str, dict[str, float]]:
     summary = {}
     for name in rounds[0]:
-        steps = [sum(one[name]) for one in rounds]
+        steps = [sum(one[name]) for one in rounds if name in one]
         summary[name] = {"median_s": statistics.median(steps)}
-        if name.partition(" ")[0].isdigit():
+        whole = [one for one in rounds if {name, "no-grad forward", "exact step"} <= one.keys()]
+        if whole and name.partition(" ")[0].isdigit():
             share = int(name.partition(" ")[0]) / num_chunks
             ratios = [
-                sum(one[name]) / (sum(one["no-grad forward"]) + share * one["exact step"][1])
-                for one in rounds
+                sum(one[name]) / (sum(one["no-grad forward"]) + share * one["exact step"][1]) for one in whole
             ]
-            to_exact = [sum(one[name]) / sum(one["exact step"]) for one in rounds]
-            to_forward = [sum(one[name]) / sum(one["no-grad forward"]) for one in rounds]
+            to_exact = [sum(one[name]) / sum(one["exact step"]) for one in whole]
+            to_forward = [sum(one[name]) / sum(one["no-grad forward"]) for one in whole]
             summary[name] |= {
                 "ratio": statistics.median(ratios),
                 "of_exact": statistics.median(to_exact),
@@ -168,8 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device=options.device,
         dtype=dtype_on(options.device),
         num_rounds=options.repetitions,
-        write=lambda found: write_result({**head, **found}, options.json),
+        write=lambda found: write_partial({**head, **found}, options.json),
     )
+    write_result({**head, **found}, options.json)
     print(table({**head, **found}))
     return 0
 

@@ -2,42 +2,34 @@
 
 A step is a forward with its loss and a backward, without the optimizer. All ways (`chunkdist.bench.ways`) run
 on the same weights and tokens, with flash attention and the same tiled loss, in turn, in an order that
-rotates: what disturbs the machine disturbs all of them. A ratio is the median of the ratios of each round. A
-way that runs out of memory says so, and is left out at longer lengths.
+rotates (`chunkdist.bench.rounds`): what disturbs the machine disturbs all of them. A ratio is the median of
+the ratios of each round. A way that runs out of memory, or fails, says so, and is left out at longer lengths;
+the exit status is 1 when one has failed otherwise.
 
     python -m chunkdist.bench.step [--smoke] [--json FILE] [--repetitions N] [--device cuda] [--model 8b]
-        [--num-tokens N ...] [--chunk-sizes N ...] [--groups N ...] [--memory-gib 24] [--offload]
-        [--without WORD ...]
+        [--num-layers N] [--num-tokens N ...] [--chunk-size N] [--chunk-sizes N ...] [--groups N ...]
+        [--memory-gib 24] [--offload] [--variants all] [--without WORD ...]
 """
 
 from __future__ import annotations
 
-import gc
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from chunkdist.bench.environment import provenance, write_result
-from chunkdist.bench.options import check_counts, dtype_on, parsed, parser_of
+from chunkdist.bench.environment import provenance, write_partial, write_result
+from chunkdist.bench.options import check_counts, dtype_on, limit_memory, parsed, parser_of
+from chunkdist.bench.rounds import OUT_OF_MEMORY, Rounds, Step
 from chunkdist.bench.sizes import SIZES, Sizes
-from chunkdist.bench.timing import Cost, cost_of, limit_gpu_memory, matmul_flops, step_flops
-from chunkdist.bench.ways import Way, baselines, chunked, prepared
+from chunkdist.bench.timing import matmul_flops, step_flops
+from chunkdist.bench.ways import VARIANTS, Way, baselines, chunked, variants
 
-OUT_OF_MEMORY = "out of memory"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step(Cost):
-    """One step of one way."""
-
-    num_tokens: int
-    round: int
-    way: str
+NAME_WIDTH = 50
+WARMED_UP = "warmed up, not timed"
 
 
 def measure(
@@ -51,9 +43,7 @@ def measure(
     report: Callable[[str], None],
     write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Runs every way at every length once to warm up, then `num_rounds` times; returns what the JSON holds.
-
-    The warm-up compares the gradients with those of the first way: a fast wrong step is no step.
+    """Runs every way at every length, `num_rounds` times; returns what the JSON holds.
 
     Args:
         lengths: Tokens, ascending.
@@ -61,7 +51,7 @@ def measure(
     """
     model = replace(sizes, num_tokens=lengths[-1]).model(device, dtype)
     rate = matmul_flops(device, dtype)
-    left, names = list(ways), [way.name for way in ways]
+    names, lost = [way.name for way in ways], dict[str, str]()
     result: dict[str, Any] = {
         "model": {
             **asdict(sizes),
@@ -75,111 +65,53 @@ def measure(
         "summary": {},
         "steps": [],
     }
-    for num_tokens in lengths:
+
+    def ways_left(num_tokens: int, ways: Sequence[Way]) -> list[Way]:
         report(f"{num_tokens:,} tokens")
         ids = replace(sizes, num_tokens=num_tokens).tokens(device)
-        differences = _warmed_up(model, ids, left, report)
-        left = [way for way in left if way.name in differences]
         flops = step_flops(model, num_tokens)
         rows, steps = result["rows"], result["steps"]
-        for with_room, here in _rounds(model, ids, left, num_rounds, report):
-            left = with_room
-            missing = [name for name in names if name not in {way.name for way in left}]
-            lost: list[dict[str, Any]] = [
-                {"num_tokens": num_tokens, "way": name, "outcome": OUT_OF_MEMORY} for name in missing
-            ]
-            base = None if names[0] in missing else names[0]
-            ran = [
-                {
-                    "num_tokens": num_tokens,
-                    "way": name,
-                    "outcome": "ran",
-                    **_summary(here, name, base),
-                    "largest_gradient_difference": differences[name],
-                    **_utilisation(here, name, num_tokens, flops, rate),
-                }
-                for name in dict.fromkeys(step.way for step in here)
-            ]
-            result["rows"] = [*rows, *sorted([*lost, *ran], key=lambda row: names.index(row["way"]))]
-            result["steps"] = [*steps, *map(asdict, here)]
+
+        def changed(here: Rounds) -> None:
+            lost.update(here.lost)
+            found = _rows(here, num_tokens, lost, names[0], flops, rate)
+            result["rows"] = [*rows, *sorted(found, key=lambda row: names.index(row["way"]))]
+            result["steps"] = [*steps, *map(asdict, here.steps)]
             if num_tokens == lengths[-1]:
-                result["summary"] = {
-                    row["way"]: row for row in result["rows"][len(rows) :] if row["outcome"] == "ran"
-                }
+                result["summary"] = {row["way"]: row for row in found if row["outcome"] == "ran"}
             write(result)
+
+        here = Rounds(model, ids, ways, report=report, changed=changed)
+        here.run(num_rounds)
+        return here.left
+
+    left = list(ways)
+    for num_tokens in lengths:
+        left = ways_left(num_tokens, left)
     return result
 
 
-def _warmed_up(
-    model: Any, ids: Tensor, ways: Sequence[Way], report: Callable[[str], None]
-) -> dict[str, float | None]:
-    """By way that does not run out of memory, how far its gradients are from the first one's; `None` where
-    that one has not run."""
-    expected: dict[str, Tensor] = {}
-    differences: dict[str, float | None] = {}
-    for number, way in enumerate(ways):
-        report(f"warm-up: {way.name}")
-        if attempt(model, ids, way) is None:
-            report(f"{way.name}: {OUT_OF_MEMORY}")
-            continue
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        if number == 0:
-            expected = {name: grad.clone() for name, grad in grads.items()}
-        differences[way.name] = largest_difference(grads, expected) if expected else None
-    return differences
-
-
-def _rounds(
-    model: Any, ids: Tensor, ways: Sequence[Way], num_rounds: int, report: Callable[[str], None]
-) -> Iterator[tuple[list[Way], list[Step]]]:
-    """At first and after each step, the ways that have had room in every round, and their steps: room in the
-    warm-up promises none later, when memory is in other pieces."""
-    left, steps = list(ways), list[Step]()
-    yield left, steps
-    for number in range(1, num_rounds + 1):
-        report(f"round {number} of {num_rounds}")
-        shift = (number - 1) % max(1, len(left))
-        for way in left[shift:] + left[:shift]:
-            cost = attempt(model, ids, way)
-            if cost is None:
-                report(f"{way.name}: {OUT_OF_MEMORY}")
-                left = [other for other in left if other is not way]
-                steps = [step for step in steps if step.way != way.name]
-            else:
-                steps.append(Step(**asdict(cost), num_tokens=ids.shape[1], round=number, way=way.name))
-            yield left, steps
-
-
-def attempt(model: Any, ids: Tensor, way: Way, *, is_timed: bool = True) -> Cost | None:
-    """The cost of one step; `None` where it runs out of the GPU's memory. The gradients stay.
-
-    Args:
-        is_timed: Else the first step of host offload, which pins its memory, is the only one.
-    """
-    model.zero_grad(set_to_none=True)
-    try:
-        with prepared(model, way, on_gpu=ids.is_cuda) as step:
-            if (
-                is_timed and way.config is not None and way.config.offload == "host"
-            ):  # its memory is pinned in the first
-                step(ids)
-                model.zero_grad(set_to_none=True)
-            return cost_of(lambda: step(ids), on_gpu=ids.is_cuda)
-    except torch.OutOfMemoryError:
-        pass  # here, so that the traceback no longer holds tensors when memory is given back
-    model.zero_grad(set_to_none=True)
-    gc.collect()
-    torch.cuda.empty_cache()
-    return None
-
-
-def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Over all parameters, the norm of the difference, relative to the norm."""
-    assert found.keys() == expected.keys()
-    return max(
-        float((found[name] - expected[name]).float().norm() / expected[name].float().norm())
-        for name in expected
-    )
+def _rows(
+    here: Rounds, num_tokens: int, lost: dict[str, str], baseline: str, flops: dict[str, int], rate: float
+) -> list[dict[str, Any]]:
+    """Of one length: each way that was lost, here or at a shorter one, has run, or has warmed up."""
+    rows: list[dict[str, Any]] = [
+        {"num_tokens": num_tokens, "way": name, "outcome": why} for name, why in lost.items()
+    ]
+    base, timed = None if baseline in lost else baseline, {step.way for step in here.steps}
+    for name, peak in here.peaks.items():
+        row = {
+            "num_tokens": num_tokens,
+            "way": name,
+            "outcome": "ran" if name in timed else WARMED_UP,
+            **asdict(peak),
+            "largest_gradient_difference": here.differences[name],
+            "compared_with": here.compared_with,
+        }
+        if name in timed:
+            row |= _summary(here.steps, name, base) | _utilisation(here.steps, name, num_tokens, flops, rate)
+        rows.append(row)
+    return rows
 
 
 def _summary(steps: Sequence[Step], way: str, baseline: str | None) -> dict[str, float | int | None]:
@@ -201,9 +133,8 @@ def _summary(steps: Sequence[Step], way: str, baseline: str | None) -> dict[str,
             f"{short}_ratio_highest": max(ratios),
             f"{short}_ratio_of_fastest": min(times) / max(min(base_times), 1e-9),
         }
-    for name in ("peak_allocated_bytes", "peak_reserved_bytes"):
-        peaks = [getattr(step, name) for step in mine.values()]
-        result[name] = max((peak for peak in peaks if peak is not None), default=None)
+    for name in ("num_reruns", "num_device_allocations"):
+        result[name] = sum(getattr(step, name) for step in mine.values())
     return result
 
 
@@ -225,37 +156,53 @@ def table(result: dict[str, Any]) -> str:
         f"Llama of {model['num_parameters'] / 1e6:.1f}M parameters ({model['num_layers']} layers, hidden "
         f"{model['hidden_size']}, vocabulary {model['vocab_size']:,}), {model['dtype']}, "
         f"LoRA rank {model['lora_rank'] or '-'}, chunks of {model['chunk_size']:,}",
-        f"{machine.get('gpu', machine['cpu'])}, {machine['num_threads']} CPU threads, "
-        f"medians of {result['num_repetitions']} rounds, a large matrix product "
-        f"{result['matmul_flops'] / 1e12:.3g} TFLOP/s",
+        f"{machine.get('gpu', machine['cpu'])}, {_memory(result['memory_gib'])}"
+        f"{machine['num_threads']} CPU threads, medians of {result['num_repetitions']} rounds, "
+        f"a large matrix product {result['matmul_flops'] / 1e12:.3g} TFLOP/s",
     ]
     num_tokens = None
     for row in result["rows"]:
         if row["num_tokens"] != num_tokens:
             num_tokens = row["num_tokens"]
-            head = f"{f'{num_tokens:,} tokens':44}"
-            lines += ["", head + f"{'wall':>11}{'ratio':>8}{'CPU':>8}{'MFU':>8}{'gradients':>11}{'peak':>12}"]
-        if row["outcome"] != "ran":
-            lines.append(f"{row['way']:44}{row['outcome']:>19}")
-            continue
-        peak, difference = row["peak_allocated_bytes"], row["largest_gradient_difference"]
-        ratios = "".join(f"{row.get(f'{name}_ratio', float('nan')):8.3f}" for name in ("wall", "cpu"))
-        lines.append(
-            f"{row['way']:44}{row['median_wall_s']:9.3f} s{ratios}{row['mfu']:8.1%}"
-            + (f"{'-':>11}" if difference is None else f"{difference:11.1e}")
-            + (f"{peak / 2**30:8.2f} GiB" if peak else f"{'-':>12}")
-        )
+            head = f"{f'{num_tokens:,} tokens':{NAME_WIDTH}}{'wall':>11}{'ratio':>8}{'CPU':>8}{'MFU':>8}"
+            lines += ["", head + f"{'gradients':>11}{'peak':>12}{'reserved':>12}"]
+        line = f"{row['way']:{NAME_WIDTH}}"
+        if row["outcome"] == "ran":
+            ratios = "".join(f"{row.get(f'{name}_ratio', float('nan')):8.3f}" for name in ("wall", "cpu"))
+            line += f"{row['median_wall_s']:9.3f} s{ratios}{row['mfu']:8.1%}"
+        else:
+            line += f"      {row['outcome']:29}"
+        if row["outcome"] in ("ran", WARMED_UP):
+            line += f"{row['largest_gradient_difference']:11.1e}"
+            for peak in (row["peak_allocated_bytes"], row["peak_reserved_bytes"]):
+                line += f"{'-':>12}" if peak is None else f"{peak / 2**30:8.2f} GiB"
+        lines.append(line.rstrip())
     lines += [
         "",
         f"ratio, of wall and CPU time: to {result['baseline']}, median over rounds; gradients: largest",
+        "relative difference from the first that ran; MFU: model FLOPs (frozen weights too) at that rate;",
+        "peak, reserved: of the warm-up, by tensors and with the allocator's cache",
     ]
-    return "\n".join(
-        [*lines, "relative difference from it; MFU: model FLOPs (frozen weights too) at that rate"]
-    )
+    return "\n".join([*lines, *_asking(result["rows"])])
 
 
-def report_ways(name: str, given: Sequence[str], options: Any, sizes: Sizes, ways: Sequence[Way]) -> None:
-    """Measures as the command line says, writes the JSON of benchmark `name`, and prints the table."""
+def _memory(memory_gib: float | None) -> str:
+    return "" if memory_gib is None else f"within {memory_gib:g} GiB (the allocator: {memory_gib - 1:g}), "
+
+
+def _asking(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The steps that were not like those of a training loop, whose cache is warm."""
+    asking = [row for row in rows if row.get("num_reruns") or row.get("num_device_allocations")]
+    return [
+        f"{row['way']}, {row['num_tokens']:,}: {row['num_reruns']} step(s) run again, since the allocator "
+        f"asked the device for memory; {row['num_device_allocations']} times in those that count"
+        for row in asking
+    ]
+
+
+def report_ways(name: str, given: Sequence[str], options: Any, sizes: Sizes, ways: Sequence[Way]) -> int:
+    """Measures as the command line says, writes the JSON of benchmark `name`, and prints the table; returns
+    the exit status."""
     head = {
         **provenance(name, given, device=options.device),
         "num_repetitions": options.repetitions,
@@ -268,10 +215,12 @@ def report_ways(name: str, given: Sequence[str], options: Any, sizes: Sizes, way
         device=options.device,
         dtype=dtype_on(options.device),
         num_rounds=options.repetitions,
-        report=lambda line: print(line, file=sys.stderr),
-        write=lambda found: write_result({**head, **found}, options.json),
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+        write=lambda found: write_partial({**head, **found}, options.json),
     )
+    write_result({**head, **found}, options.json)
     print(table({**head, **found}))
+    return 0 if all(row["outcome"] in ("ran", OUT_OF_MEMORY) for row in found["rows"]) else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -279,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = parser_of(
         *("step", "Time and memory of a step, chunked and by each baseline."),
-        *("model", "repetitions", "device", "threads", "memory-gib", "flash-impl"),
+        *("model", "repetitions", "device", "threads", "memory-gib", "flash-impl", "num-layers"),
         num_rounds=(7, 2),
     )
     parser.add_argument("--num-tokens", type=int, nargs="+", help="lengths; default: the model's own")
@@ -290,25 +239,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--without", nargs="+", default=[], metavar="WORD", help="not ways with it in the name"
     )
     parser.add_argument("--offload", action="store_true", help="host offload, too")
+    parser.add_argument(
+        *("--variants",),
+        nargs="+",
+        default=[],
+        choices=["all", *VARIANTS],
+        help="of the fastest way, and of the baseline where they concern it; all: those that run here",
+    )
     options = parsed(parser, given)
     check_counts(parser, options, "chunk_sizes", "groups")
+    on_gpu = options.device.startswith("cuda")
     sizes = SIZES["smoke" if options.smoke else options.model]
-    sizes = replace(sizes, chunk_size=options.chunk_size or sizes.chunk_size)
-    limit_gpu_memory(options.memory_gib)
+    sizes = replace(
+        sizes,
+        chunk_size=options.chunk_size or sizes.chunk_size,
+        num_layers=options.num_layers or sizes.num_layers,
+    )
     ways = [
-        *baselines(sizes.chunk_size, on_gpu=options.device.startswith("cuda")),
+        *baselines(sizes.chunk_size, on_gpu=on_gpu),
         *chunked(
             sizes.chunk_size,
             offload=options.offload,
             chunk_sizes=options.chunk_sizes,
             groups=options.groups,
         ),
+        *variants(options.variants, sizes.chunk_size, on_gpu=on_gpu),
     ]
     ways = [way for way in ways if not any(word in way.name for word in options.without)]
     if not ways:
         parser.error(f"--without {' '.join(options.without)}: no way is left")
-    report_ways("step", given, options, sizes, ways)
-    return 0
+    limit_memory(parser, options)
+    return report_ways("step", given, options, sizes, ways)
 
 
 if __name__ == "__main__":

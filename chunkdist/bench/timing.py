@@ -2,42 +2,101 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from chunkdist.flops import StepFlops, num_active_parameters
 
+MAX_RERUNS = 1
+"""A step that asks the device for memory each time (near the limit, say) is not run for ever."""
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one call. `cpu_s` is of all threads of the process; memory is the GPU's, `None` on a CPU."""
+    """Of one call. `cpu_s` is of all threads of the process.
+
+    Args:
+        num_reruns: Calls before this one that do not count, since the allocator asked the device for memory.
+        num_device_allocations: How often it asked even so, in the call that counts; 0 on a CPU.
+    """
 
     wall_s: float
     cpu_s: float
+    num_reruns: int = 0
+    num_device_allocations: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """Of the GPU's memory in one call that began with an empty cache; `None` on a CPU."""
+
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
 
 
 def cost_of(call: Callable[[], Any], *, on_gpu: bool) -> Cost:
-    """Runs `call` once, from an idle device with an empty cache until the device is idle again."""
+    """Times `call` with a warm cache, from an idle device until it is idle again. It may run twice: what it
+    leaves must be the same then."""
+    (wall_s, cpu_s), num_reruns, num_allocations = settled(
+        lambda: seconds_of(call, on_gpu=on_gpu), on_gpu=on_gpu
+    )
+    return Cost(wall_s=wall_s, cpu_s=cpu_s, num_reruns=num_reruns, num_device_allocations=num_allocations)
+
+
+def settled(call: Callable[[], T], *, on_gpu: bool) -> tuple[T, int, int]:
+    """What `call` returns, how often it was run again, and how often the allocator asked the device for
+    memory in the run that counts. A run in which it asked is not one of a training loop, whose cache has what
+    every step needs: it is repeated, `MAX_RERUNS` times at most."""
+    num_reruns = 0
+    while True:
+        before = _device_allocations(on_gpu=on_gpu)
+        result = call()
+        num_allocations = _device_allocations(on_gpu=on_gpu) - before
+        if num_allocations == 0 or num_reruns == MAX_RERUNS:
+            return result, num_reruns, num_allocations
+        num_reruns += 1
+
+
+def _device_allocations(*, on_gpu: bool) -> int:
+    if not on_gpu:
+        return 0
+    stats: dict[str, int] = torch.cuda.memory_stats()
+    return stats["num_device_alloc"] + stats["num_alloc_retries"]
+
+
+def seconds_of(call: Callable[[], Any], *, on_gpu: bool) -> tuple[float, float]:
+    """Wall and CPU time of one call, from an idle device until it is idle again."""
     if on_gpu:
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     call()
     if on_gpu:
         torch.cuda.synchronize()
-    return Cost(
-        wall_s=time.perf_counter() - wall_s,
-        cpu_s=time.process_time() - cpu_s,
-        peak_allocated_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
-        peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_gpu else None,
+    return time.perf_counter() - wall_s, time.process_time() - cpu_s
+
+
+def peak_of(call: Callable[[], Any], *, on_gpu: bool) -> Peak:
+    """Runs `call` once. On a GPU nothing else holds memory then but what is alive: the cache is emptied."""
+    if not on_gpu:
+        call()
+        return Peak(peak_allocated_bytes=None, peak_reserved_bytes=None)
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return Peak(
+        peak_allocated_bytes=torch.cuda.max_memory_allocated(),
+        peak_reserved_bytes=torch.cuda.max_memory_reserved(),
     )
 
 
@@ -84,14 +143,12 @@ def step_flops(model: torch.nn.Module, num_tokens: int) -> dict[str, int]:
     return {"by_convention": by_convention, "needed": by_convention - 2 * num_frozen * num_tokens}
 
 
-def limit_gpu_memory(memory_gib: float | None) -> None:
+def limit_gpu_memory(memory_gib: float) -> None:
     """Lets this process take so much of the GPU's memory, less 1 GiB for the context and the desktop.
 
     Raises:
         ValueError: the GPU has less, or that is nothing.
     """
-    if memory_gib is None:
-        return
     total = torch.cuda.get_device_properties(0).total_memory
     usable = (memory_gib - 1) * 2**30
     if not 0 < usable <= total:

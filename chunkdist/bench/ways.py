@@ -6,9 +6,10 @@ the kernel of chunkdist's `varlen`; on a CPU, `scaled_dot_product_attention` has
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -17,10 +18,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chunkdist import ChunkConfig, chunk_model, unchunk_model
 from chunkdist.bench.paper_loop import KERNEL, paper_step
+from chunkdist.config import ATTENTION_NAMES
 from chunkdist.lazy_logits import lazy_logits
 from chunkdist.model_layers import causal_lm_of
 
 BASELINE = "gradient checkpointing"
+KEPT = "chunked, K/V kept"
+REBUILT = "chunked, K/V rebuilt (default)"
+OFFLOADED = "chunked, host offload"
+
+_SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +37,25 @@ class Way:
     Args:
         config: In chunks.
         method: Without `config`: the plain model, Hugging Face's gradient checkpointing, or the paper's loop.
-        saved_on_host: With checkpointing: whether what is saved between layers waits in pinned host memory.
-        any_kernel: Whether torch chooses the attention kernel on CUDA (cuDNN's, maybe).
+        saved_on_host: With checkpointing: whether the inputs of layers wait in pinned host memory.
+        kernel: Of attention on CUDA, unchunked; "any": torch chooses.
         chunk_size: Of the paper's loop.
+        around: Of the model, what it runs in: with other parts, say. It is entered before the model is
+            chunked, and left after.
     """
 
     name: str
     config: ChunkConfig | None = None
     method: Literal["plain", "checkpointing", "paper"] = "checkpointing"
     saved_on_host: bool = False
-    any_kernel: bool = False
+    kernel: Literal["flash", "cudnn", "any"] = "flash"
     chunk_size: int = 0
+    around: Callable[[Any], AbstractContextManager[Any]] | None = None
+
+    @property
+    def begins_slowly(self) -> bool:
+        """Whether the first step after each `prepared` is slower: it compiles, or pins the host's memory."""
+        return self.around is not None or (self.config is not None and self.config.offload == "host")
 
 
 def baselines(chunk_size: int, *, on_gpu: bool) -> list[Way]:
@@ -51,7 +66,7 @@ def baselines(chunk_size: int, *, on_gpu: bool) -> list[Way]:
         Way(name=f"{BASELINE}, inputs on the host", saved_on_host=True),
         Way(name="the paper's chunk loop", method="paper", chunk_size=chunk_size),
     ]
-    return [*ways, Way(name=f"{BASELINE}, torch's choice of kernel", any_kernel=True)] if on_gpu else ways
+    return [*ways, Way(name=f"{BASELINE}, torch's choice of kernel", kernel="any")] if on_gpu else ways
 
 
 def chunked(
@@ -63,13 +78,74 @@ def chunked(
         return Way(name=name, config=ChunkConfig(chunk_size=size, **settings))
 
     return [
-        way("chunked, K/V kept", rebuild_kv=False),
-        way("chunked, K/V rebuilt (default)"),
+        way(KEPT, rebuild_kv=False),
+        way(REBUILT),
         way("chunked, one group of all layers", layers_per_group="all"),
         *(way(f"chunked, groups of {num} layers", layers_per_group=num) for num in groups),
         *(way(f"chunked, chunks of {size:,}", size) for size in chunk_sizes if size != chunk_size),
-        *([way("chunked, host offload", offload="host")] if offload else []),
+        *([way(OFFLOADED, offload="host")] if offload else []),
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What may be changed in a way.
+
+    Args:
+        label: What its name gets.
+        config: Fields of `ChunkConfig`, of chunked ways.
+        kernel: As in `Way`, of unchunked ones.
+        around: As in `Way`, of both.
+        needs: A package.
+        on_gpu_only: Not on a CPU.
+    """
+
+    label: str
+    config: dict[str, Any] = field(default_factory=dict)
+    kernel: Literal["cudnn"] | None = None
+    around: Callable[[Any], AbstractContextManager[Any]] | None = None
+    needs: str | None = None
+    on_gpu_only: bool = False
+
+    def is_for(self, *, on_gpu: bool) -> bool:
+        """Whether this machine has what it needs."""
+        has_package = self.needs is None or importlib.util.find_spec(self.needs) is not None
+        return has_package and (on_gpu or not self.on_gpu_only)
+
+    def of(self, way: Way) -> Way | None:
+        """`way` with it; `None` where it changes nothing."""
+        name = f"{way.name}, {self.label}"
+        if way.config is not None and (self.config or self.around):
+            return replace(way, name=name, config=replace(way.config, **self.config), around=self.around)
+        if way.config is None and (self.kernel or self.around):
+            return replace(way, name=name, kernel=self.kernel or way.kernel, around=self.around)
+        return None
+
+
+VARIANTS: dict[str, Variant] = {
+    "bf16-kv-grads": Variant(label="narrow K/V gradients", config={"kv_grad_dtype": None}),
+    **{
+        name: Variant(
+            label=f"attention {name}",
+            config={"attention": name},
+            kernel="cudnn" if name == "cudnn" else None,
+            needs="flash_attn" if name == "flash_attn" else None,
+            on_gpu_only=True,
+        )
+        for name in map(str, ATTENTION_NAMES)
+        if name not in ("auto", "math", "cpu_flash")
+    },
+}
+"""By the name of the option: of the fastest chunked way, and of the baseline where it concerns that."""
+
+
+def variants(names: Sequence[str], chunk_size: int, *, on_gpu: bool) -> list[Way]:
+    """The named ones; "all": those that this machine has what they need for."""
+    if "all" in names:
+        names = [name for name, variant in VARIANTS.items() if variant.is_for(on_gpu=on_gpu)]
+    fastest = Way(name=KEPT, config=ChunkConfig(chunk_size=chunk_size, rebuild_kv=False))
+    found = [VARIANTS[name].of(way) for name in names for way in (Way(name=BASELINE), fastest)]
+    return [way for way in found if way is not None]
 
 
 @contextmanager
@@ -80,26 +156,52 @@ def prepared(model: Any, way: Way, *, on_gpu: bool) -> Iterator[Callable[[Tensor
     def step(ids: Tensor) -> Tensor:
         if way.method == "paper" and way.config is None:
             return paper_step(causal_lm, ids, way.chunk_size)
-        with save_on_cpu(pin_memory=on_gpu) if way.saved_on_host else ExitStack():
-            loss: Tensor = model(input_ids=ids, labels=ids).loss
+        loss: Tensor = model(input_ids=ids, labels=ids).loss
         loss.backward()
         return loss.detach()
 
     with ExitStack() as stack:
+        if way.around is not None:
+            stack.enter_context(way.around(model))
         if way.config is not None:  # a chunked model has the tiled loss by itself
             chunk_model(model, way.config)
             stack.callback(unchunk_model, model)
         else:
             stack.enter_context(lazy_logits(causal_lm))
-            if on_gpu and not way.any_kernel:
-                stack.enter_context(sdpa_kernel(SDPBackend.FLASH_ATTENTION))
+            if on_gpu and way.kernel != "any":
+                stack.enter_context(sdpa_kernel(_SDPA[way.kernel]))
             if way.method == "checkpointing":
                 set_checkpointing(model, True)
                 stack.callback(set_checkpointing, model, False)
+                if way.saved_on_host:
+                    stack.enter_context(_inputs_on_host(model, pin_memory=on_gpu))
             if way.method == "paper":
                 causal_lm.set_attn_implementation(KERNEL)
                 stack.callback(causal_lm.set_attn_implementation, "sdpa")
         yield step
+
+
+@contextmanager
+def _inputs_on_host(model: Any, *, pin_memory: bool) -> Iterator[None]:
+    """What checkpoints keep waits on the host, and nothing else: `save_on_cpu` around the whole model would
+    move what the norms and the loss save, the head's weight too."""
+    modules = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
+    functions = [module._gradient_checkpointing_func for module in modules]
+
+    def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+        def checkpoint(*args: Any, **kwargs: Any) -> Any:
+            with save_on_cpu(pin_memory=pin_memory):  # of what runs inside, checkpointing saves nothing
+                return function(*args, **kwargs)
+
+        return checkpoint
+
+    for module, function in zip(modules, functions, strict=True):
+        module._gradient_checkpointing_func = on_host(function)
+    try:
+        yield
+    finally:
+        for module, function in zip(modules, functions, strict=True):
+            module._gradient_checkpointing_func = function
 
 
 def set_checkpointing(model: Any, on: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from chunkdist.config import ChunkConfig
 from chunkdist.flops import StepFlops
 from chunkdist.integrations.engines import engine_of
 from chunkdist.integrations.start_table import step_sizes
+from chunkdist.memory import allocator
 from chunkdist.memory.auto import USABLE_SHARE, card_of, free_bytes
 from chunkdist.memory.host import free_host_bytes
 from chunkdist.memory.planner import Job, NothingFits, gib, plan_step
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _NUM_LARGEST = 3
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-
-
-def use_expandable_segments() -> None:
-    """Before the first allocation: rows of many lengths leave gaps between segments of fixed size. What the
-    user has set stays."""
-    if not any(name in os.environ for name in _ALLOCATOR):
-        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 @contextmanager
@@ -76,8 +68,8 @@ def explanation(trainer: Trainer) -> str:
     told = ", ".join(f"{name} {gib(size)}" for name, size in largest)
     needed = f"by the estimate, {num_tokens:,} tokens need {gib(sum(parts.values()))}: {told}"
     said = f"{needed}; {_advice(job, num_tokens)}"
-    if not any("expandable_segments:True" in os.environ.get(name, "") for name in _ALLOCATOR):
-        said += f"; {_ALLOCATOR[0]}=expandable_segments:True leaves fewer gaps"
+    if "expandable_segments:True" not in (allocator.setting() or ""):
+        said += f"; {allocator.VARIABLES[0]}=expandable_segments:True leaves fewer gaps"
     return said
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from chunkdist.bench.all import JOBS
+from chunkdist.bench.jobs import JOBS
 from tests.tiny_run import ROOT
 
 OTHERS = ("trl", "datasets", "deepspeed", "wandb", "matplotlib", "rich", "bitsandbytes", "flash_attn")

@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from chunkdist.bench import long_tail
+from chunkdist.bench import long_tail, long_tail_ways
 from chunkdist.bench.long_tail_simulation import MOST, fewest_chunks
-from chunkdist.bench.long_tail_ways import BASELINE, segment_attention
+from chunkdist.bench.long_tail_ways import BASELINE, padded_attention, segment_attention
 from chunkdist.data.cost import SequenceCost
 from tests.models import packed_batch, plain_attention
 from tests.tiny_run import ROOT, load_script
@@ -99,6 +99,30 @@ def test_the_simulation_alone_keeps_what_was_measured(tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     assert result["summary"] == "measured"
     assert len(result["simulation"]["rows"]) == 15
+
+
+def test_padded_rows_have_the_flash_kernel_and_no_other_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    allowed: list[dict[str, bool]] = []
+
+    def seen(query: torch.Tensor, *rest: torch.Tensor, is_causal: bool) -> torch.Tensor:
+        assert is_causal
+        backends = torch.backends.cuda
+        names = ("flash", "math", "mem_efficient", "cudnn")
+        allowed.append({name: getattr(backends, f"{name}_sdp_enabled")() for name in names})
+        return query
+
+    monkeypatch.setattr(long_tail_ways.F, "scaled_dot_product_attention", seen)
+    q, k, v = torch.randn(3, 1, 2, 12, 8).as_subclass(OnGpu).unbind()
+    for given in (
+        {"attend": padded_attention},
+        {"attend": segment_attention, "position_ids": torch.arange(12)[None]},
+    ):
+        attend = given.pop("attend")
+        assert attend(torch.nn.Identity(), q, k, v, None, **given)[0].shape == (1, 12, 2, 8)
+        assert allowed.pop() == {"flash": True, "math": False, "mem_efficient": False, "cudnn": False}
 
 
 def test_segments_of_the_baselines_do_not_see_each_other() -> None:

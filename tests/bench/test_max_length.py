@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from chunkdist.bench import max_length, memory, step
+from chunkdist.bench import max_length, memory, rounds
 from chunkdist.bench.max_length import Found, longest
 from chunkdist.bench.sizes import SIZES
 
@@ -75,20 +75,54 @@ def test_running_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_what_fails_otherwise_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(max_length, "attempt", lambda *args, **kwargs: rounds.Attempt(why_not="failed: no"))
+    fits = max_length.on_cuda(None, SIZES["smoke"], max_length.ways(16)[0], "cpu")
+    with pytest.raises(RuntimeError, match="16 tokens: failed: no"):
+        fits(16)
+
+
+def test_what_a_stopped_search_leaves_is_a_lower_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped in its fourth trial: of 128, 256 and 512 tokens, the last do not fit."""
+    tried: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        def fits(num_tokens: int) -> bool:
+            tried.append(num_tokens)
+            if len(tried) == 4:
+                raise KeyboardInterrupt
+            return num_tokens < 512
+
+        return fits
+
+    monkeypatch.setattr(max_length, "counted", counted)
+    file = tmp_path / "max-length.json"
+    with pytest.raises(KeyboardInterrupt):
+        max_length.main(["--smoke", "--only", "checkpointing", "--json", str(file)])
+    result = json.loads(file.read_text())
+    (row,) = result["rows"]
+    assert (row["fits"], row["fails"], row["out_of_time"]) == (256, 512, True)
+    assert list(row["seconds_by_length"]) == ["128", "256", "512"]
+    assert result["partial"]
+    assert "at least 256" in max_length.table(result)
+
+
 def test_each_trial_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """With host offload, too, whose second step is for its time alone."""
     sizes = SIZES["smoke"]
     model, way = sizes.model("cpu", torch.float32), max_length.ways(16)[-1]
     assert way.config is not None
     assert way.config.offload == "host"
-    real, lengths = step.prepared, []
+    real, lengths = rounds.prepared, []
 
     @contextmanager
     def counting(*args: Any, **kwargs: Any) -> Iterator[Any]:
         with real(*args, **kwargs) as run:
             yield lambda ids: (lengths.append(ids.shape[1]), run(ids))
 
-    monkeypatch.setattr(step, "prepared", counting)
+    monkeypatch.setattr(rounds, "prepared", counting)
     assert max_length.on_cuda(model, sizes, way, "cpu")(32)
     assert lengths == [32]
 
@@ -102,7 +136,9 @@ def test_a_search_that_ran_out_of_time_gives_a_lower_bound() -> None:
     assert len({len(line) for line in lines}) == 1, "columns"
 
 
-@pytest.mark.parametrize("given", [["--only", "no-such"], ["--limit", "8"], ["--start", "0"]])
+@pytest.mark.parametrize(
+    "given", [["--only", "no-such"], ["--limit", "8"], ["--start", "0"], ["--whole-card"]]
+)
 def test_bad_options(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         max_length.main(["--smoke", *given])

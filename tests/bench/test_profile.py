@@ -11,6 +11,7 @@ import torch
 
 from chunkdist.bench import profile
 from chunkdist.bench.profile import Gap, Kernel
+from chunkdist.bench.timing import Cost
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +38,18 @@ def test_gaps_between_kernels_of_several_streams() -> None:
     kernels = [kernel("a", 0, 3), kernel("b", 2, 5), kernel("c", 3, 4), kernel("d", 7, 8), kernel("e", 8, 9)]
     assert profile.gaps_of(kernels) == (7, [Gap(seconds=2, before="b", after="d")])
     assert [k.name for k in profile.outermost(kernels)] == ["a", "b", "d", "e"]
+
+
+def test_an_impossible_share_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that the profiler has made slower than the step without it, on two streams at once: what runs
+    at the same time is counted once, and what is left above 1 is shown."""
+    found = [kernel("a", 0, 3), kernel("b", 0, 3), kernel("c", 2, 4)]
+    monkeypatch.setattr(profile, "kernels_of", lambda *args, **kwargs: found)
+    monkeypatch.setattr(profile, "outermost", lambda kernels: kernels)
+    monkeypatch.setattr(profile, "cost_of", lambda *args, **kwargs: Cost(wall_s=2.0, cpu_s=2.0))
+    monkeypatch.setattr(profile, "seconds_of", lambda step, **kwargs: (step(), (5.0, 5.0))[1])
+    result = profile.measure(lambda: None, on_gpu=False, trace=tmp_path / "trace.json", num_kernels=3)
+    assert (result["kernel_s"], result["kernel_share"], result["kernel_share_profiled"]) == (4, 2.0, 0.8)
 
 
 def test_operators_are_not_recorded_on_a_gpu() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from chunkdist.bench import sharding
-from chunkdist.bench.sharding_ranks import ENGINES, Case
+from chunkdist.bench.sharding_ranks import ENGINES, Case, write_counts
+from chunkdist.bench.sizes import SIZES
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,6 +26,53 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         plain = next(r for r in result["rows"] if r["training"] == row["training"])
         assert {**row, "way": ""} == {**plain, "way": ""}, "chunks cost no collective"
     assert "FSDP2, units of 2 layers, LoRA, 8 chunks" in capsys.readouterr().out
+
+
+def test_what_ranks_have_ended_is_written_and_all_end_when_one_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are of the cases that every rank has ended."""
+    cases = list(sharding.cases(64, 8, has_deepspeed=False, only="DDP"))[:3]
+
+    class Process:
+        killed = False
+
+        def is_alive(self) -> bool:
+            return True
+
+        def kill(self) -> None:
+            self.killed = True
+
+    class Ranks:
+        processes = (Process(), Process())
+        num_joins = 0
+
+        def join(self, timeout: float) -> bool:
+            self.num_joins += 1
+            if self.num_joins == 3:
+                raise KeyboardInterrupt
+            for rank in (0, 1):
+                write_counts([{}] * (2 * self.num_joins - 1 - rank), rank, self.folder)
+            return False
+
+    ranks = Ranks()
+
+    def started(run: Any, **kwargs: Any) -> Ranks:
+        ranks.folder = run.keywords["folder"]
+        return ranks
+
+    monkeypatch.setattr(sharding, "start_processes", started)
+    written: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        sharding.measure(
+            cases,
+            SIZES["smoke"],
+            [64, 32],
+            device="cpu",
+            write=lambda found: written.append(len(found["rows"])),
+        )
+    assert written == [2], "of 1 and 0 cases, then of 3 and 2"
+    assert all(process.killed for process in ranks.processes)
 
 
 def test_every_engine_has_its_ways() -> None:

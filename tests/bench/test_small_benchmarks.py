@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from chunkdist.bench import gradient_error, offload, overhead, spaco
-from chunkdist.bench.environment import write_result
+from chunkdist.bench import attention, gradient_error, long_tail, offload, overhead, spaco
+from chunkdist.bench.environment import write_partial
 from chunkdist.bench.sizes import SIZES
 from chunkdist.bench.ways import BASELINE, Way, prepared
 
@@ -68,21 +68,26 @@ def stopped(benchmark: Any, tmp_path: Path, *given: str) -> dict[str, Any]:
         if written:
             raise KeyboardInterrupt
         written.append(file)
-        write_result(result, file)
+        write_partial(result, file)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "write_result", write)
+        patch.setattr(benchmark, "write_partial", write)
         with pytest.raises(KeyboardInterrupt):
             benchmark.main(["--smoke", *given, "--json", str(file)])
     result: dict[str, Any] = json.loads(file.read_text())
     assert benchmark.table(result)
+    assert result["partial"]
     return result
 
 
 def test_what_stopped_runs_leave_can_be_read(tmp_path: Path) -> None:
     given = ["--repetitions", "1", "--chunk-sizes", "32"]
     assert [row["way"] for row in stopped(overhead, tmp_path, *given)["rows"]] == [BASELINE]
-    assert len(stopped(spaco, tmp_path, "--repetitions", "2")["rounds"]) == 1
+    (only,) = stopped(spaco, tmp_path, "--repetitions", "1")["rounds"]
+    assert list(only) == ["no-grad forward"]
+    assert [row["backend"] for row in stopped(attention, tmp_path)["rows"]] == ["cpu_flash"]
+    given_long = ["--without-simulation", "--repetitions", "1"]
+    assert list(stopped(long_tail, tmp_path, *given_long)["summary"]) == [long_tail.BASELINE]
     given = ["--num-tokens", "32", "--chunk-sizes", "16"]
     assert [row["way"] for row in stopped(gradient_error, tmp_path, *given)["rows"]] == ["plain"]
     assert list(tmp_path.iterdir()) == [tmp_path / "stopped.json"]

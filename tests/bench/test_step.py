@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.graph import save_on_cpu
 
-from chunkdist.bench import options, step
+from chunkdist.bench import options, rounds, step
 from chunkdist.bench.environment import hardware
 from chunkdist.bench.sizes import SIZES
 from chunkdist.bench.timing import step_flops
@@ -24,12 +23,16 @@ from chunkdist.bench.ways import BASELINE, Way, baselines, chunked
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "step.json"
     given = ["--smoke", "--offload", "--num-tokens", "40", "64", "--chunk-sizes", "8", "--groups", "2"]
+    given += ["--variants", "all", "--num-layers", "3"]
     assert step.main([*given, "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     ways = [
         *(way.name for way in baselines(16, on_gpu=False)),
         *(way.name for way in chunked(16, offload=True, chunk_sizes=[8], groups=[2])),
+        "chunked, K/V kept, narrow K/V gradients",
     ]
+    assert result["model"]["num_layers"] == 3
+    assert "partial" not in result
     assert {"chunked, host offload", "the paper's chunk loop", "chunked, chunks of 8"} <= set(ways)
     assert result["command"].startswith("python -m chunkdist.bench.step --smoke")
     assert result["versions"]["torch"]
@@ -51,45 +54,8 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["summary"][BASELINE]["wall_ratio"] == 1
 
 
-@pytest.fixture(scope="module")
-def lora_model() -> Any:
-    return replace(SIZES["smoke"], lora_rank=2).model("cpu", torch.float32)
-
-
-@pytest.mark.parametrize("way", [*baselines(16, on_gpu=False), *chunked(16)], ids=lambda way: way.name)
-def test_every_way_has_the_gradients_of_the_plain_model(lora_model: Any, way: Way) -> None:
-    """50 tokens: the last chunk is not full."""
-    ids = replace(SIZES["smoke"], num_tokens=50).tokens("cpu")
-    lora_model.zero_grad()
-    lora_model(input_ids=ids, labels=ids).loss.backward()
-    trained = {name: p for name, p in lora_model.named_parameters() if p.requires_grad}
-    expected = {name: p.grad.clone() for name, p in trained.items()}
-    assert len(expected) == 8
-    assert all(grad.norm() > 0 for grad in expected.values())
-    assert step.attempt(lora_model, ids, way) is not None
-    assert step.largest_difference({name: p.grad for name, p in trained.items()}, expected) < 1e-5
-
-
-def test_what_checkpointing_saves_is_handed_to_the_host(
-    lora_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved: list[torch.Size] = []
-    real = save_on_cpu.__init__
-
-    def counting(self: save_on_cpu, pin_memory: bool) -> None:
-        real(self, pin_memory)
-        pack = self.pack_hook
-        self.pack_hook = lambda x: (saved.append(x.shape), pack(x))[1]
-
-    monkeypatch.setattr(save_on_cpu, "__init__", counting)
-    ids, sizes = SIZES["smoke"].tokens("cpu"), SIZES["smoke"]
-    way = next(way for way in baselines(16, on_gpu=False) if way.saved_on_host)
-    assert step.attempt(lora_model, ids, way) is not None
-    assert saved.count(torch.Size((1, sizes.num_tokens, sizes.hidden_size))) >= sizes.num_layers
-
-
 def test_a_way_without_room_is_left_out_at_longer_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = step.prepared, []
+    real, seen = rounds.prepared, []
 
     @contextmanager
     def small_memory(model: Any, way: Way, *, on_gpu: bool) -> Iterator[Any]:
@@ -103,7 +69,7 @@ def test_a_way_without_room_is_left_out_at_longer_lengths(monkeypatch: pytest.Mo
 
             yield in_small_memory
 
-    monkeypatch.setattr(step, "prepared", small_memory)
+    monkeypatch.setattr(rounds, "prepared", small_memory)
     sizes, ways = SIZES["smoke"], baselines(16, on_gpu=False)[:2]
     settings = {"device": "cpu", "dtype": torch.float32, "num_rounds": 1}
     result = step.measure(sizes, ways, [16, 32, 48], report=print, write=lambda result: None, **settings)
@@ -111,19 +77,29 @@ def test_a_way_without_room_is_left_out_at_longer_lengths(monkeypatch: pytest.Mo
     assert [outcomes["plain", length] for length in (16, 32, 48)] == ["ran", *[step.OUT_OF_MEMORY] * 2]
     assert all(outcomes[BASELINE, length] == "ran" for length in (16, 32, 48))
     assert ("plain", 48) not in seen
-    provided = {"hardware": hardware("cpu"), "num_repetitions": 1}
+    provided = {"hardware": hardware("cpu"), "num_repetitions": 1, "memory_gib": None}
     assert table_line(step.table({**result, **provided}), "plain", 1).endswith(step.OUT_OF_MEMORY)
+
+
+def turns(monkeypatch: pytest.MonkeyPatch, fails: Any) -> list[tuple[str, int]]:
+    """The way and the tokens of each turn; where `fails` of them gives something, that comes of it."""
+    real, seen = rounds.attempt, list[tuple[str, int]]()
+
+    def attempt(model: Any, ids: Tensor, way: Way, **settings: Any) -> Any:
+        seen.append((way.name, ids.shape[1]))
+        return fails(seen) or real(model, ids, way, **settings)
+
+    monkeypatch.setattr(rounds, "attempt", attempt)
+    return seen
 
 
 def test_a_way_whose_room_is_gone_after_the_warm_up_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The baseline too: what is left has then no ratio at this length, and runs on."""
-    real, seen = step.attempt, []
-
-    def gone(model: Any, ids: Tensor, way: Way) -> Any:
-        seen.append((way.name, ids.shape[1]))
-        return None if seen.count((BASELINE, 32)) == 3 and way.name == BASELINE else real(model, ids, way)
-
-    monkeypatch.setattr(step, "attempt", gone)
+    gone = rounds.Attempt(why_not=rounds.OUT_OF_MEMORY)
+    seen = turns(
+        monkeypatch,
+        lambda seen: gone if seen[-1] == (BASELINE, 32) and seen.count((BASELINE, 32)) == 2 else None,
+    )
     ways = baselines(16, on_gpu=False)[:2]
     assert ways[0].name == BASELINE
     settings = {"device": "cpu", "dtype": torch.float32, "num_rounds": 3}
@@ -133,50 +109,118 @@ def test_a_way_whose_room_is_gone_after_the_warm_up_is_left_out(monkeypatch: pyt
     outcomes = {(row["way"], row["num_tokens"]): row["outcome"] for row in result["rows"]}
     assert [outcomes[BASELINE, length] for length in (16, 32, 48)] == ["ran", *[step.OUT_OF_MEMORY] * 2]
     assert all(outcomes["plain", length] == "ran" for length in (16, 32, 48))
-    assert seen.count((BASELINE, 32)) == 3
+    assert seen.count((BASELINE, 32)) == 2
     assert (BASELINE, 48) not in seen
     steps = [entry["way"] for entry in result["steps"] if entry["num_tokens"] == 32]
     assert steps == ["plain"] * 3
     rows = {row["num_tokens"]: row for row in result["rows"] if row["way"] == "plain"}
     assert "wall_ratio" in rows[16]
     assert "wall_ratio" not in rows[32]
+    assert [rows[length]["compared_with"] for length in (16, 32, 48)] == [BASELINE, BASELINE, "plain"]
+
+
+def test_a_way_that_fails_otherwise_says_so_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one whose kernel, package or host memory is not to be had; the exit status tells."""
+    real = rounds.prepared
+
+    @contextmanager
+    def no_kernel(model: Any, way: Way, *, on_gpu: bool) -> Iterator[Any]:
+        if way.name == "plain":
+            raise RuntimeError("No available kernel.\nAborting execution.")
+        with real(model, way, on_gpu=on_gpu) as run:
+            yield run
+
+    monkeypatch.setattr(rounds, "prepared", no_kernel)
+    file = tmp_path / "step.json"
+    given = ["--smoke", "--repetitions", "1", "--without", "paper", "host", "rebuilt", "group"]
+    assert step.main([*given, "--json", str(file)]) == 1
+    rows = {row["way"]: row["outcome"] for row in json.loads(file.read_text())["rows"]}
+    said = "failed: RuntimeError: No available kernel. Aborting execution."
+    assert rows == {BASELINE: "ran", "plain": said, "chunked, K/V kept": "ran"}
+    assert said in capsys.readouterr().out
 
 
 def test_what_a_stopped_run_leaves_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is stopped in the second round of the second length, after the baseline's turn is over."""
-    real, calls = step.attempt, []
 
-    def stopping(model: Any, ids: Tensor, way: Way) -> Any:
-        calls.append((way.name, ids.shape[1]))
-        if calls.count((BASELINE, 64)) == 3:
+    def stop(seen: list[tuple[str, int]]) -> None:
+        if seen.count((BASELINE, 64)) == 2:
             raise KeyboardInterrupt
-        return real(model, ids, way)
 
-    monkeypatch.setattr(step, "attempt", stopping)
+    turns(monkeypatch, stop)
     file = tmp_path / "step.json"
     given = ["--smoke", "--num-tokens", "40", "64", "--repetitions", "2", "--without", "paper", "host"]
     with pytest.raises(KeyboardInterrupt):
         step.main([*given, "--json", str(file)])
     result = json.loads(file.read_text())
+    assert result["partial"]
     rows = {(row["num_tokens"], row["way"]): row for row in result["rows"]}
     assert len(rows) == 2 * len({way for _, way in rows})
     assert all(row["wall_ratio"] > 0 for row in rows.values()), "of the rounds that both have"
-    rounds = [entry["round"] for entry in result["steps"] if entry["num_tokens"] == 64]
-    assert rounds.count(1) == len(rows) // 2
-    assert 0 < rounds.count(2) < len(rows) // 2
+    found = [entry["round"] for entry in result["steps"] if entry["num_tokens"] == 64]
+    assert found.count(1) == len(rows) // 2
+    assert 0 < found.count(2) < len(rows) // 2
     assert table_line(step.table(result), "plain", 1)
+
+
+def test_a_run_stopped_in_its_only_step_has_the_peak_of_the_warm_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds, "cost_of", stop)
+    file = tmp_path / "step.json"
+    with pytest.raises(KeyboardInterrupt):
+        step.main(["--smoke", "--repetitions", "1", "--json", str(file)])
+    result = json.loads(file.read_text())
+    (row,) = result["rows"]
+    assert (row["way"], row["outcome"]) == (BASELINE, step.WARMED_UP)
+    assert {"peak_allocated_bytes", "largest_gradient_difference"} <= row.keys()
+    assert result["partial"]
+    assert step.WARMED_UP in table_line(step.table(result), BASELINE, 0)
 
 
 def table_line(table: str, way: str, number: int) -> str:
     return [line for line in table.splitlines() if line.startswith(f"{way} ")][number]
 
 
-def test_frozen_matrices_have_no_gradient_to_compute(lora_model: Any) -> None:
+def test_frozen_matrices_have_no_gradient_to_compute() -> None:
+    lora_model = replace(SIZES["smoke"], lora_rank=2).model("cpu", torch.float32)
     flops = step_flops(lora_model, 10)
     sizes = SIZES["smoke"]
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * sizes.intermediate_size
     frozen = sizes.num_layers * layer + 32 * sizes.vocab_size
     assert flops["by_convention"] - flops["needed"] == 2 * 10 * frozen
+
+
+def test_the_memory_limit_is_in_the_table() -> None:
+    settings: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "num_rounds": 1}
+    ways = baselines(16, on_gpu=False)[:1]
+    found = step.measure(SIZES["smoke"], ways, [16], report=print, write=lambda result: None, **settings)
+    head = {"hardware": hardware("cpu"), "num_repetitions": 1}
+    assert "within 24 GiB (the allocator: 23)" in step.table({**head, **found, "memory_gib": 24.0})
+    assert "GiB" not in step.table({**head, **found, "memory_gib": None})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--memory-gib", "24"], "leave it out, or write --device cuda"),
+        (["--device", "cuda"], "torch sees no GPU on this machine"),
+        (["--variants", "no-such"], "invalid choice"),
+        (["--num-layers", "0"], "write an integer >= 1"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_one_line(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        step.main(["--smoke", *given])
+    assert said in capsys.readouterr().err
 
 
 def test_the_order_of_the_ways_rotates(tmp_path: Path) -> None:
@@ -195,8 +239,6 @@ def test_a_median_of_ratios_within_rounds() -> None:
             way=way,
             wall_s=wall_s,
             cpu_s=wall_s,
-            peak_allocated_bytes=None,
-            peak_reserved_bytes=None,
         )
 
     other = "other"
