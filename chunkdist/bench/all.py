@@ -83,7 +83,7 @@ def ended(command: Sequence[str], limit_s: float) -> tuple[int | None, str]:
         env={"PYTHONWARNINGS": "ignore::FutureWarning", **os.environ},  # of packages; they hide the output
     )
     assert process.stdout is not None
-    reader = Thread(target=_show, args=(process.stdout, last))
+    reader = Thread(target=_show, args=(process.stdout, last), daemon=True)
     reader.start()
     status = None
     try:
@@ -94,7 +94,7 @@ def ended(command: Sequence[str], limit_s: float) -> tuple[int | None, str]:
         with suppress(ProcessLookupError):  # it has left nobody
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        reader.join()
+        reader.join(timeout=10)  # it reads on while somebody outside of the group has the pipe
     return status, "".join(last)
 
 

@@ -100,7 +100,8 @@ def test_processes_that_a_job_has_started_end_with_it(
     rank = "import time; time.sleep(60)"
     program.write_text(
         "import subprocess, sys\n"
-        f"rank = subprocess.Popen([sys.executable, '-c', {rank!r}])\n"
+        "quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}\n"
+        f"rank = subprocess.Popen([sys.executable, '-c', {rank!r}], **quiet)\n"
         f"print('rank', rank.pid, flush=True)\n{end}\n"
     )
     status, output = all.ended([sys.executable, str(program)], limit_s=3)
