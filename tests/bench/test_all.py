@@ -90,7 +90,7 @@ def test_options_of_jobs_are_understood(job: Job, monkeypatch: pytest.MonkeyPatc
     def stop(*args: Any, **kwargs: Any) -> None:
         raise _Parsed
 
-    monkeypatch.setattr(module, "provenance", stop)
+    monkeypatch.setattr(module, "report_ways" if hasattr(module, "report_ways") else "provenance", stop)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.chdir(tmp_path)
     if hasattr(module, "limit_gpu_memory"):
