@@ -10,8 +10,8 @@ import torch
 
 from chunkdist.samplers import ChunkSampler
 
-AttentionName = Literal["auto", "math", "cpu_flash", "varlen", "flash_attn"]
-ATTENTION_NAMES: tuple[AttentionName, ...] = ("auto", "math", "cpu_flash", "varlen", "flash_attn")
+AttentionName = Literal["auto", "math", "cpu_flash", "varlen", "flash_attn", "cudnn"]
+ATTENTION_NAMES: tuple[AttentionName, ...] = ("auto", "math", "cpu_flash", "varlen", "flash_attn", "cudnn")
 
 
 @dataclass(frozen=True, kw_only=True)

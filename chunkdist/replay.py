@@ -68,7 +68,7 @@ class AutocastState:
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Inside, autocast is off. Where it is already, nothing is done: cells enter this several times each, and
-    a `torch.autocast` takes some 40 us to make, enter and leave."""
+    a `torch.autocast` takes time to make, enter and leave."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -91,12 +91,22 @@ def _chunked(rows: Iterator[Result]) -> list[Result]:
     return [row for row in rows if row["way"].startswith("chunked")]
 
 
+def _ratio(row: Result, result: Result) -> float | None:
+    """The time of a way, to checkpointing with the same kernel and parts: `None` where that has not run."""
+    here = {other["way"]: other for other in result["rows"] if other["num_tokens"] == row["num_tokens"]}
+    for name, other in here.items():
+        if name.startswith(f"{BASELINE}, ") and row["way"].endswith(name.removeprefix(BASELINE)):
+            return row["median_wall_s"] / other["median_wall_s"] if other["outcome"] == "ran" else None
+    return row.get("wall_ratio") if result["baseline"] == BASELINE else None
+
+
 def _of_checkpointing(results: Results) -> str | None:
     best: dict[int, float] = {}
-    against = {name: result for name, result in results.items() if result.get("baseline") == BASELINE}
-    for row in _chunked(_steps(against)):
-        if "wall_ratio" in row:
-            best[row["num_tokens"]] = min(row["wall_ratio"], best.get(row["num_tokens"], float("inf")))
+    for result in results.values():
+        for row in _chunked(_steps({"": result})):
+            ratio = _ratio(row, result)
+            if ratio is not None:
+                best[row["num_tokens"]] = min(ratio, best.get(row["num_tokens"], float("inf")))
     return ", ".join(f"{ratio:.2f} x at {num:,}" for num, ratio in sorted(best.items())) or None
 
 

@@ -1,4 +1,4 @@
-"""The table of docs/performance.md, from docs/benchmarks/overhead-cpu.json, by docs/make_benchmarks.py."""
+"""The tables of docs/performance.md, from docs/benchmarks/overhead-cpu.json, by docs/make_benchmarks.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ PAGE = DOCS / "performance.md"
 
 
 def page_of_results(page: str, folder: Path = RESULTS) -> str:
-    """`page` with the table of the committed result."""
-    return filled(page, "overhead figures", _text(required("overhead-cpu", folder)))
+    """`page` with the tables of the committed result."""
+    result = required("overhead-cpu", folder)
+    page = filled(page, "overhead figures", _text(result))
+    return filled(page, "python figures", _python_text(result))
 
 
 def _text(result: Result) -> str:
@@ -28,3 +30,9 @@ def _text(result: Result) -> str:
 {machine["num_threads"]} thread of {machine["cpu"]} at a load of {machine["load_average_1_min"]} when it
 began, medians of {result["num_repetitions"]}: `{result["command"]}`."""
     return "\n".join([*rows, "", paragraph(note)])
+
+
+def _python_text(result: Result) -> str:
+    row = min(result["rows"], key=lambda row: row["chunk_size"])
+    shares = [f"| {whose} | {share:.0%} |" for whose, share in row["python_shares"].items()]
+    return "\n".join([f"| {row['way']} tokens, under cProfile | share |", "|---|---|", *shares])

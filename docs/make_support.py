@@ -27,7 +27,7 @@ FILE, BY_HAND = ROOT / "docs" / "support.md", ROOT / "docs" / "support-by-hand.j
 ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 PIPELINES = {"pp": "PP", "dp x pp": "DP x PP", "fsdp2 x pp": "FSDP2 x PP"}
 TRAININGS, METHODS = ("full", "LoRA", "QLoRA"), ("SeCO", "SpaCO")
-ATTENTIONS = ("math", "cpu_flash", "varlen", "flash_attn")
+ATTENTIONS = ("math", "cpu_flash", "varlen", "flash_attn", "cudnn")
 HEAD = """# What is known to work
 
 Written by `docs/make_support.py` from the tests' own tables of cases

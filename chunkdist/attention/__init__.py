@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chunkdist.attention.base import AttentionVariant, Backend
 from chunkdist.attention.cpu_flash import CpuFlashBackend
+from chunkdist.attention.cudnn import CudnnBackend
 from chunkdist.attention.flash_attn import FlashAttnBackend
 from chunkdist.attention.math import MathBackend
 from chunkdist.attention.varlen import VarlenBackend
@@ -18,8 +19,15 @@ from chunkdist.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: tuple[Backend, ...] = (CpuFlashBackend(), VarlenBackend(), FlashAttnBackend(), MathBackend())
-"""Fastest first; the last one can do everything."""
+BACKENDS: tuple[Backend, ...] = (
+    CpuFlashBackend(),
+    VarlenBackend(),
+    FlashAttnBackend(),
+    CudnnBackend(),
+    MathBackend(),
+)
+"""In the order in which `auto` asks them; the last one can do everything. `cudnn`, whose plans are for one
+shape each, comes after those that take any."""
 
 assert {backend.name for backend in BACKENDS} == set(get_args(AttentionName)) - {"auto"}
 

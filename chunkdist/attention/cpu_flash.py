@@ -1,17 +1,14 @@
-"""`cpu_flash`: torch's own flash attention for CPUs, without a mask.
-
-The kernel has causal masks for squares only, so a span is cut in two: the keys before the span's first query,
-seen by all its queries, and the square on the diagonal. The parts are merged by their log-sum-exps; the
-backward of each part takes the merged output and log-sum-exp, which makes the sum exact (arXiv 2205.14135,
-appendix B).
-"""
+"""`cpu_flash`: torch's own flash attention for CPUs, without a mask."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from chunkdist.attention.base import AttentionVariant, Span
+from chunkdist.attention.squares import backward_in_squares, forward_in_squares, heads_first
 
 MAX_CUTS, MIN_KEYS, MOSTLY_BUSY = 8, 256, 0.95
 
@@ -35,11 +32,8 @@ class CpuFlashBackend:
     def forward(
         self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
     ) -> tuple[Tensor, Tensor]:
-        parts = [self._forward_span(q_TND, k_SKD, v_SKD, span, variant) for span in spans]
-        if len(parts) == 1:
-            return parts[0]
-        outs, lses = zip(*parts, strict=True)
-        return torch.cat(outs), torch.cat(lses, dim=1)
+        kernel = partial(_run_forward, scale=variant.scale)
+        return forward_in_squares(kernel, q_TND, k_SKD, v_SKD, spans)
 
     def backward(
         self,
@@ -53,57 +47,39 @@ class CpuFlashBackend:
         spans: tuple[Span, ...],
         variant: AttentionVariant,
     ) -> Tensor:
-        dq = torch.empty_like(q_TND)
-        for span in spans:
-            queries, prefix, own = _parts(span)
-            row = [_heads_first(x[queries]) for x in (grad_out_TND, q_TND)]
-            merged = _heads_first(out_TND[queries]), lse_NT[None, :, queries]
-            for keys, causal in ((own, True), (prefix, False)):
-                if keys is None:
-                    continue
-                num_cuts = 1 if causal else _even_cuts(q_TND.shape[1], keys.stop - keys.start)
-                k_cKsD, v_cKsD = (
-                    x[keys].unflatten(0, (num_cuts, -1)).transpose(1, 2) for x in (k_SKD, v_SKD)
-                )
-                grad_out, q, out, lse = (x.expand(num_cuts, *x.shape[1:]) for x in (*row, *merged))
-                dq_cNTD, *dkv = _backward(
-                    grad_out, q, k_cKsD, v_cKsD, out, lse, 0.0, causal, scale=variant.scale
-                )
-                for total, grad in zip(kv_grads, dkv, strict=True):
-                    total[keys] += grad.transpose(1, 2).flatten(0, 1)
-                if causal:
-                    dq[queries] = dq_cNTD[0].transpose(0, 1)
-                else:
-                    for part_NTD in dq_cNTD:
-                        dq[queries] += part_NTD.transpose(0, 1)
-        return dq
-
-    def _forward_span(
-        self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, span: Span, variant: AttentionVariant
-    ) -> tuple[Tensor, Tensor]:
-        queries, prefix, own = _parts(span)
-        out, lse = self._run(q_TND[queries], k_SKD[own], v_SKD[own], causal=True, variant=variant)
-        if prefix is None:
-            return out, lse
-        other_out, other_lse = self._run(
-            q_TND[queries], k_SKD[prefix], v_SKD[prefix], causal=False, variant=variant
+        kernel = partial(_run_backward, scale=variant.scale)
+        return backward_in_squares(
+            kernel, grad_out_TND, q_TND, k_SKD, v_SKD, out_TND, lse_NT, kv_grads, spans
         )
-        share = torch.sigmoid(other_lse - lse).T[..., None]
-        merged = torch.lerp(out.to(share.dtype), other_out.to(share.dtype), share)
-        return merged.to(out.dtype), torch.logaddexp(lse, other_lse)
-
-    def _run(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, variant: AttentionVariant
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(
-            _heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal, scale=variant.scale
-        )
-        return out[0].transpose(0, 1), lse[0]
 
 
-def _heads_first(x_TND: Tensor) -> Tensor:
-    """(T, N, D) to (1, N, T, D), a view."""
-    return x_TND.transpose(0, 1)[None]
+def _run_forward(
+    q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _forward(*map(heads_first, (q_TND, k_SKD, v_SKD)), 0.0, causal, scale=scale)
+    return out[0].transpose(0, 1), lse[0]
+
+
+def _run_backward(
+    grad_out_TND: Tensor,
+    q_TND: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    out_TND: Tensor,
+    lse_NT: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    num_cuts = 1 if causal else _even_cuts(q_TND.shape[1], k_SKD.shape[0])
+    k_cKsD, v_cKsD = (x.unflatten(0, (num_cuts, -1)).transpose(1, 2) for x in (k_SKD, v_SKD))
+    grad_out, q, out, lse = (
+        x.expand(num_cuts, *x.shape[1:])
+        for x in (*map(heads_first, (grad_out_TND, q_TND, out_TND)), lse_NT[None])
+    )
+    dq_cNTD, *dkv = _backward(grad_out, q, k_cKsD, v_cKsD, out, lse, 0.0, causal, scale=scale)
+    dk_SKD, dv_SKD = (grad.transpose(1, 2).flatten(0, 1) for grad in dkv)
+    return [dq_NTD.transpose(0, 1) for dq_NTD in dq_cNTD], dk_SKD, dv_SKD
 
 
 def _even_cuts(num_heads: int, num_keys: int) -> int:
@@ -121,10 +97,3 @@ def _even_cuts(num_heads: int, num_keys: int) -> int:
         cuts for cuts in range(1, MAX_CUTS + 1) if num_keys % cuts == 0 and num_keys // cuts >= MIN_KEYS
     ]
     return max(possible or [1], key=lambda cuts: (busy(cuts) >= MOSTLY_BUSY or busy(cuts), -cuts))
-
-
-def _parts(span: Span) -> tuple[slice, slice | None, slice]:
-    """Queries, the keys before the first of them (None: there are none), and the keys on the diagonal."""
-    diagonal = span.k_end - (span.q_end - span.q_start)
-    prefix = slice(span.k_start, diagonal) if diagonal > span.k_start else None
-    return slice(span.q_start, span.q_end), prefix, slice(diagonal, span.k_end)

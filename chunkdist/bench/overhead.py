@@ -28,6 +28,7 @@ from chunkdist import ChunkConfig
 from chunkdist.bench.environment import provenance, write_partial, write_result
 from chunkdist.bench.options import check_counts, dtype_on, parsed, parser_of
 from chunkdist.bench.profile import gaps_of, kernels_of, recorded
+from chunkdist.bench.python_time import python_shares
 from chunkdist.bench.sizes import SIZES, Sizes
 from chunkdist.bench.ways import BASELINE, Way, prepared
 
@@ -37,8 +38,9 @@ def kernel_seconds(step_profile: profile, *, on_gpu: bool) -> float:
     return gaps_of(kernels_of(step_profile, on_gpu=on_gpu))[0]
 
 
-def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, float]:
-    """Medians of seconds: of a step, of its CPU time, on the host, and in kernels; the kernels' share."""
+def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, Any]:
+    """Medians of seconds: of a step, of its CPU time, on the host, and in kernels; the kernels' share; on a
+    CPU, whose Python the host runs."""
     on_gpu = ids.is_cuda
     walls, cpus, queued = [], [], []
     with prepared(model, way, on_gpu=on_gpu) as step:
@@ -59,11 +61,14 @@ def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, float
             step(ids)
             _wait(on_gpu)
             profiled_s = time.perf_counter() - start
+        model.zero_grad(set_to_none=True)
+        shares = {} if on_gpu else {"python_shares": python_shares(lambda: step(ids))}
     wall_s, cpu_s = statistics.median(walls), statistics.median(cpus)
     kernel_s = kernel_seconds(step_profile, on_gpu=on_gpu)
     share = kernel_s / (wall_s if on_gpu else profiled_s)
     host_s = statistics.median(queued) if on_gpu else cpu_s * (1 - share)
-    return {"wall_s": wall_s, "cpu_s": cpu_s, "host_s": host_s, "kernel_s": kernel_s, "kernel_share": share}
+    seconds = {"wall_s": wall_s, "cpu_s": cpu_s, "host_s": host_s, "kernel_s": kernel_s}
+    return {**seconds, "kernel_share": share, **shares}
 
 
 def _wait(on_gpu: bool) -> None:
@@ -90,6 +95,9 @@ def measure(
     ways += [
         (size, Way(name=f"chunks of {size:,}", config=ChunkConfig(chunk_size=size))) for size in chunk_sizes
     ]
+    least = min(chunk_sizes)
+    kept = ChunkConfig(chunk_size=least, rebuild_kv=False)
+    ways.append((least, Way(name=f"chunks of {least:,}, K/V kept", config=kept)))
     rows: list[dict[str, Any]] = []
     result = {"model": {**asdict(sizes), "num_parameters": model.num_parameters()}, "rows": rows}
     for chunk_size, way in ways:

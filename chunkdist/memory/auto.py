@@ -23,10 +23,13 @@ gaps), on a CPU also for other processes."""
 
 def free_bytes(device: torch.device) -> int:
     """Memory that this process could still take: of the GPU, what its allocator holds unused included; of the
-    host, its share. Other processes' is not free, nor is what a MIG card has not been given."""
+    host, its share. Not free is what other processes have, what a MIG card has not been given, and what
+    `torch.cuda.set_per_process_memory_fraction` forbids."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        return max(0, min(free, allowed - reserved)) + reserved - allocated
     return free_host_bytes()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from chunkdist.bench import BENCHMARKS, all, compare, options, step
+from chunkdist.bench import BENCHMARKS, all, compare, options
 from chunkdist.bench.jobs import JOBS, Job
 
 
@@ -180,7 +180,7 @@ def test_options_of_jobs_are_understood(job: Job, monkeypatch: pytest.MonkeyPatc
     def stop(*args: Any, **kwargs: Any) -> None:
         raise _Parsed
 
-    monkeypatch.setattr(module if hasattr(module, "provenance") else step, "provenance", stop)
+    monkeypatch.setattr(module, "report_ways" if hasattr(module, "report_ways") else "provenance", stop)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(options, "limit_gpu_memory", lambda memory_gib: None)

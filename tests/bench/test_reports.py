@@ -16,7 +16,7 @@ from chunkdist.bench import spaco, step
 from chunkdist.bench.environment import provenance
 from chunkdist.bench.jobs import JOBS
 from chunkdist.bench.sizes import SIZES
-from chunkdist.bench.ways import baselines, chunked
+from chunkdist.bench.ways import BASELINE, baselines, chunked
 from tests.tiny_run import ROOT, load_script
 
 
@@ -147,6 +147,20 @@ def test_a_longest_length_out_of_time_is_a_lower_bound(script: ModuleType) -> No
 def test_every_figure_is_of_jobs_that_there_are(script: ModuleType) -> None:
     read = {file for _, _, files, _ in script.SUMMARY for file in files}
     assert read <= {job.file for job in JOBS}
+
+
+def test_another_kernel_is_compared_with_checkpointing_on_that_kernel(script: ModuleType) -> None:
+    def row(way: str, median_s: float, outcome: str = "ran") -> dict[str, Any]:
+        found = {"way": way, "num_tokens": 64, "outcome": outcome}
+        return {**found, "median_wall_s": median_s, "wall_ratio": median_s / 10.0}
+
+    cudnn = ", attention cudnn"
+    ways = [row(BASELINE, 10.0), row(f"{BASELINE}{cudnn}", 6.0), row(f"chunked{cudnn}", 6.6)]
+    result = {"baseline": BASELINE, "rows": [*ways, row("chunked, narrow K/V gradients", 12.0)]}
+    assert script._of_checkpointing({"step": result}) == "1.10 x at 64"
+    ways[1]["outcome"] = "failed: no kernel"
+    assert script._of_checkpointing({"step": result}) == "1.20 x at 64"
+    assert script._of_checkpointing({"step": {**result, "baseline": "chunked"}}) is None
 
 
 def test_utilisation_by_variant_is_told_best_first(script: ModuleType) -> None:

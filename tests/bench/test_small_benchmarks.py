@@ -12,6 +12,7 @@ import torch
 
 from chunkdist.bench import attention, gradient_error, long_tail, offload, overhead, spaco
 from chunkdist.bench.environment import write_partial
+from chunkdist.bench.python_time import CHUNKDIST, OTHER
 from chunkdist.bench.sizes import SIZES
 from chunkdist.bench.ways import BASELINE, Way, prepared
 
@@ -54,9 +55,16 @@ def test_offload(tmp_path: Path) -> None:
 
 def test_overhead(tmp_path: Path) -> None:
     result = result_of(overhead, tmp_path, "--chunk-sizes", "16", "32", "--num-layers", "1")
-    assert [row["num_cells"] for row in result["rows"]] == [2, 8, 4]
+    assert [row["num_cells"] for row in result["rows"]] == [2, 8, 4, 8]
+    assert result["rows"][-1]["way"] == "chunks of 16, K/V kept"
     for row in result["rows"]:
         assert 0 < row["kernel_share"] <= 1
+        shares = row["python_shares"]
+        assert sum(shares.values()) == pytest.approx(1)
+        of_baseline = result["rows"][0]["python_shares"][CHUNKDIST]
+        assert row["way"] == BASELINE or shares[CHUNKDIST] > 2 * of_baseline
+        assert list(shares.values()) == sorted(shares.values(), reverse=True)
+        assert shares[OTHER] < 0.3
         assert row["host_s_per_cell"] * row["num_cells"] == pytest.approx(row["host_s"])
 
 

@@ -57,3 +57,19 @@ def test_ranks_share_what_auto_may_take(monkeypatch: pytest.MonkeyPatch) -> None
     alone = free_bytes(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert free_bytes(torch.device("cpu")) == pytest.approx(alone / 8, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "fraction", "expected_gib"),
+    [(80, 1.0, 80 + 4), (80, 0.25, 13 + 4), (5, 0.25, 5 + 4), (80, 0.05, 4)],
+)
+def test_a_gpu_has_no_more_than_the_process_may_take(
+    free_gib: int, fraction: float, expected_gib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100 GiB, this process holds 12, of which it uses 8."""
+    sizes = {"memory_reserved": 12, "memory_allocated": 8}
+    for name, gib in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, gib=gib: gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gib * 2**30, 100 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    assert free_bytes(torch.device("cuda")) == expected_gib * 2**30

@@ -1,0 +1,105 @@
+"""Attention of a chunk over its prefix with kernels whose causal mask is for squares only.
+
+A span is cut in two: the keys before the span's first query, seen by all its queries, and the square on the
+diagonal. The parts are merged by their log-sum-exps; the backward of each part takes the merged output and
+log-sum-exp, which makes the sum exact (arXiv 2205.14135, appendix B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from chunkdist.attention.base import Span
+
+
+class ForwardKernel(Protocol):
+    """(T, N, D), (S, K, D) twice: the output (T, N, D), and the log-sum-exp (N, T)."""
+
+    def __call__(
+        self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, *, causal: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class BackwardKernel(Protocol):
+    """Parts of dq, (T, N, D), to be added up, and dk and dv, (S, K, D)."""
+
+    def __call__(
+        self,
+        grad_out_TND: Tensor,
+        q_TND: Tensor,
+        k_SKD: Tensor,
+        v_SKD: Tensor,
+        out_TND: Tensor,
+        lse_NT: Tensor,
+        *,
+        causal: bool,
+    ) -> tuple[Sequence[Tensor], Tensor, Tensor]: ...
+
+
+def forward_in_squares(
+    kernel: ForwardKernel, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: Sequence[Span]
+) -> tuple[Tensor, Tensor]:
+    """As `Backend.forward`."""
+    parts = [_forward_span(kernel, q_TND, k_SKD, v_SKD, span) for span in spans]
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def backward_in_squares(
+    kernel: BackwardKernel,
+    grad_out_TND: Tensor,
+    q_TND: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    out_TND: Tensor,
+    lse_NT: Tensor,
+    kv_grads: tuple[Tensor, Tensor],
+    spans: Sequence[Span],
+) -> Tensor:
+    """As `Backend.backward`."""
+    dq_TND = torch.zeros_like(q_TND)
+    for span in spans:
+        queries, prefix, own = _parts(span)
+        merged = out_TND[queries], lse_NT[:, queries]
+        for keys, causal in ((own, True), (prefix, False)):
+            if keys is None:
+                continue
+            dqs, *dkv = kernel(
+                grad_out_TND[queries], q_TND[queries], k_SKD[keys], v_SKD[keys], *merged, causal=causal
+            )
+            for total, grad in zip(kv_grads, dkv, strict=True):
+                total[keys] += grad
+            for dq in dqs:
+                dq_TND[queries] += dq
+    return dq_TND
+
+
+def heads_first(x_TND: Tensor) -> Tensor:
+    """(T, N, D) to (1, N, T, D), a view."""
+    return x_TND.transpose(0, 1)[None]
+
+
+def _forward_span(
+    kernel: ForwardKernel, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, span: Span
+) -> tuple[Tensor, Tensor]:
+    queries, prefix, own = _parts(span)
+    out, lse = kernel(q_TND[queries], k_SKD[own], v_SKD[own], causal=True)
+    if prefix is None:
+        return out, lse
+    other_out, other_lse = kernel(q_TND[queries], k_SKD[prefix], v_SKD[prefix], causal=False)
+    share = torch.sigmoid(other_lse - lse).T[..., None]
+    merged = torch.lerp(out.to(share.dtype), other_out.to(share.dtype), share)
+    return merged.to(out.dtype), torch.logaddexp(lse, other_lse)
+
+
+def _parts(span: Span) -> tuple[slice, slice | None, slice]:
+    """Queries, the keys before the first of them (None: there are none), and the keys on the diagonal."""
+    diagonal = span.k_end - (span.q_end - span.q_start)
+    prefix = slice(span.k_start, diagonal) if diagonal > span.k_start else None
+    return slice(span.q_start, span.q_end), prefix, slice(diagonal, span.k_end)
