@@ -142,20 +142,25 @@ def apply_to(
     swiglu: bool = True,
 ) -> None:
     """As `_apply_liger_kernel_to_instance(model=..., ...)` for a Llama."""
-    patches: list[tuple[nn.Module, Any]] = []
-    for layer in model.model.layers:
-        patches += [(layer.mlp, mlp_forward)] if swiglu else []
-        norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        patches += [(norm, norm_forward) for norm in norms] if rms_norm else []
-    patches += [(model.model.norm, norm_forward)] if rms_norm else []
-    patches += [(model, lce_forward)] if fused_linear_cross_entropy else []
-    for module, forward in patches:
-        module.__dict__["forward"] = MethodType(forward, module)
-        module.__dict__["_get_name"] = MethodType(lambda self: "LigerStandIn", module)
     if rope:
         modeling_llama.apply_rotary_pos_emb = rotary
+    if fused_linear_cross_entropy:
+        _bind(model, lce_forward)
+    if rms_norm:
+        _bind(model.model.norm, norm_forward)
+    for layer in model.model.layers:
+        if swiglu:
+            _bind(layer.mlp, mlp_forward)
+        if rms_norm:
+            _bind(layer.input_layernorm, norm_forward)
+            _bind(layer.post_attention_layernorm, norm_forward)
     if cross_entropy:
         torch.nn.functional.cross_entropy = cross_entropy_in_place  # type: ignore[assignment]
+
+
+def _bind(module: nn.Module, forward: Any) -> None:
+    module.__dict__["forward"] = MethodType(forward, module)
+    module.__dict__["_get_name"] = MethodType(lambda self: "LigerStandIn", module)
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

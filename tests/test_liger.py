@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from chunkdist import ChunkConfig, IndependentSampler, chunk_model, unchunk_model
+from chunkdist.check import check_gradients
 from chunkdist.modeling import chunk_report
 from chunkdist.token_figures import token_figures
 from tests import liger_stand_in as liger
@@ -71,11 +72,12 @@ def test_what_spaco_leaves_in_the_stores_is_not_written_over() -> None:
         model, _ = model_with()
         if apply:
             liger.apply_to(model, fused_linear_cross_entropy=False, rms_norm=False)
-        chunk_model(model, config_of(sampler=IndependentSampler(budget=2)))
+        chunk_model(model, config_of(sampler=IndependentSampler(budget=4), control_variate=True))
         torch.manual_seed(3)
         return gradients(model, batch(num_tokens=40))
 
-    assert largest_difference(grads(apply=True), grads(apply=False)) < 1e-12
+    expected = grads(apply=False)  # first: the function of all Llamas is replaced
+    assert largest_difference(grads(apply=True), expected) < 1e-12
 
 
 @pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])
@@ -131,6 +133,21 @@ def test_figures_beside_its_cross_entropy() -> None:
     assert largest_difference(grads, expected) < 1e-5
     torch.testing.assert_close(its.entropy, own.entropy)
     torch.testing.assert_close(its.num_correct, own.num_correct)
+
+
+def test_gradients_are_checked_without_the_dtype_that_kernels_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    backward = liger.RMSNorm.backward
+
+    def looked_up(ctx: Any, grad: Tensor) -> Any:
+        {torch.float32: "fp32"}[grad.dtype]  # Liger's `torch_to_triton_dtype`
+        return backward(ctx, grad)
+
+    monkeypatch.setattr(liger.RMSNorm, "backward", staticmethod(looked_up))
+    model = tiny_llama(num_layers=2, dtype=torch.float32)
+    liger.apply_to(model, fused_linear_cross_entropy=False)
+    result = check_gradients(model, batch(), config_of())
+    assert result.passed
+    assert result.notes[0] == "no step in a wider dtype: the model's kernels do not take float64"
 
 
 class Kernel:
