@@ -212,6 +212,8 @@ def _in_wider_dtype(steps: _Steps, dtype: torch.dtype) -> _Reference | str:
             exact = _distance(truth, steps.chunked(attention="auto"))  # the configured one may not know it
     except (RuntimeError, NotImplementedError) as error:  # an operation without that dtype, no memory left
         return str(error).splitlines()[0]
+    except KeyError:  # Liger's kernels look their dtypes up
+        return f"the model's kernels do not take {_name(wider)}"
     name = f"the plain step in {_name(wider)}"
     return _Reference(grads=truth, name=name, exact=exact, is_exact=exact.largest <= _EXACT[wider])
 

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.function import ATTENTION_NAME
-from chunkdist.config import ChunkConfig
+from chunkdist.config import AUTO_FIELDS, ChunkConfig
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.offload import HostMemory
 from chunkdist.packed_models import refuse_segments
@@ -124,6 +125,13 @@ class ChunkContext:
                     f"{name}=False"
                     + ("; in TRL, router_aux_loss_coef: 0" if name == "output_router_logits" else "")
                 )
+        if not self.reason and decoder.training and torch.is_grad_enabled():
+            asked = ", ".join(f'{name}="auto"' for name in AUTO_FIELDS if getattr(self.asked, name) == "auto")
+            raise ValueError(
+                f"{asked} is chosen in the forward of the causal LM, which did not run: it has been replaced "
+                "since chunk_model (Liger's fused loss does that: write fused_linear_cross_entropy=False, "
+                "the chunked loss makes no logits either), or the decoder was called alone; else write values"
+            )
         if "use_cache" in signature.parameters and "use_cache" not in list(signature.parameters)[: len(args)]:
             kwargs = {**kwargs, "use_cache": False}
         try:

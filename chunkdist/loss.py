@@ -101,7 +101,11 @@ class _TiledCrossEntropy(torch.autograd.Function):
             hidden = hidden_NH[tile].detach().requires_grad_(needs[0])
             with torch.set_grad_enabled(any(needs)):
                 logits = logits_of(hidden, *leaves, operations=operations).float()
-                tile_sum = F.cross_entropy(logits, labels_N[tile], ignore_index=ignore_index, reduction="sum")
+                # What `F.cross_entropy` does. Liger puts its own there, which writes over the logits and
+                # waits for the device.
+                tile_sum = F.nll_loss(
+                    F.log_softmax(logits, -1), labels_N[tile], ignore_index=ignore_index, reduction="sum"
+                )
                 tile_loss = tile_sum * scale
             if figures is not None:
                 figures.add(logits.detach(), labels_N[tile], ignore_index)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tables import DOCS, RESULTS, Result, filled, paragraph, required
+from tables import DOCS, RESULTS, Result, filled, paragraph, read_result, required
 
 PAGE = DOCS / "performance.md"
+STEP = DOCS.parent / "tests" / "bench" / "step-ci.json"
+"""What CI compares with."""
 
 
 def page_of_results(page: str, folder: Path = RESULTS) -> str:
     """`page` with the tables of the committed result."""
     result = required("overhead-cpu", folder)
     page = filled(page, "overhead figures", _text(result))
-    return filled(page, "python figures", _python_text(result))
+    page = filled(page, "python figures", _python_text(result))
+    return filled(page, "kept figures", _kept_text(read_result(STEP.stem, STEP.parent)))
 
 
 def _text(result: Result) -> str:
@@ -36,3 +39,15 @@ def _python_text(result: Result) -> str:
     row = min(result["rows"], key=lambda row: row["chunk_size"])
     shares = [f"| {whose} | {share:.0%} |" for whose, share in row["python_shares"].items()]
     return "\n".join([f"| {row['way']} tokens, under cProfile | share |", "|---|---|", *shares])
+
+
+def _kept_text(result: Result | None) -> str:
+    assert result is not None
+    kept, rebuilt = (
+        result["summary"][f"chunked, K/V {how}"]["cpu_ratio"] for how in ("kept", "rebuilt (default)")
+    )
+    model = result["model"]
+    return paragraph(
+        f"""K/V kept: {kept:.2f} of the CPU time of gradient checkpointing, rebuilt: {rebuilt:.2f} (chunks of
+        {model["chunk_size"]} of {model["num_tokens"]:,} tokens, `tests/bench/step-ci.json`)."""
+    )

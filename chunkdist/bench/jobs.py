@@ -111,7 +111,7 @@ JOBS = (
         file="step-4-layers-variants",
         options=f"--model 8b --num-layers 4 --num-tokens 65536 --repetitions 1 --variants all {_ONLY_KEPT}",
         smoke=f"--num-layers 1 --repetitions 1 --variants all {_ONLY_KEPT}",
-        expected_s=150,
+        expected_s=165,
         limit_s=200,
     ),
     Job(

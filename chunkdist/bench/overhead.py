@@ -32,6 +32,9 @@ from chunkdist.bench.python_time import python_shares
 from chunkdist.bench.sizes import SIZES, Sizes
 from chunkdist.bench.ways import BASELINE, Way, prepared
 
+NUM_PROFILED = 5
+"""Steps under the profiler on a CPU, where other programs disturb them."""
+
 
 def kernel_seconds(step_profile: profile, *, on_gpu: bool) -> float:
     """In which at least one kernel runs, under the profiler."""
@@ -42,7 +45,7 @@ def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, Any]:
     """Medians of seconds: of a step, of its CPU time, on the host, and in kernels; the kernels' share; on a
     CPU, whose Python the host runs."""
     on_gpu = ids.is_cuda
-    walls, cpus, queued = [], [], []
+    walls, cpus, queued, profiled, kernels = [], [], [], [], list[float]()
     with prepared(model, way, on_gpu=on_gpu) as step:
         for number in range(num_rounds + 1):  # the first one warms up
             model.zero_grad(set_to_none=True)
@@ -55,17 +58,20 @@ def timed(model: Any, ids: Tensor, way: Way, num_rounds: int) -> dict[str, Any]:
                 walls.append(time.perf_counter() - start)
                 cpus.append(time.process_time() - cpu_start)
                 queued.append(done - start)
-        model.zero_grad(set_to_none=True)
-        with profile(activities=recorded(on_gpu=on_gpu)) as step_profile:
-            start = time.perf_counter()
-            step(ids)
-            _wait(on_gpu)
-            profiled_s = time.perf_counter() - start
+        for _ in range(1 if on_gpu else NUM_PROFILED):
+            model.zero_grad(set_to_none=True)
+            with profile(activities=recorded(on_gpu=on_gpu)) as step_profile:
+                start = time.perf_counter()
+                step(ids)
+                _wait(on_gpu)
+                profiled.append(time.perf_counter() - start)
+            kernels.append(kernel_seconds(step_profile, on_gpu=on_gpu))
         model.zero_grad(set_to_none=True)
         shares = {} if on_gpu else {"python_shares": python_shares(lambda: step(ids))}
     wall_s, cpu_s = statistics.median(walls), statistics.median(cpus)
-    kernel_s = kernel_seconds(step_profile, on_gpu=on_gpu)
-    share = kernel_s / (wall_s if on_gpu else profiled_s)
+    kernel_s = statistics.median(kernels)
+    of_profiled = statistics.median(own_s / all_s for own_s, all_s in zip(kernels, profiled, strict=True))
+    share = kernel_s / wall_s if on_gpu else of_profiled
     host_s = statistics.median(queued) if on_gpu else cpu_s * (1 - share)
     seconds = {"wall_s": wall_s, "cpu_s": cpu_s, "host_s": host_s, "kernel_s": kernel_s}
     return {**seconds, "kernel_share": share, **shares}
@@ -95,9 +101,6 @@ def measure(
     ways += [
         (size, Way(name=f"chunks of {size:,}", config=ChunkConfig(chunk_size=size))) for size in chunk_sizes
     ]
-    least = min(chunk_sizes)
-    kept = ChunkConfig(chunk_size=least, rebuild_kv=False)
-    ways.append((least, Way(name=f"chunks of {least:,}, K/V kept", config=kept)))
     rows: list[dict[str, Any]] = []
     result = {"model": {**asdict(sizes), "num_parameters": model.num_parameters()}, "rows": rows}
     for chunk_size, way in ways:

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chunkdist import ChunkConfig, chunk_model, unchunk_model
+from chunkdist.bench.fused import fused
 from chunkdist.bench.paper_loop import KERNEL, paper_step
 from chunkdist.config import ATTENTION_NAMES
 from chunkdist.lazy_logits import lazy_logits
@@ -123,7 +125,6 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "bf16-kv-grads": Variant(label="narrow K/V gradients", config={"kv_grad_dtype": None}),
     **{
         name: Variant(
             label=f"attention {name}",
@@ -135,6 +136,11 @@ VARIANTS: dict[str, Variant] = {
         for name in map(str, ATTENTION_NAMES)
         if name not in ("auto", "math", "cpu_flash")
     },
+    "bf16-kv-grads": Variant(label="narrow K/V gradients", config={"kv_grad_dtype": None}),
+    "liger": Variant(
+        label="Liger", around=partial(fused, kind="liger"), needs="liger_kernel", on_gpu_only=True
+    ),
+    "compile": Variant(label="compiled", around=partial(fused, kind="compile"), on_gpu_only=True),
 }
 """By the name of the option: of the fastest chunked way, and of the baseline where it concerns that."""
 

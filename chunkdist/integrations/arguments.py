@@ -244,6 +244,8 @@ def check_options(options: TrainingOptions, *, will_train: bool = True) -> Chunk
     is_quantised = model.load_in_4bit or model.load_in_8bit
     if will_train and is_quantised and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("load_in_4bit=True needs bitsandbytes: pip install 'chunkdist[qlora]'")
+    if will_train and training.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError("use_liger_kernel=True needs Liger's kernels: pip install liger-kernel")
     if training.max_length is not None and training.max_length < 2:
         raise ValueError(f"max_length={training.max_length} leaves no token to predict: write at least 2")
     return chunk_config

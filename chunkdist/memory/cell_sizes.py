@@ -21,6 +21,7 @@ from chunkdist.attention import AttentionChoice
 from chunkdist.attention.base import AttentionVariant, Backend
 from chunkdist.attention.varlen import SCRATCH_BYTES, VarlenBackend, why_no_kernel
 from chunkdist.config import AttentionName, ChunkConfig
+from chunkdist.memory.fake import without_triton_kernels
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.twin import layer_kinds, twin_of
 from chunkdist.model_layers import causal_lm_of, find_layers, mixer_of
@@ -288,7 +289,12 @@ def _run(
     """One step of a twin over two chunks."""
     from chunkdist.modeling import chunk_model, layers_of
 
-    with _disable_current_modes(), undisturbed_rng(torch.empty(0)), FakeTensorMode():
+    with (
+        _disable_current_modes(),
+        undisturbed_rng(torch.empty(0)),
+        FakeTensorMode(),
+        without_triton_kernels(),
+    ):
         twin: Any = twin_of(model, num_layers, weights_dtype)
         twin.train()
         chunk_model(twin, replace(config, chunk_size=chunk_tokens))

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from chunkdist.config import ChunkConfig
 from chunkdist.memory.cell_sizes import GpuAttention
 from chunkdist.memory.engine import SINGLE, Engine
+from chunkdist.memory.fake import without_triton_kernels
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.simulate_fsdp2 import fake_ranks, shard_as_accelerate
@@ -114,6 +115,7 @@ def _run(
         stack.enter_context(_disable_current_modes())
         stack.enter_context(undisturbed_rng(torch.empty(0)))
         stack.enter_context(FakeTensorMode())
+        stack.enter_context(without_triton_kernels())
         twin: Any = twin_of(model, num_layers)
         chunk_model(twin.train(), config)
         context = layers_of(twin)[0].group.context

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from chunkdist.config import ChunkConfig
-from chunkdist.memory.fake import fake_model
+from chunkdist.memory.fake import fake_model, without_triton_kernels
 from chunkdist.replay import undisturbed_rng
 
 _NUM_TOKENS, _CHUNK_SIZE = 8, 4
@@ -50,7 +50,13 @@ def state_sizes(model: PreTrainedModel) -> StateSizes:
     with unset_fake_temporarily():
         mode = FakeTensorMode()
         twin: PreTrainedModel = fake_model(lambda: model_class(config).to(dtype).eval(), mode)
-    with unset_fake_temporarily(), undisturbed_rng(torch.empty(0)), mode, torch.no_grad():
+    with (
+        unset_fake_temporarily(),
+        undisturbed_rng(torch.empty(0)),
+        mode,
+        torch.no_grad(),
+        without_triton_kernels(),
+    ):
         chunk_model(twin, ChunkConfig(chunk_size=_CHUNK_SIZE, attention="math"))
         twin.get_decoder()(input_ids=torch.zeros(1, _NUM_TOKENS, dtype=torch.long))
     layers = layers_of(twin)

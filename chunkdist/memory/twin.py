@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -38,7 +39,8 @@ def twin_of(model: nn.Module, num_layers: int, dtype: torch.dtype | None = None)
     """The first `num_layers` decoder layers of `model`, and all around them, under a `FakeTensorMode`.
 
     Weights have the shapes that they have when gathered; quantised ones are in the dtype in which they are
-    multiplied. Hooks, and the methods that `chunk_model` has replaced, stay behind.
+    multiplied. Hooks, and the methods that `chunk_model` has replaced, stay behind. Those that are bound to a
+    part of a layer (Liger's are) come along: what they keep for the backward is what the model keeps.
 
     Args:
         dtype: Of the floating-point weights; `None`: as they are.
@@ -50,6 +52,7 @@ class _Twins:
     def __init__(self, layers: list[nn.Module], num_layers: int, dtype: torch.dtype | None) -> None:
         self._dtype = dtype
         self._layers = [id(layer) for layer in layers]
+        self._parts = {id(part) for layer in layers for part in layer.modules() if part is not layer}
         self._num_layers = num_layers
         self._made: dict[int, Any] = {}
 
@@ -74,6 +77,9 @@ class _Twins:
                 state[name] = self._configs(value)
             elif isinstance(value, nn.Module):
                 state[name] = self.of(value)
+        forward = module.__dict__.get("forward")
+        if id(module) in self._parts and isinstance(forward, MethodType) and forward.__self__ is module:
+            state["forward"] = MethodType(forward.__func__, twin)
         state["_parameters"] = {name: self._fake(p) for name, p in module._parameters.items()}
         state["_buffers"] = {name: self._fake(b) for name, b in module._buffers.items()}
         children = dict(module._modules)

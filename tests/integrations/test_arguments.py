@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,16 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_options_that_do_harm_are_refused(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, NotImplementedError), match=message):
         check_options(options(tmp_path, **values))
+
+
+def test_kernels_that_are_not_installed_are_missed_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = options(tmp_path, use_liger_kernel=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"use_liger_kernel=True .*pip install liger-kernel"):
+        check_options(given)
+    check_options(given, will_train=False)
 
 
 @pytest.mark.parametrize("name", ["quickstart.yaml", "llama3-8b-lora-24gb.yaml"])
