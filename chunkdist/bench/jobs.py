@@ -34,30 +34,30 @@ class Job:
     needs: str | None = None
 
 
-_ONLY_OFFLOAD = "--offload --without gradient plain paper K/V group"
-_ONLY_KEPT = "--without plain paper host choice rebuilt group"
+_ONLY_OFFLOAD = "--offload --without gradient plain paper K/V group planned"
+_ONLY_KEPT = "--without plain paper host choice rebuilt group planned"
 """K/V kept, beside gradient checkpointing."""
 
 JOBS = (
-    Job(part=1, name="attention", file="attention", expected_s=60, limit_s=85),
+    Job(part=1, name="attention", file="attention", expected_s=60, limit_s=80),
     Job(
         part=1,
         name="step",
         file="step-8b",
         options="--model 8b --num-tokens 4096 8192 16384 --repetitions 2",
         smoke="--repetitions 1",
-        expected_s=135,
-        limit_s=175,
+        expected_s=170,
+        limit_s=205,
     ),
     Job(
         part=1,
         name="step",
         file="step-8b-64k",
         options="--model 8b --num-tokens 32768 65536 --repetitions 1 --variants cudnn "
-        "--without plain paper host group choice",
-        smoke="--repetitions 1 --without plain paper host group choice",
-        expected_s=270,
-        limit_s=330,
+        "--without plain paper host group choice rebuilt",
+        smoke="--repetitions 1 --without plain paper host group choice rebuilt",
+        expected_s=275,
+        limit_s=305,
     ),
     Job(
         part=2,
@@ -91,8 +91,8 @@ JOBS = (
         name="step",
         file="step-2-layers-128k",
         options="--model 8b --num-layers 2 --num-tokens 131072 --repetitions 1 --offload "
-        "--without plain paper inputs choice",
-        smoke="--num-layers 2 --repetitions 1 --offload --without plain paper inputs choice",
+        "--without plain paper inputs choice planned",
+        smoke="--num-layers 2 --repetitions 1 --offload --without plain paper inputs choice planned",
         expected_s=70,
         limit_s=95,
     ),
@@ -121,16 +121,16 @@ JOBS = (
         options="--model 8b --memory-gib 24 --num-tokens 4096 8192 16384 32768 65536 --repetitions 1 "
         "--offload --without plain paper",
         smoke="--repetitions 1 --offload --without plain paper",
-        expected_s=160,
-        limit_s=230,
+        expected_s=240,
+        limit_s=290,
     ),
     Job(
         part=4,
         name="step",
         file="step-8-layers-schedules",
         options="--model 8b --num-layers 8 --num-tokens 32768 --repetitions 1 "
-        "--chunk-sizes 1024 2048 8192 16384 --groups 2 4 8 --without plain paper host choice",
-        smoke="--repetitions 1 --chunk-sizes 8 32 --groups 2 --without plain paper host choice",
+        "--chunk-sizes 1024 2048 8192 16384 --groups 2 4 8 --without plain paper host choice planned",
+        smoke="--repetitions 1 --chunk-sizes 8 32 --groups 2 --without plain paper host choice planned",
         expected_s=85,
         limit_s=130,
     ),
@@ -145,14 +145,6 @@ JOBS = (
     ),
     Job(
         part=4,
-        name="overhead",
-        file="overhead-8b",
-        options="--model 8b --num-layers 4 --repetitions 3",
-        expected_s=40,
-        limit_s=60,
-    ),
-    Job(
-        part=4,
         name="max-length",
         file="max-length-24gib-checkpointing",
         options="--memory-gib 24 --start 8192 --limit 131072 --seconds 50 --only checkpointing",
@@ -162,12 +154,20 @@ JOBS = (
     ),
     Job(
         part=5,
+        name="overhead",
+        file="overhead-8b",
+        options="--model 8b --num-layers 4 --repetitions 3",
+        expected_s=40,
+        limit_s=60,
+    ),
+    Job(
+        part=5,
         name="max-length",
         file="max-length-card",
         options="--whole-card --start 262144 --limit 327680 --seconds 240 --only rebuilt",
         smoke="--only rebuilt --limit 128",
         expected_s=300,
-        limit_s=585,
+        limit_s=525,
     ),
     Job(
         part=6,
@@ -194,8 +194,8 @@ JOBS = (
         file="step-1b",
         options="--model 1b --num-tokens 32768 --repetitions 1 --groups 4",
         smoke="--repetitions 1 --groups 2",
-        expected_s=55,
-        limit_s=80,
+        expected_s=65,
+        limit_s=90,
     ),
     Job(
         part=7,
@@ -211,7 +211,7 @@ JOBS = (
         name="step",
         file="step-4-layers-fa3",
         options="--model 8b --num-layers 4 --num-tokens 65536 --repetitions 1 --flash-impl FA3 "
-        "--without plain paper host group",
+        "--without plain paper host group planned",
         smoke="--repetitions 1",
         expected_s=60,
         limit_s=90,

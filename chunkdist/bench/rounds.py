@@ -17,6 +17,7 @@ from torch import Tensor
 
 from chunkdist.bench.timing import Cost, Peak, cost_of, peak_of
 from chunkdist.bench.ways import Way, prepared
+from chunkdist.modeling import chunk_report
 
 OUT_OF_MEMORY = "out of memory"
 MOST_TOLD = 300
@@ -91,6 +92,7 @@ class Rounds:
         steps: Those of `left`, by time.
         peaks, differences: Of each way's warm-up, by name: memory, and the largest difference of a gradient
             from that of `compared_with`.
+        plans: What was chosen in the place of `"auto"`, and why, by the name of the way.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Rounds:
         self.peaks: dict[str, Peak] = {}
         self.differences: dict[str, float] = {}
         self.compared_with: str | None = None
+        self.plans: dict[str, str] = {}
         self._model, self._ids = model, ids
         self._report, self._changed = report, changed
         self._expected: dict[str, Tensor] = {}
@@ -129,7 +132,7 @@ class Rounds:
             self._ids,
             way,
             warms_up=is_first or way.begins_slowly,
-            after_warm_up=lambda peak: self._warmed_up(way.name, peak) if is_first else None,
+            after_warm_up=lambda peak: self._warmed_up(way, peak) if is_first else None,
         )
         if found.why_not is not None:
             self._report(f"{way.name}: {found.why_not}")
@@ -142,7 +145,10 @@ class Rounds:
         num_tokens = self._ids.shape[1]
         self.steps.append(Step(**asdict(found.cost), num_tokens=num_tokens, round=number, way=way.name))
 
-    def _warmed_up(self, name: str, peak: Peak) -> None:
+    def _warmed_up(self, way: Way, peak: Peak) -> None:
+        name = way.name
+        if way.config is not None and way.config.has_auto:
+            self.plans[name] = chunk_report(self._model).reason
         grads = {key: p.grad for key, p in self._model.named_parameters() if p.grad is not None}
         if not self._expected:
             self._expected = {key: grad.clone() for key, grad in grads.items()}

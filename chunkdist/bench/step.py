@@ -108,6 +108,8 @@ def _rows(
             "largest_gradient_difference": here.differences[name],
             "compared_with": here.compared_with,
         }
+        if name in here.plans:
+            row["plan"] = here.plans[name]
         if name in timed:
             row |= _summary(here.steps, name, base) | _utilisation(here.steps, name, num_tokens, flops, rate)
         rows.append(row)
@@ -183,7 +185,8 @@ def table(result: dict[str, Any]) -> str:
         "relative difference from the first that ran; MFU: model FLOPs (frozen weights too) at that rate;",
         "peak, reserved: of the warm-up, by tensors and with the allocator's cache",
     ]
-    return "\n".join([*lines, *_asking(result["rows"])])
+    plans = [f"{row['way']}, {row['num_tokens']:,}: {row['plan']}" for row in result["rows"] if "plan" in row]
+    return "\n".join([*lines, *plans, *_asking(result["rows"])])
 
 
 def _memory(memory_gib: float | None) -> str:

@@ -28,6 +28,7 @@ BASELINE = "gradient checkpointing"
 KEPT = "chunked, K/V kept"
 REBUILT = "chunked, K/V rebuilt (default)"
 OFFLOADED = "chunked, host offload"
+PLANNED = "chunked, as planned (auto)"
 
 _SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -56,8 +57,11 @@ class Way:
 
     @property
     def begins_slowly(self) -> bool:
-        """Whether the first step after each `prepared` is slower: it compiles, or pins the host's memory."""
-        return self.around is not None or (self.config is not None and self.config.offload == "host")
+        """Whether the first step after each `prepared` is slower: it compiles, plans, or pins the host's
+        memory."""
+        if self.config is None:
+            return self.around is not None
+        return self.around is not None or self.config.has_auto or self.config.offload == "host"
 
 
 def baselines(chunk_size: int, *, on_gpu: bool) -> list[Way]:
@@ -74,15 +78,17 @@ def baselines(chunk_size: int, *, on_gpu: bool) -> list[Way]:
 def chunked(
     chunk_size: int, *, offload: bool = False, chunk_sizes: Sequence[int] = (), groups: Sequence[int] = ()
 ) -> list[Way]:
-    """The schedules of chunkdist: the usual ones, with other chunk sizes, and groups of so many layers."""
+    """The schedules of chunkdist: the usual ones, the planner's for the memory there is, with other chunk
+    sizes, and groups of so many layers."""
 
-    def way(name: str, size: int = chunk_size, **settings: Any) -> Way:
+    def way(name: str, size: int | Literal["auto"] = chunk_size, **settings: Any) -> Way:
         return Way(name=name, config=ChunkConfig(chunk_size=size, **settings))
 
     return [
         way(KEPT, rebuild_kv=False),
         way(REBUILT),
         way("chunked, one group of all layers", layers_per_group="all"),
+        way(PLANNED, "auto", layers_per_group="auto", retained_chunks="auto", offload="auto"),
         *(way(f"chunked, groups of {num} layers", layers_per_group=num) for num in groups),
         *(way(f"chunked, chunks of {size:,}", size) for size in chunk_sizes if size != chunk_size),
         *([way(OFFLOADED, offload="host")] if offload else []),

@@ -17,7 +17,7 @@ from chunkdist.bench import options, rounds, step
 from chunkdist.bench.environment import hardware
 from chunkdist.bench.sizes import SIZES
 from chunkdist.bench.timing import step_flops
-from chunkdist.bench.ways import BASELINE, Way, baselines, chunked
+from chunkdist.bench.ways import BASELINE, PLANNED, Way, baselines, chunked
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,6 +51,10 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert 0 < row["mfu"] == row["mfu_needed"], "nothing is frozen"
         assert row["largest_gradient_difference"] < 1e-5
         assert row["way"] in out
+        assert (row["way"] == PLANNED) == ("plan" in row)
+        if "plan" in row:
+            assert row["plan"].startswith("auto: chunk_size=512, "), "the least that is planned"
+            assert row["plan"] in out
     assert result["summary"][BASELINE]["wall_ratio"] == 1
 
 
@@ -134,7 +138,7 @@ def test_a_way_that_fails_otherwise_says_so_and_the_others_go_on(
 
     monkeypatch.setattr(rounds, "prepared", no_kernel)
     file = tmp_path / "step.json"
-    given = ["--smoke", "--repetitions", "1", "--without", "paper", "host", "rebuilt", "group"]
+    given = ["--smoke", "--repetitions", "1", "--without", "paper", "host", "rebuilt", "group", "planned"]
     assert step.main([*given, "--json", str(file)]) == 1
     rows = {row["way"]: row["outcome"] for row in json.loads(file.read_text())["rows"]}
     said = "failed: RuntimeError: No available kernel. Aborting execution."

@@ -14,7 +14,7 @@ from torch.autograd.graph import save_on_cpu
 
 from chunkdist.bench import rounds
 from chunkdist.bench.sizes import SIZES
-from chunkdist.bench.ways import BASELINE, VARIANTS, Variant, Way, baselines, chunked, variants
+from chunkdist.bench.ways import BASELINE, PLANNED, VARIANTS, Variant, Way, baselines, chunked, variants
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,8 @@ def test_variants_are_of_the_ways_that_they_concern() -> None:
         assert {f"{kept}, attention varlen", f"{kept}, compiled", f"{BASELINE}, compiled"} <= on_gpu
         assert {f"{kept}, attention cudnn", f"{BASELINE}, attention cudnn"} <= on_gpu
     model, ids = SIZES["smoke"].model("cpu", torch.float32), SIZES["smoke"].tokens("cpu")
+    planned = next(way for way in chunked(16) if way.name == PLANNED)
+    assert planned.begins_slowly
     for way in found[1:]:
         assert way.begins_slowly
         assert rounds.attempt(model, ids, way, warms_up=False).why_not is None
