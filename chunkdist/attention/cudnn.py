@@ -1,15 +1,20 @@
 """`cudnn`: cuDNN's attention by torch's operators, cut in squares.
 
-On Hopper its makers give it about twice the rate of FlashAttention-2. It builds a plan for each shape, which
-takes a good part of a second and is kept for the process: for long sequences in chunks of one size, not for
-packed rows, whose segments have every length.
+On Hopper its makers give it about twice the rate of FlashAttention-2. It builds a plan for each shape, in
+each thread, which takes about half a second and is kept for the process: for long sequences in chunks of one
+size.
+
+Only queries and prefixes of multiples of 128 tokens go there. What is known of wrong results (NaN, or wrong
+gradients, for single queries and for 64 keys past a multiple of 128: pytorch issues 193893 and 196678,
+cudnn-frontend issue 1072; wild reads, before 9.15.1: pytorch issue 169849) is at other lengths, and those, a
+sequence's last chunk and most segments of packed rows, go to `varlen`.
 
 Read in pytorch's sources (aten/src/ATen/native/cudnn/MHA.cpp, native/transformers/cuda/attention.cu and
 attention_backward.cu, several versions) and in _meta_registrations.py of torch 2.13.0:
 - Tensors are (B, heads, tokens, D); fewer kv heads than query heads need no copies; D has unit stride.
 - The log-sum-exp is fp32, natural, of the scaled scores; (B, N, T, 1) and contiguous, earlier (B, N, T).
 - A plan of the backward is found again, in some versions, by the layouts of q, k and v alone, though it holds
-  those of the output and its gradient, too: here, these are always contiguous in (T, N, D).
+  those of the output and its gradient, too: here, these two are laid out as q is.
 - Without dropout neither seed nor offset is read. The backward's sums are in no fixed order.
 
 None of this is promised, so the first use on a device is checked against `math`.
@@ -17,7 +22,9 @@ None of this is promised, so the first use on a device is checked against `math`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache, partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -26,9 +33,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from chunkdist.attention.base import AttentionVariant, Backend, Span
 from chunkdist.attention.math import MathBackend
 from chunkdist.attention.squares import backward_in_squares, forward_in_squares, heads_first
-from chunkdist.attention.varlen import in_head_parts, simulated_workspace, why_no_kernel
+from chunkdist.attention.varlen import VarlenBackend, in_head_parts, simulated_workspace, why_no_kernel
 
-OLDEST_CUDNN = 90000
+OLDEST_CUDNN = 91501
+MULTIPLE = 128
+"""Of tokens, that queries and prefixes must be."""
 LARGEST_ERROR = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Of the norm, in the check of the first use: more than rounding makes, less than another convention."""
 
@@ -37,13 +46,17 @@ class CudnnBackend:
     name = "cudnn"
     equal_head_dims = True
 
+    def __init__(self, *, most_bytes: int | None = None) -> None:
+        """`most_bytes`: as in `in_head_parts`."""
+        self._most_bytes = most_bytes
+
     def why_not(self, q: Tensor, variant: AttentionVariant) -> str | None:
         if (reason := why_no_kernel(q)) is not None:
             return reason
+        if (reason := _OTHERS.why_not(q, variant)) is not None:
+            return f"varlen, which takes what it leaves, cannot: {reason}"
         if variant.window is not None:
             return "it is run without a sliding window here"
-        if variant.softcap is not None:
-            return "it has no soft-cap"
         if (
             torch.are_deterministic_algorithms_enabled()
             and not torch.is_deterministic_algorithms_warn_only_enabled()
@@ -59,8 +72,18 @@ class CudnnBackend:
         self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
     ) -> tuple[Tensor, Tensor]:
         kernel = partial(_run_forward, scale=variant.scale)
-        out_TND, lse_NT = forward_in_squares(kernel, q_TND.contiguous(), k_SKD, v_SKD, spans)
-        return out_TND.contiguous(), lse_NT
+        q_TND = q_TND.contiguous()
+        parts = []
+        for fits, queries, keys, own in _by_kernel(spans):
+            row = (q_TND[queries], k_SKD[keys], v_SKD[keys])
+            forward = (
+                partial(forward_in_squares, kernel) if fits else partial(_OTHERS.forward, variant=variant)
+            )
+            parts.append(forward(*row, spans=own))
+        if len(parts) == 1:
+            return parts[0][0].contiguous(), parts[0][1]
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs), torch.cat(lses, dim=1)
 
     def backward(
         self,
@@ -75,9 +98,35 @@ class CudnnBackend:
         variant: AttentionVariant,
     ) -> Tensor:
         kernel = partial(_run_backward, scale=variant.scale)
-        of_heads = partial(backward_in_squares, kernel, spans=spans)
         grad_out_TND, q_TND, out_TND = (x.contiguous() for x in (grad_out_TND, q_TND, out_TND))
-        return in_head_parts(of_heads, grad_out_TND, q_TND, k_SKD, v_SKD, out_TND, lse_NT, kv_grads)
+        dq_TND = torch.empty_like(q_TND)
+        for fits, queries, keys, own in _by_kernel(spans):
+            row = (grad_out_TND[queries], q_TND[queries], k_SKD[keys], v_SKD[keys])
+            given = (out_TND[queries], lse_NT[:, queries], (kv_grads[0][keys], kv_grads[1][keys]))
+            if fits:
+                of_heads = partial(backward_in_squares, kernel, spans=own)
+                dq_TND[queries] = in_head_parts(of_heads, *row, *given, most_bytes=self._most_bytes)
+            else:
+                dq_TND[queries] = _OTHERS.backward(*row, *given, own, variant)
+        return dq_TND
+
+
+_OTHERS = VarlenBackend()
+
+
+def _by_kernel(spans: tuple[Span, ...]) -> Iterator[tuple[bool, slice, slice, tuple[Span, ...]]]:
+    """Neighbours together that cuDNN takes, or does not: their queries, their keys, and the spans counted
+    from the first of both."""
+
+    def fits(span: Span) -> bool:
+        num_queries = span.q_end - span.q_start
+        return num_queries % MULTIPLE == 0 and (span.k_end - span.k_start) % MULTIPLE == 0
+
+    for is_for_cudnn, neighbours in groupby(spans, key=fits):
+        own = tuple(neighbours)
+        q, k = own[0].q_start, own[0].k_start
+        moved = tuple(Span(s.q_start - q, s.q_end - q, s.k_start - k, s.k_end - k) for s in own)
+        yield is_for_cudnn, slice(q, own[-1].q_end), slice(k, own[-1].k_end), moved
 
 
 def _run_forward(
@@ -116,15 +165,17 @@ def _run_backward(
 
 @cache
 def why_wrong(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Runs a small case, with and without shared kv heads, and compares what comes of it with `math`."""
+    """Runs a small case with and without shared kv heads, and with heads in parts, whose tensors are laid out
+    otherwise, and compares what comes of it with `math`."""
     generator = torch.Generator().manual_seed(0)
-    for num_kv_heads in (2, 4):
-        shapes = ((130, 4, head_dim), (230, num_kv_heads, head_dim))
+    for num_kv_heads, backend in ((2, CudnnBackend()), (4, CudnnBackend()), (2, CudnnBackend(most_bytes=1))):
+        shapes = ((256, 4, head_dim), (512, num_kv_heads, head_dim))
         tensors = [
-            torch.randn(shapes[is_key], generator=generator).to(device, dtype) for is_key in (0, 1, 1, 0)
+            torch.randn(shapes[is_key], generator=generator, device="cpu").to(device, dtype)
+            for is_key in (0, 1, 1, 0)
         ]
         try:
-            found = _small_case(CudnnBackend(), *tensors)
+            found = _small_case(backend, *tensors)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as refusal:
@@ -138,8 +189,8 @@ def why_wrong(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | 
 
 
 def _small_case(backend: Backend, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> list[Tensor]:
-    """129 queries after 100 keys, and a sequence of one."""
-    spans = (Span(0, 129, 0, 229), Span(129, 130, 229, 230))
+    """128 queries after 256 keys, and a sequence of 128."""
+    spans = (Span(0, 128, 0, 384), Span(128, 256, 384, 512))
     variant = AttentionVariant(scale=q.shape[-1] ** -0.5)
     out, lse = backend.forward(q, k, v, spans, variant)
     wide = torch.promote_types(q.dtype, torch.float32)

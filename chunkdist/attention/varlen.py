@@ -139,13 +139,15 @@ def in_head_parts(
     out_TND: Tensor,
     lse_NT: Tensor,
     kv_grads: tuple[Tensor, Tensor],
+    *,
+    most_bytes: int | None = None,
 ) -> Tensor:
     """A backend's `backward` of some of the kv heads and their query heads at a time, so that what the kernel
-    allocates for itself stays within `SCRATCH_BYTES`."""
+    allocates for itself stays within `most_bytes`; `None`: `SCRATCH_BYTES`."""
     (num_keys, num_kv_heads, head_dim), num_heads = k_SKD.shape, q_TND.shape[1]
     group = num_heads // num_kv_heads
     scratch_bytes = 2 * num_keys * group * head_dim * k_SKD.element_size()  # of one kv head
-    at_once = num_kv_heads if group == 1 else max(1, SCRATCH_BYTES // scratch_bytes)
+    at_once = num_kv_heads if group == 1 else max(1, (most_bytes or SCRATCH_BYTES) // scratch_bytes)
     dqs = []
     for first in range(0, num_kv_heads, at_once):
         kv = slice(first, first + at_once)

@@ -207,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(parser, given)
     on_gpu = torch.device(options.device).type == "cuda"
     checked = cases(2048, 4096) if on_gpu else cases(48, 80)
+    if on_gpu:  # long enough for heads to be taken in parts
+        checked.append(Case(name="long prefix", num_queries=2048, num_before=40960))
     sizes = [(4096, 0), (4096, 28672), (4096, 126976)] if on_gpu else [(1024, 0), (1024, 3072)]
     few = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64} if options.smoke or not on_gpu else {}
     if options.smoke:

@@ -125,6 +125,16 @@ class FirstHeadKernel(CudnnKernel):
         return dq, dk, dv
 
 
+class DenseKernel(CudnnKernel):
+    """A wrong one: the gradients of keys whose heads do not lie one after another are lost."""
+
+    def backward(self, *tensors: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        k = tensors[2]
+        dq, dk, dv = super().backward(*tensors, causal=causal, scale=scale)
+        is_dense = k.transpose(1, 2).is_contiguous()
+        return dq, dk * is_dense, dv * is_dense
+
+
 class AbsentKernel(CudnnKernel):
     """Takes nothing, as where cuDNN has no plan."""
 

@@ -18,9 +18,10 @@ from chunkdist.attention.base import AttentionVariant
 from chunkdist.attention.cudnn import CudnnBackend, why_wrong
 from chunkdist.attention.math import MathBackend
 from tests.attention import cudnn_standin as standin
-from tests.attention import reference
+from tests.attention import reference, standins
 from tests.attention.cudnn_standin import CudnnKernel
 from tests.attention.reference import CASES, HALF, assert_exact, assert_no_worse, dense, run, run_in_chunks
+from tests.attention.standins import FlashKernel
 from tests.models import batch, gradients, largest_difference, tiny_llama
 
 BACKEND = CudnnBackend()
@@ -31,14 +32,15 @@ Install = Callable[[CudnnKernel], CudnnKernel]
 
 
 @pytest.fixture
-def install() -> Iterator[Install]:
-    """Puts a kernel behind torch's operators on CPU, until the test ends."""
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Puts a kernel behind torch's operators on CPU, until the test ends, which takes any length."""
     libraries = []
 
     def put(kernel: CudnnKernel) -> CudnnKernel:
         libraries.append(standin.aten_in_place(kernel))
         return kernel
 
+    monkeypatch.setattr(cudnn, "MULTIPLE", 1)
     why_wrong.cache_clear()
     yield put
     why_wrong.cache_clear()
@@ -114,6 +116,56 @@ def test_heads_are_taken_in_parts_where_scratch_space_is_short(
     assert {keys.shape[1] for keys in kernel.keys_seen[len(case.lengths) :]} == {1}
 
 
+@pytest.fixture
+def others() -> Iterator[FlashKernel]:
+    """What is behind `varlen`."""
+    kernel = FlashKernel((torch.float64,))
+    library = standins.aten_in_place(kernel)
+    yield kernel
+    library._destroy()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "prefix", "expected"),
+    [
+        ((8, 4), 12, [8, 12, 4, 8, 12, 4]),
+        ((8, 3, 4, 4), 12, [8, 12, 4, 4, 8, 12, 4, 4]),
+        ((8, 4), 6, [4, 4]),
+        ((6, 4), 12, [4, 4]),
+        ((1, 8, 2), 4, [8, 8]),
+        ((3, 5), 2, []),
+    ],
+)
+def test_lengths_that_are_no_multiples_go_to_another_kernel(
+    lengths: tuple[int, ...],
+    prefix: int,
+    expected: list[int],
+    install: Install,
+    others: FlashKernel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = install(CudnnKernel((torch.float64,)))
+    monkeypatch.setattr(cudnn, "MULTIPLE", 4)
+    case = reference.Case(lengths=lengths, prefix=prefix, foreign=3)
+    tensors = case.tensors(torch.float64)
+    assert_exact(run(BACKEND, case, *tensors), dense(case, *tensors))
+    assert [keys.shape[2] for keys in kernel.keys_seen] == expected
+    assert (len(others.keys_seen) == 0) == (sum(expected) == 2 * (sum(lengths) + prefix))
+
+
+@pytest.mark.parametrize("chunk_size", [8, 20])
+def test_a_stream_in_chunks_of_which_some_go_to_another_kernel(
+    chunk_size: int, install: Install, others: FlashKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = install(CudnnKernel((torch.float64,)))
+    monkeypatch.setattr(cudnn, "MULTIPLE", 4)
+    case = reference.Case(lengths=(32, 13))
+    tensors = case.tensors(torch.float64)
+    assert_exact(run_in_chunks(BACKEND, case, chunk_size, *tensors), dense(case, *tensors))
+    assert kernel.keys_seen
+    assert others.keys_seen
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_right_kernel_passes_the_check_of_the_first_use(
@@ -129,6 +181,7 @@ def test_a_right_kernel_passes_the_check_of_the_first_use(
         (standin.BinaryKernel, "on this device its out is off by"),
         (standin.DeafKernel, "on this device its dq is off by"),
         (standin.FirstHeadKernel, "on this device its dk is off by"),
+        (standin.DenseKernel, "on this device its dk is off by"),
         (standin.AbsentKernel, "cuDNN refuses: cuDNN Frontend error: No valid execution plans built."),
     ],
 )
@@ -169,8 +222,8 @@ def test_without_a_gpu_it_is_refused_by_name() -> None:
     ("variant", "version", "deterministic", "reason"),
     [
         (PLAIN, 91900, False, None),
-        (PLAIN, 8907, False, "it needs cuDNN 90000, this torch has 8907"),
-        (PLAIN, None, False, "it needs cuDNN 90000, this torch has none"),
+        (PLAIN, 91500, False, "it needs cuDNN 91501, this torch has 91500"),
+        (PLAIN, None, False, "it needs cuDNN 91501, this torch has none"),
         (PLAIN, 91900, True, "its backward is not deterministic"),
         (AttentionVariant(scale=1.0, window=3), 91900, False, "without a sliding window"),
         (AttentionVariant(scale=1.0, softcap=3.0), 91900, False, "no soft-cap"),
@@ -185,6 +238,7 @@ def test_why_not(
 ) -> None:
     checked = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     monkeypatch.setattr(cudnn, "why_wrong", lambda *asked: checked.append(asked))
