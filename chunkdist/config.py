@@ -41,8 +41,9 @@ class ChunkConfig:
             being kept from the forward. `"auto"`: rebuilt when a group is one layer and no chunk is retained,
             kept otherwise.
         control_variate: Whether the gradients that kept chunks leave for other chunks' keys and values reach
-            the norm and the k/v projections without weights, which lowers SpaCO's variance for a few percent
-            of its time. `"auto"`: when a group is one layer and the sampler says `unbiased = True`.
+            the norm and the k/v projections without weights, which lowers SpaCO's variance and runs these
+            parts of the layer again. `"auto"`: when a group is one layer and the sampler says
+            `unbiased = True`.
 
     Raises:
         ValueError: a value is out of its range, or two values exclude each other.
@@ -71,10 +72,9 @@ class ChunkConfig:
             raise ValueError(
                 f"attention={self.attention!r} is unknown: write one of {', '.join(ATTENTION_NAMES)}"
             )
-        if self.kv_grad_dtype is not None and not self.kv_grad_dtype.is_floating_point:
-            raise ValueError(
-                f"kv_grad_dtype={self.kv_grad_dtype} cannot hold gradients: write torch.float32 or None"
-            )
+        dtype = self.kv_grad_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"kv_grad_dtype={dtype!r} cannot hold gradients: write torch.float32 or None")
         if self.rebuild_kv not in (True, False, "auto"):
             raise ValueError(f"rebuild_kv={self.rebuild_kv!r} is unknown: write True, False or 'auto'")
         if self.rebuild_kv is True and self.retained_chunks != 0:

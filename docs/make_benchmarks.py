@@ -9,6 +9,7 @@ names in `chunkdist.bench.jobs.JOBS`, are shown, for others the page says that n
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -304,8 +305,11 @@ def write_figures(folder: Path, target: Path) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes, or compares; returns the exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if "--check" in given:
+    parser = argparse.ArgumentParser(description="Tables and figures of the docs, from docs/benchmarks.")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing: exit status 1 where pages are old"
+    )
+    if parser.parse_args(arguments).check:
         old = [page.name for page, text in written() if page.read_text(encoding="utf-8") != text]
         print("\n".join(f"{name} is not up to date: run python docs/make_benchmarks.py" for name in old))
         return 1 if old else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tables import DOCS, RESULTS, Result, filled, paragraph, read_result, required
+from tables import DOCS, RESULTS, Result, filled, paragraph, required
 
 PAGE = DOCS / "performance.md"
 STEP = DOCS.parent / "tests" / "bench" / "step-ci.json"
@@ -16,7 +16,7 @@ def page_of_results(page: str, folder: Path = RESULTS) -> str:
     result = required("overhead-cpu", folder)
     page = filled(page, "overhead figures", _text(result))
     page = filled(page, "python figures", _python_text(result))
-    return filled(page, "kept figures", _kept_text(read_result(STEP.stem, STEP.parent)))
+    return filled(page, "kept figures", _kept_text(required(STEP.stem, STEP.parent)))
 
 
 def _text(result: Result) -> str:
@@ -41,8 +41,7 @@ def _python_text(result: Result) -> str:
     return "\n".join([f"| {row['way']} tokens, under cProfile | share |", "|---|---|", *shares])
 
 
-def _kept_text(result: Result | None) -> str:
-    assert result is not None
+def _kept_text(result: Result) -> str:
     kept, rebuilt = (
         result["summary"][f"chunked, K/V {how}"]["cpu_ratio"] for how in ("kept", "rebuilt (default)")
     )

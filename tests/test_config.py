@@ -23,6 +23,7 @@ from chunkdist import ChunkConfig
         ({"attention": "flash"}, "write one of auto, math, cpu_flash, varlen, flash_attn, cudnn"),
         ({"offload": "disk"}, "offload='disk' is unknown"),
         ({"kv_grad_dtype": torch.int8}, "torch.int8 cannot hold gradients"),
+        ({"kv_grad_dtype": "float32"}, "kv_grad_dtype='float32' cannot hold gradients"),
         ({"rebuild_kv": "maybe"}, "rebuild_kv='maybe'"),
         ({"rebuild_kv": True, "retained_chunks": 1}, "rebuild_kv=True needs retained_chunks=0"),
     ],

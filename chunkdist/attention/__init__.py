@@ -54,9 +54,7 @@ class AttentionChoice:
                 continue
             why_not = backend.why_not(q, variant)
             if why_not is None:
-                reason = (
-                    "as configured" if self._name != "auto" else "; ".join(["first choice here", *passed_over])
-                )
+                reason = "as configured" if self._name != "auto" else "; ".join(["first here", *passed_over])
                 if self.reasons.setdefault(backend.name, reason) is reason:
                     logger.info("chunkdist: attention %s: %s", backend.name, reason)
                 return backend

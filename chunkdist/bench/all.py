@@ -153,7 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{job.file}: left out: {reason}")
     jobs = [job for job in jobs if why_not(job, on_gpu=device.startswith("cuda")) is None]
     options.json_dir.mkdir(parents=True, exist_ok=True)
-    rows = [run(job, options.json_dir, device=device, smoke=options.smoke) for job in jobs]
+    # As by `timeout`: without it, what has been started would run on, and hold the GPU.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        rows = [run(job, options.json_dir, device=device, smoke=options.smoke) for job in jobs]
+    finally:
+        signal.signal(signal.SIGTERM, before)
     for row in rows:
         print(f"{row['job']:34}{row['seconds']:8.1f} s  {row.get('failed', 'done')}")
     return 1 if any("failed" in row for row in rows) else 0

@@ -10,6 +10,7 @@ compared: they are judged where a row has any, else seconds and rates are. So ar
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,17 +21,18 @@ from chunkdist.bench.options import parser_of
 RATIOS = ("wall_ratio", "cpu_ratio", "ratio", "of_exact", "of_forward")
 SPEEDUPS = ("wall_speedup", "cpu_speedup")
 SECONDS = ("wall_s", "cpu_s", "median_wall_s", "median_s", "forward_s", "backward_s", "host_s_per_cell")
-ABSOLUTE = (*SECONDS, "tokens_per_s")
+ABSOLUTE = (*SECONDS, "tokens_per_s", "mfu")
 """Of one machine: judged where a row has no ratio and no speedup."""
+ERRORS = ("largest_gradient_difference", "error", "worst")
 LESS_IS_BETTER = (
     *("peak_allocated_bytes", "peak_reserved_bytes", "bytes_per_token"),
-    *("largest_gradient_difference", "error", "worst"),
+    *ERRORS,
     *("gathers", "gathered_bytes", "reductions", "sent_bytes"),
 )
 MORE_IS_BETTER = ("fits", "mfu", "tokens_per_s", *SPEEDUPS)
 _NAMES = ("engine", "training", "way", "name", "backend", "dtype", "num_tokens", "num_queries", "num_before")
-_SMALLEST = 1e-12
-"""Differences below it are none: no figure is as small."""
+_SMALLEST, _ROUNDING = 1e-12, 1e-5
+"""Differences below it are none: no figure is as small, and no error that is more than rounding in fp32."""
 
 
 def rows(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -52,12 +54,16 @@ def moved(old: dict[str, Any], new: dict[str, Any], figures: Sequence[str] = ())
             known. What is gone or fails is told in any case.
 
     Raises:
-        ValueError: the results are of different benchmarks, or have no row, or none of `figures`, in common.
+        ValueError: the results are of different benchmarks, models or baselines, or have no row, or no
+            figure, or none of `figures`, in common.
     """
     if old.get("benchmark") != new.get("benchmark"):
         raise ValueError(
             f"the results are of {old.get('benchmark')} and {new.get('benchmark')}: compare equals"
         )
+    for what in ("model", "baseline"):
+        if (difference := _difference(old.get(what), new.get(what))) is not None:
+            raise ValueError(f"the results differ in {what}: {difference}: compare equals")
     before, after = dict(rows(old)), dict(rows(new))
     changes = _broken("all", old, new)
     common = [name for name in after if name in before]
@@ -76,9 +82,19 @@ def moved(old: dict[str, Any], new: dict[str, Any], figures: Sequence[str] = ())
             continue
         for figure in figures or _judged(was, row):
             compared += _change(name, figure, was.get(figure), row.get(figure))
-    if figures and common and not compared:
-        raise ValueError(f"the results have none of {', '.join(figures)} in common: write other --figures")
+    if common and not (compared or changes):
+        wanted = f"none of {', '.join(figures)}" if figures else "no figure that is known"
+        raise ValueError(f"the results have {wanted} in common: write other --figures")
     return [*changes, *compared]
+
+
+def _difference(old: Any, new: Any) -> str | None:
+    """Of two values, or of what both dicts have."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(f"{key} ", old[key], new[key]) for key in old if key in new]
+    else:
+        pairs = [("", old, new)] if None not in (old, new) else []
+    return next((f"{key}{was} and {now}" for key, was, now in pairs if was != now), None)
 
 
 def _judged(was: dict[str, Any], row: dict[str, Any]) -> list[str]:
@@ -99,9 +115,12 @@ def _lost(name: str, figure: str) -> dict[str, Any]:
 
 
 def _change(name: str, figure: str, old: Any, new: Any) -> list[dict[str, Any]]:
-    if not (isinstance(old, int | float) and isinstance(new, int | float)):
+    if not isinstance(old, int | float) or math.isnan(old):
         return []
-    worse = (new + _SMALLEST) / (old + _SMALLEST)
+    if not isinstance(new, int | float) or math.isnan(new):
+        return [_lost(name, figure)]
+    least = _ROUNDING if figure in ERRORS else _SMALLEST
+    worse = (new + least) / (old + least)
     if figure in MORE_IS_BETTER:
         worse = 1 / worse
     return [{"row": name, "figure": figure, "old": old, "new": new, "worse": worse}]
@@ -133,10 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--figures", nargs="+", default=[], metavar="NAME", help="these alone; of them, less is better"
     )
     options = parser.parse_args(given)
-    if options.threshold < 1:
+    if not options.threshold >= 1:
         parser.error(f"--threshold {options.threshold:g} fails on what is the same: write 1 or more")
-    old, new = (json.loads(file.read_text(encoding="utf-8")) for file in (options.old, options.new))
-    changes = moved(old, new, options.figures)
+    try:
+        old, new = (json.loads(file.read_text(encoding="utf-8")) for file in (options.old, options.new))
+        changes = moved(old, new, options.figures)
+    except (OSError, ValueError) as error:  # no file, no JSON, nothing to compare
+        parser.error(f"{options.old} and {options.new} cannot be compared: {error}")
     print(table(changes, options.threshold))
     return 1 if any(change["worse"] > options.threshold for change in changes) else 0
 

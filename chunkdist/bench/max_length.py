@@ -12,6 +12,7 @@ gives as the longest fits, and a longer one may fit, too.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -146,6 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="for each way; default: 120")
     options = parsed(parser, given)
     check_counts(parser, options, "start", "limit")
+    for name, least in (("memory_gib", 1), ("seconds", 0)):
+        value = getattr(options, name)
+        if value is not None and not (least < value < math.inf):
+            parser.error(f"--{name.replace('_', '-')} {value:g}: write a number above {least}")
     on_gpu = options.device.startswith("cuda")
     sizes = SIZES["smoke" if options.smoke else options.model]
     if not on_gpu and not options.smoke and options.model != "8b":
@@ -153,7 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.whole_card and (options.memory_gib is not None or not on_gpu):
         parser.error("--whole-card is for --device cuda, without --memory-gib: leave one of them out")
     if not options.whole_card:
-        options.memory_gib = options.memory_gib or (SMOKE_GIB if options.smoke else 24.0)
+        default = SMOKE_GIB if options.smoke else 24.0
+        options.memory_gib = default if options.memory_gib is None else options.memory_gib
     chunk_size = options.chunk_size or (64 if options.smoke else sizes.chunk_size)
     sizes = replace(sizes, chunk_size=chunk_size)
     start, limit = options.start or (128 if options.smoke else 8192), options.limit or 2**20

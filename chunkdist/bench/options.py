@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
         options.repetitions = options.default_rounds[options.smoke]
     check_counts(parser, options, "repetitions", "threads", "num_tokens", "chunk_size", "num_layers")
     check_device(parser, getattr(options, "device", "cpu"))
+    if (file := getattr(options, "json", None)) is not None and (file.is_dir() or not file.parent.is_dir()):
+        parser.error(f"--json {file}: it is a folder, or its folder does not exist: write a file in one")
     if getattr(options, "threads", None) is not None:
         torch.set_num_threads(options.threads)
     if getattr(options, "flash_impl", None) is not None:
@@ -75,6 +78,8 @@ def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
 
 def check_device(parser: argparse.ArgumentParser, device: str) -> None:
     """Ends the program where this machine has none of the kind."""
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        parser.error(f"--device {device}: write cpu, cuda, or cuda and its index, as in cuda:1")
     if device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {device}: torch sees no GPU on this machine: write --device cpu")
 

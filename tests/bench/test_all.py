@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from chunkdist.bench import BENCHMARKS, all, compare, options
 from chunkdist.bench.jobs import JOBS, Job
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_job_that_fails_is_reported_and_the_others_go_on(
@@ -195,7 +200,7 @@ def test_options_of_jobs_are_understood(job: Job, monkeypatch: pytest.MonkeyPatc
 
 def result(**changes: Any) -> dict[str, Any]:
     row = {"num_tokens": 64, "way": "chunked", "outcome": "ran", "wall_ratio": 1.0, "median_wall_s": 2.0}
-    row |= {"mfu": 0.5, "tokens_per_s": 32.0, "passed": True}
+    row |= {"mfu": 0.5, "tokens_per_s": 32.0, "passed": True, "largest_gradient_difference": 0.0}
     return {"benchmark": "step", "rows": [{**row, "peak_allocated_bytes": 100, **changes}]}
 
 
@@ -208,9 +213,13 @@ def result(**changes: Any) -> dict[str, Any]:
         ({"median_wall_s": 9.0}, 0),  # another machine: the ratio is judged
         ({"peak_allocated_bytes": 120}, 1),
         ({"outcome": "out of memory"}, 1),
-        ({"mfu": 0.4}, 1),
-        ({"mfu": 0.6}, 0),
-        ({"tokens_per_s": 1.0}, 0),  # as seconds
+        ({"mfu": 0.4}, 0),  # as seconds
+        ({"tokens_per_s": 1.0}, 0),
+        ({"wall_ratio": float("nan")}, 1),
+        ({"wall_ratio": None}, 1),
+        ({"largest_gradient_difference": 4e-7}, 0),  # rounding
+        ({"largest_gradient_difference": 1e-4}, 1),
+        ({"largest_gradient_difference": float("nan")}, 1),
         ({"passed": False}, 1),
         ({"failed": "wrong"}, 1),
     ],
@@ -269,3 +278,28 @@ def test_what_cannot_be_compared() -> None:
         compare.moved(result(), {"benchmark": "spaco", "summary": {}})
     with pytest.raises(ValueError, match="no row in common"):
         compare.moved(result(), result(way="other"))
+    for what, values in {
+        "model": ({"num_layers": 4, "new": 1}, {"num_layers": 8}),
+        "baseline": ("a", "b"),
+    }.items():
+        old, new = ({**result(), what: value} for value in values)
+        with pytest.raises(ValueError, match=f"the results differ in {what}"):
+            compare.moved(old, new)
+    nothing = {"benchmark": "plan", "rows": [{"name": "a", "peak": 1}]}
+    with pytest.raises(ValueError, match="no figure that is known in common"):
+        compare.moved(nothing, nothing)
+
+
+def test_what_it_has_started_ends_with_it(tmp_path: Path) -> None:
+    """`timeout` ends a program by SIGTERM."""
+    given = ["--smoke", "--only", "step-1b", "--json-dir", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-m", "chunkdist.bench.all", *given], cwd=ROOT)
+    parent = psutil.Process(process.pid)
+    deadline = time.monotonic() + 60
+    while not (jobs := [child for child in parent.children() if "chunkdist.bench.step" in child.cmdline()]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(jobs, timeout=10)
+    assert not alive

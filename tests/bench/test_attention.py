@@ -49,7 +49,13 @@ def test_a_wrong_backend_fails_and_is_not_timed(fault: str) -> None:
             return dq * 0.98 if fault == "gradient too small" else dq
 
     result = attention.measure(
-        [Wrong()], CASES[:2], CASES[:1], device="cpu", dtypes=[torch.bfloat16], num_calls=1
+        [Wrong()],
+        CASES[:2],
+        CASES[:1],
+        device="cpu",
+        dtypes=[torch.bfloat16],
+        num_calls=1,
+        write=lambda found: None,
     )
     assert not result["passed"]
     assert result["rates"] == []

@@ -137,7 +137,12 @@ def test_a_search_that_ran_out_of_time_gives_a_lower_bound() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [["--only", "no-such"], ["--limit", "8"], ["--start", "0"], ["--whole-card"]]
+    "given",
+    [
+        *(["--only", "no-such"], ["--limit", "8"], ["--start", "0"], ["--whole-card"]),
+        *(["--memory-gib", "0"], ["--memory-gib", "nan"], ["--seconds", "0"], ["--device", "tpu"]),
+        *(["--json", "."], ["--json", "no-such-folder/x.json"]),
+    ],
 )
 def test_bad_options(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

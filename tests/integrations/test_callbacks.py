@@ -301,7 +301,7 @@ class TestStart:
         out = capsys.readouterr().out
         for words in (
             "cpu_flash",
-            "first choice here",
+            "first here",
             "16 tokens",
             "1 of 2",
             "rebuilt in the backward",
@@ -331,7 +331,7 @@ class TestStart:
             CpuFlashBackend, "why_not", lambda self, q, v: "broken" if q.ndim == 4 else why_not(self, q, v)
         )
         trainer.train()
-        assert "attention is math after all: first choice here; not cpu_flash: broken" in capsys.readouterr().out
+        assert "attention is math after all: first here; not cpu_flash: broken" in capsys.readouterr().out
 
     def test_other_ranks_are_silent(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         trainer = trainer_of(tmp_path)
