@@ -27,6 +27,7 @@ from tables import DOCS, RESULTS, UNKNOWN, Result, filled, read_result
 
 from chunkdist.bench import module_of
 from chunkdist.bench.jobs import JOBS, Job
+from chunkdist.bench.largest import largest
 from chunkdist.bench.max_length import fits_text
 from chunkdist.bench.spaco import NUM_CHUNKS
 from chunkdist.bench.step import WARMED_UP
@@ -149,7 +150,10 @@ def _searched(results: Results) -> Iterator[Result]:
 
 def _exact(results: Results) -> str | None:
     rows = [row for row in _chunked(_steps(results)) if row["compared_with"] == BASELINE]
-    return f"{max(row['largest_gradient_difference'] for row in rows):.1e}" if rows else None
+    every = [row for result in results.values() for row in result.get("rows", [])]
+    wrong = [row for row in every if row["outcome"].startswith("wrong gradients")]
+    found = [f"{largest(row['largest_gradient_difference'] for row in rows):.1e}"] if rows else []
+    return "; ".join([*found, *(f"{row['way']}: {row['outcome']}" for row in wrong)]) or None
 
 
 def _spaco(figure: str) -> Callable[[Results], str | None]:

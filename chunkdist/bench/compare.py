@@ -10,6 +10,7 @@ compared: they are judged where a row has any, else seconds and rates are. So ar
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def moved(old: dict[str, Any], new: dict[str, Any], figures: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Every figure that both have: what it was, is, and by what factor it is worse (below 1: better;
-    infinite: what was there is gone or fails).
+    infinite: what was there is gone, fails or is NaN).
 
     Args:
         figures: These alone, of which less is better where more is not known to be; by default all that are
@@ -104,6 +105,8 @@ def _change(name: str, figure: str, old: Any, new: Any) -> list[dict[str, Any]]:
     worse = (new + _SMALLEST) / (old + _SMALLEST)
     if figure in MORE_IS_BETTER:
         worse = 1 / worse
+    if math.isnan(worse):
+        worse = 0.0 if math.isnan(old) and not math.isnan(new) else math.inf
     return [{"row": name, "figure": figure, "old": old, "new": new, "worse": worse}]
 
 
@@ -138,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     old, new = (json.loads(file.read_text(encoding="utf-8")) for file in (options.old, options.new))
     changes = moved(old, new, options.figures)
     print(table(changes, options.threshold))
-    return 1 if any(change["worse"] > options.threshold for change in changes) else 0
+    return 1 if any(not change["worse"] <= options.threshold for change in changes) else 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ in what a micro-batch is:
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from chunkdist import chunk_model, unchunk_model
 from chunkdist.bench.environment import provenance, write_partial, write_result
+from chunkdist.bench.largest import largest
 from chunkdist.bench.long_tail_simulation import simulate
 from chunkdist.bench.long_tail_ways import (
     BASELINE,
@@ -110,7 +112,7 @@ def measure(
                 expected = expected or grads
                 rows[way.name] = {
                     **_counts(way, sizes.chunk_size, epoch),
-                    "largest_gradient_difference": max(
+                    "largest_gradient_difference": largest(
                         float((grads[name] - expected[name]).norm() / expected[name].norm())
                         for name in expected
                     ),
@@ -285,7 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = {**head, **found}
     print(table(result))
     write_result(result, options.json)
-    return 0
+    return (
+        1 if any(math.isnan(row["largest_gradient_difference"]) for row in found["summary"].values()) else 0
+    )
 
 
 if __name__ == "__main__":

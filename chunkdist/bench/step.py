@@ -23,7 +23,7 @@ import torch
 
 from chunkdist.bench.environment import provenance, write_partial, write_result
 from chunkdist.bench.options import check_counts, dtype_on, limit_memory, parsed, parser_of
-from chunkdist.bench.rounds import OUT_OF_MEMORY, Rounds, Step
+from chunkdist.bench.rounds import DEVICE_LOST, OUT_OF_MEMORY, Rounds, Step
 from chunkdist.bench.sizes import SIZES, Sizes
 from chunkdist.bench.timing import matmul_flops, step_flops
 from chunkdist.bench.ways import VARIANTS, Way, baselines, chunked, variants
@@ -68,7 +68,7 @@ def measure(
 
     def ways_left(num_tokens: int, ways: Sequence[Way]) -> list[Way]:
         report(f"{num_tokens:,} tokens")
-        ids = replace(sizes, num_tokens=num_tokens).tokens(device)
+        ids = replace(sizes, num_tokens=num_tokens).tokens(device if ways else "cpu")  # it may be lost
         flops = step_flops(model, num_tokens)
         rows, steps = result["rows"], result["steps"]
 
@@ -83,6 +83,7 @@ def measure(
 
         here = Rounds(model, ids, ways, report=report, changed=changed)
         here.run(num_rounds)
+        lost.update({way.name: DEVICE_LOST for way in ways if way not in here.left and way.name not in lost})
         return here.left
 
     left = list(ways)

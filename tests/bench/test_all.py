@@ -213,6 +213,8 @@ def result(**changes: Any) -> dict[str, Any]:
         ({"tokens_per_s": 1.0}, 0),  # as seconds
         ({"passed": False}, 1),
         ({"failed": "wrong"}, 1),
+        ({"wall_ratio": float("nan")}, 1),
+        ({"mfu": float("nan")}, 1),
     ],
 )
 def test_a_slowdown_fails(changes: dict[str, Any], status: int, tmp_path: Path) -> None:
@@ -220,6 +222,17 @@ def test_a_slowdown_fails(changes: dict[str, Any], status: int, tmp_path: Path) 
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     files = [str(tmp_path / f"{name}.json") for name in ("old", "new")]
     assert compare.main(files) == status
+
+
+def test_no_number_is_worse_than_any_and_any_is_better_than_none() -> None:
+    (good, bad) = (
+        {"benchmark": "a", "rows": [{"way": "a", "error": value}]} for value in (1.0, float("nan"))
+    )
+    assert [compare.moved(*pair)[0]["worse"] for pair in ((good, bad), (bad, bad), (bad, good))] == [
+        float("inf"),
+        float("inf"),
+        0,
+    ]
 
 
 def test_seconds_are_judged_where_there_is_no_ratio() -> None:

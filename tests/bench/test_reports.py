@@ -163,6 +163,17 @@ def test_another_kernel_is_compared_with_checkpointing_on_that_kernel(script: Mo
     assert script._of_checkpointing({"step": {**result, "baseline": "chunked"}}) is None
 
 
+def test_gradients_that_are_wrong_are_told_beside_those_that_are_not(script: ModuleType) -> None:
+    def row(way: str, difference: float) -> dict[str, Any]:
+        figures = {"largest_gradient_difference": difference, "compared_with": BASELINE}
+        return {"way": way, "outcome": "ran", **figures}
+
+    rows = [row("chunked", 0.01), row("chunked, K/V kept", float("nan"))]
+    assert script._exact({"step": {"rows": rows}}) == "nan"
+    rows[1]["outcome"] = "wrong gradients: all"
+    assert script._exact({"step": {"rows": rows}}) == "1.0e-02; chunked, K/V kept: wrong gradients: all"
+
+
 def test_utilisation_by_variant_is_told_best_first(script: ModuleType) -> None:
     rows = [
         {"way": way, "outcome": "ran", "mfu": mfu, "num_tokens": 65536}
