@@ -8,7 +8,7 @@ the exit status is 1 when one has failed otherwise.
 
     python -m chunkdist.bench.step [--smoke] [--json FILE] [--repetitions N] [--device cuda] [--model 8b]
         [--num-layers N] [--num-tokens N ...] [--chunk-size N] [--chunk-sizes N ...] [--groups N ...]
-        [--memory-gib 24] [--offload] [--variants all] [--without WORD ...]
+        [--memory-gib 24] [--offload] [--variants all] [--without WORD ...] [--only NAME ...]
 """
 
 from __future__ import annotations
@@ -242,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without", nargs="+", default=[], metavar="WORD", help="not ways with it in the name"
     )
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these, in this order")
     parser.add_argument("--offload", action="store_true", help="host offload, too")
     parser.add_argument(
         *("--variants",),
@@ -270,6 +271,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *variants(options.variants, sizes.chunk_size, on_gpu=on_gpu),
     ]
     ways = [way for way in ways if not any(word in way.name for word in options.without)]
+    if options.only:
+        by_name = {way.name: way for way in ways}
+        if unknown := [name for name in options.only if name not in by_name]:
+            parser.error(f"--only {unknown[0]!r}: that is no way here: write some of {', '.join(by_name)}")
+        ways = [by_name[name] for name in dict.fromkeys(options.only)]
     if not ways:
         parser.error(f"--without {' '.join(options.without)}: no way is left")
     limit_memory(parser, options)

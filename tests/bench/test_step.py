@@ -17,7 +17,7 @@ from chunkdist.bench import options, rounds, step
 from chunkdist.bench.environment import hardware
 from chunkdist.bench.sizes import SIZES
 from chunkdist.bench.timing import step_flops
-from chunkdist.bench.ways import BASELINE, PLANNED, Way, baselines, chunked
+from chunkdist.bench.ways import BASELINE, KEPT, ON_HOST, PLANNED, Way, baselines, chunked
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,6 +233,24 @@ def test_the_order_of_the_ways_rotates(tmp_path: Path) -> None:
     steps = json.loads(file.read_text())["steps"]
     firsts = [next(entry["way"] for entry in steps if entry["round"] == number) for number in (1, 2, 3)]
     assert firsts == [way.name for way in baselines(16, on_gpu=False)][:3]
+
+
+def test_only_these_in_this_order(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One whose name begins with another's, say, without the other; the first is what ratios are to."""
+    found: list[list[str]] = []
+
+    def report(name: str, given: Any, options: Any, sizes: Any, ways: list[Way]) -> int:
+        found.append([way.name for way in ways])
+        return 0
+
+    monkeypatch.setattr(step, "report_ways", report)
+    assert step.main(["--smoke", "--only", KEPT, ON_HOST]) == 0
+    assert found == [[KEPT, ON_HOST]]
+    with pytest.raises(SystemExit):
+        step.main(["--smoke", "--only", "no such"])
+    assert "--only 'no such': that is no way here: write some of gradient check" in capsys.readouterr().err
 
 
 def test_a_median_of_ratios_within_rounds() -> None:
