@@ -24,17 +24,18 @@ import make_sharding_tables
 import make_spaco_tables
 import matplotlib
 from matplotlib.figure import Figure
+from step_summary import Results, chunked, of_checkpointing, of_paper, steps
 from tables import DOCS, RESULTS, UNKNOWN, Result, filled, read_result
 
 from chunkdist.bench import module_of
 from chunkdist.bench.jobs import JOBS, Job
+from chunkdist.bench.largest import largest
 from chunkdist.bench.max_length import fits_text
 from chunkdist.bench.spaco import NUM_CHUNKS
 from chunkdist.bench.step import WARMED_UP
 from chunkdist.bench.ways import BASELINE
 
 PAGE = DOCS / "benchmarks.md"
-PAPER = "the paper's chunk loop"
 LONG_STEP = "step-8b-24gib-128k"
 OTHERS = (
     make_data_tables,
@@ -45,8 +46,6 @@ OTHERS = (
     make_sharding_tables,
     make_spaco_tables,
 )
-
-Results = dict[str, Result]
 
 
 def results_of(folder: Path) -> Results:
@@ -82,44 +81,8 @@ def _summary(results: Results) -> str:
     return "\n".join([*rows, *([f"\nOn {', '.join(gpus)}."] if gpus else [])])
 
 
-def _steps(results: Results) -> Iterator[Result]:
-    """The rows of step's results that ran."""
-    for result in results.values():
-        yield from (row for row in result.get("rows", []) if row["outcome"] == "ran")
-
-
-def _chunked(rows: Iterator[Result]) -> list[Result]:
-    return [row for row in rows if row["way"].startswith("chunked")]
-
-
-def _ratio(row: Result, result: Result) -> float | None:
-    """The time of a way, to checkpointing with the same kernel and parts: `None` where that has not run."""
-    here = {other["way"]: other for other in result["rows"] if other["num_tokens"] == row["num_tokens"]}
-    for name, other in here.items():
-        if name.startswith(f"{BASELINE}, ") and row["way"].endswith(name.removeprefix(BASELINE)):
-            return row["median_wall_s"] / other["median_wall_s"] if other["outcome"] == "ran" else None
-    return row.get("wall_ratio") if result["baseline"] == BASELINE else None
-
-
-def _of_checkpointing(results: Results) -> str | None:
-    best: dict[int, float] = {}
-    for result in results.values():
-        for row in _chunked(_steps({"": result})):
-            ratio = _ratio(row, result)
-            if ratio is not None:
-                best[row["num_tokens"]] = min(ratio, best.get(row["num_tokens"], float("inf")))
-    return ", ".join(f"{ratio:.2f} x at {num:,}" for num, ratio in sorted(best.items())) or None
-
-
-def _of_paper(results: Results) -> str | None:
-    rows = [row for row in _steps(results) if row["num_tokens"] == 16384]
-    paper = [row["median_wall_s"] for row in rows if row["way"] == PAPER]
-    ours = [row["median_wall_s"] for row in _chunked(iter(rows))]
-    return f"{paper[0] / min(ours):.2f} x" if paper and ours else None
-
-
 def _utilisation(results: Results) -> str | None:
-    rows = [row for row in _chunked(_steps(results)) if row["num_tokens"] >= 65536]
+    rows = [row for row in chunked(steps(results)) if row["num_tokens"] >= 65536]
     if not rows:
         return None
     best = max(rows, key=lambda row: row["mfu"])
@@ -127,7 +90,7 @@ def _utilisation(results: Results) -> str | None:
 
 
 def _utilisation_by_variant(results: Results) -> str | None:
-    rows = sorted(_steps(results), key=lambda row: -row["mfu"])
+    rows = sorted(steps(results), key=lambda row: -row["mfu"])
     return "; ".join(f"{row['way']} {row['mfu']:.1%}" for row in rows) or None
 
 
@@ -149,8 +112,11 @@ def _searched(results: Results) -> Iterator[Result]:
 
 
 def _exact(results: Results) -> str | None:
-    rows = [row for row in _chunked(_steps(results)) if row["compared_with"] == BASELINE]
-    return f"{max(row['largest_gradient_difference'] for row in rows):.1e}" if rows else None
+    rows = [row for row in chunked(steps(results)) if row["compared_with"] == BASELINE]
+    every = [row for result in results.values() for row in result.get("rows", [])]
+    wrong = [row for row in every if row["outcome"].startswith("wrong gradients")]
+    found = [f"{largest(row['largest_gradient_difference'] for row in rows):.1e}"] if rows else []
+    return "; ".join([*found, *(f"{row['way']}: {row['outcome']}" for row in wrong)]) or None
 
 
 def _spaco(figure: str) -> Callable[[Results], str | None]:
@@ -191,10 +157,10 @@ SUMMARY: tuple[tuple[str, str, Sequence[str], Callable[[Results], str | None]], 
         "8B with LoRA: best time of chunks, to gradient checkpointing",
         "1.00 x",
         WHOLE_CARD,
-        _of_checkpointing,
+        of_checkpointing,
     ),
-    ("the same within 24 GiB", "1.00 x", WITHIN_24_GIB, _of_checkpointing),
-    ("8B with LoRA at 16K: faster than the paper's loop", "1.3 x", ("step-8b",), _of_paper),
+    ("the same within 24 GiB", "1.00 x", WITHIN_24_GIB, of_checkpointing),
+    ("8B with LoRA at 16K: faster than the paper's loop", "1.3 x", ("step-8b",), of_paper),
     ("8B with LoRA at 64K and above: model FLOP utilisation", "50 %", WHOLE_CARD, _utilisation),
     (
         "4 of its layers at 64K: utilisation by kernel and variant",
@@ -263,18 +229,19 @@ def _table(job: Job, result: Result) -> str:
 
 def figure_of(result: Result) -> Figure | None:
     """Time and peak memory by length, where a result of `step` has several; else `None`."""
-    rows = [row for row in result.get("rows", []) if row.get("outcome") == "ran" and "wall_ratio" in row]
+    rows = [row for row in result.get("rows", []) if row.get("outcome") == "ran"]
     if result["benchmark"] != "step" or len({row["num_tokens"] for row in rows}) < 2:
         return None
     figure = Figure(figsize=(11, 4.2), facecolor="white", layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
     for way in dict.fromkeys(row["way"] for row in rows):
         mine = [row for row in rows if row["way"] == way]
-        lengths = [row["num_tokens"] for row in mine]
-        time_axes.plot(lengths, [row["wall_ratio"] for row in mine], marker="o", label=way)
+        beside = [row for row in mine if "wall_ratio" in row]  # where the baseline had no room, none has one
+        ratios = [row["wall_ratio"] for row in beside]
+        time_axes.plot([row["num_tokens"] for row in beside], ratios, marker="o")
         counted = [row for row in mine if row["peak_allocated_bytes"] is not None]
         peaks = [row["peak_allocated_bytes"] / 2**30 for row in counted]
-        memory_axes.plot([row["num_tokens"] for row in counted], peaks, marker="o")
+        memory_axes.plot([row["num_tokens"] for row in counted], peaks, marker="o", label=way)
     for axes, title in ((time_axes, f"time, to {BASELINE}"), (memory_axes, "peak memory, GiB")):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("tokens")

@@ -47,7 +47,7 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def moved(old: dict[str, Any], new: dict[str, Any], figures: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Every figure that both have: what it was, is, and by what factor it is worse (below 1: better;
-    infinite: what was there is gone or fails).
+    infinite: what was there is gone, fails or is NaN).
 
     Args:
         figures: These alone, of which less is better where more is not known to be; by default all that are
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:  # no file, no JSON, nothing to compare
         parser.error(f"{options.old} and {options.new} cannot be compared: {error}")
     print(table(changes, options.threshold))
-    return 1 if any(change["worse"] > options.threshold for change in changes) else 0
+    return 1 if any(not change["worse"] <= options.threshold for change in changes) else 0
 
 
 if __name__ == "__main__":

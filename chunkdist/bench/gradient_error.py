@@ -10,6 +10,7 @@ plain model's in the same dtype.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from chunkdist import ChunkConfig
 from chunkdist.bench.environment import provenance, write_partial, write_result
+from chunkdist.bench.largest import largest
 from chunkdist.bench.options import check_counts, parsed, parser_of
 from chunkdist.bench.sizes import SIZES, Sizes
 from chunkdist.bench.ways import BASELINE, Way, prepared
@@ -56,7 +58,7 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, floa
     assert found.keys() == truth.keys()
     squares = {name: (found[name].double() - truth[name]).square().sum() for name in truth}
     norms = {name: truth[name].square().sum() for name in truth}
-    worst = max(float((squares[name] / norms[name]).sqrt()) for name in truth)
+    worst = largest(float((squares[name] / norms[name]).sqrt()) for name in truth)
     return {"error": float((sum(squares.values()) / sum(norms.values())) ** 0.5), "worst": worst}
 
 
@@ -74,7 +76,10 @@ def measure(
     exact_model = replace(sizes, num_tokens=max(lengths)).model(device, torch.float64)
     exact_model.load_state_dict(model.state_dict())
     rows: list[dict[str, Any]] = []
-    result = {"model": {**asdict(sizes), "num_parameters": model.num_parameters()}, "rows": rows}
+    result: dict[str, Any] = {
+        "model": {**asdict(sizes), "num_parameters": model.num_parameters()},
+        "rows": rows,
+    }
     for num_tokens in lengths:
         report(f"{num_tokens:,} tokens")
         ids = replace(sizes, num_tokens=num_tokens).tokens(device)
@@ -86,7 +91,7 @@ def measure(
             if way.name == PLAIN:
                 plain = found
             rows[-1]["ratio_to_plain"] = found["error"] / plain["error"]
-            result["largest_ratio_to_plain"] = max(row["ratio_to_plain"] for row in rows)
+            result["largest_ratio_to_plain"] = largest(row["ratio_to_plain"] for row in rows)
             write(result)
     return result
 
@@ -122,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     write_result({**head, **found}, options.json)
     print(table({**head, **found}))
-    return 0
+    return 1 if math.isnan(found["largest_ratio_to_plain"]) else 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 In the first round each way warms up before its step is timed. The warm-up begins with an empty cache: the
 peak of memory is its. Its gradients are compared with those of the first way that ran: a fast wrong step is
-no step. A way that finds too little memory, or fails otherwise, is left out from there on, with the reason.
+no step. A way that finds too little memory, has wrong gradients, or fails otherwise, is left out from there
+on, with the reason.
 """
 
 from __future__ import annotations
@@ -15,13 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunkdist.bench.largest import largest
 from chunkdist.bench.timing import Cost, Peak, cost_of, peak_of
 from chunkdist.bench.ways import Way, prepared
 from chunkdist.modeling import chunk_report
 
 OUT_OF_MEMORY = "out of memory"
+DEVICE_LOST = "not run: the device was lost"
 MOST_TOLD = 300
 """Characters of an error."""
+
+
+class WrongGradients(Exception):
+    """Those of a step, beside the first way's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +46,13 @@ class Attempt:
 
     Args:
         cost: Of the timed step, if there was one.
-        why_not: It failed: `OUT_OF_MEMORY`, or the error.
+        why_not: It failed: `OUT_OF_MEMORY`, wrong gradients, or the error.
+        device_lost: Nothing will run on the device any more, as after an illegal access.
     """
 
     cost: Cost | None = None
     why_not: str | None = None
+    device_lost: bool = False
 
 
 def attempt(
@@ -72,6 +81,8 @@ def attempt(
                 cost = cost_of(from_no_gradients, on_gpu=ids.is_cuda)
     except torch.OutOfMemoryError:
         why_not = OUT_OF_MEMORY
+    except WrongGradients as error:
+        why_not = f"wrong gradients: {error}"[:MOST_TOLD]
     except (RuntimeError, ValueError, ImportError) as error:  # a kernel, a package, the host's memory
         why_not = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"[:MOST_TOLD]
     if why_not is None:
@@ -79,7 +90,10 @@ def attempt(
     # Out here, where the traceback no longer holds tensors, memory is given back.
     model.zero_grad(set_to_none=True)
     gc.collect()
-    torch.cuda.empty_cache()
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return Attempt(why_not=f"{why_not}; the device is lost", device_lost=True)
     return Attempt(why_not=why_not)
 
 
@@ -121,6 +135,8 @@ class Rounds:
             self._report(f"round {number} of {num_rounds}")
             shift = (number - 1) % max(1, len(self.left))
             for way in self.left[shift:] + self.left[:shift]:
+                if not self.left:
+                    return
                 self._report(way.name)
                 self._turn(way, number)
                 self._changed(self)
@@ -140,6 +156,9 @@ class Rounds:
             self.left = [other for other in self.left if other is not way]
             self.steps = [step for step in self.steps if step.way != way.name]
             self.peaks.pop(way.name, None)
+            if found.device_lost:
+                self.lost |= {other.name: DEVICE_LOST for other in self.left if other.name not in self.peaks}
+                self.left = []
             return
         assert found.cost is not None
         num_tokens = self._ids.shape[1]
@@ -150,18 +169,39 @@ class Rounds:
         if way.config is not None and way.config.has_auto:
             self.plans[name] = chunk_report(self._model).reason
         grads = {key: p.grad for key, p in self._model.named_parameters() if p.grad is not None}
-        if not self._expected:
-            self._expected = {key: grad.clone() for key, grad in grads.items()}
+        difference = largest_difference(grads, self._expected or grads)
+        allowed = allowed_difference(self._model)
+        if not difference <= allowed:
+            base = self.compared_with or name
+            raise WrongGradients(
+                f"they differ from those of {base} by {difference:.1e}, more than {allowed:g}"
+            )
+        if not self._expected:  # on the host: on the device they would be in the peaks of those that follow
+            self._expected = {key: grad.to("cpu", copy=True) for key, grad in grads.items()}
             self.compared_with = name
-        self.differences[name] = largest_difference(grads, self._expected)
+        self.differences[name] = difference
         self.peaks[name] = peak
         self._changed(self)
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Over all parameters, the norm of the difference, relative to the norm."""
-    assert found.keys() == expected.keys()
-    return max(
-        float((found[name] - expected[name]).float().norm() / expected[name].float().norm())
-        for name in expected
-    )
+    """Over all parameters, the norm of the difference, relative to the norm; NaN where there is any.
+
+    Raises:
+        WrongGradients: they are not of the same parameters.
+    """
+    if found.keys() != expected.keys():
+        alone = sorted(found.keys() ^ expected.keys())
+        raise WrongGradients(f"{len(alone)} parameters have one here or there only, {alone[0]} among them")
+    return largest(_difference(found[name], expected[name].to(found[name].device)) for name in expected)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    difference = (found - expected).float().norm()
+    return float(difference if difference == 0 else difference / expected.float().norm())
+
+
+def allowed_difference(model: Any) -> float:
+    """Of the gradients of two ways that are both right."""
+    wide = torch.float32, torch.float64
+    return 1e-3 if all(p.dtype in wide for p in model.parameters()) else 0.1

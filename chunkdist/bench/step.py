@@ -8,7 +8,7 @@ the exit status is 1 when one has failed otherwise.
 
     python -m chunkdist.bench.step [--smoke] [--json FILE] [--repetitions N] [--device cuda] [--model 8b]
         [--num-layers N] [--num-tokens N ...] [--chunk-size N] [--chunk-sizes N ...] [--groups N ...]
-        [--memory-gib 24] [--offload] [--variants all] [--without WORD ...]
+        [--memory-gib 24] [--offload] [--variants all] [--without WORD ...] [--only NAME ...]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 
 from chunkdist.bench.environment import provenance, write_partial, write_result
 from chunkdist.bench.options import check_counts, dtype_on, limit_memory, parsed, parser_of
-from chunkdist.bench.rounds import OUT_OF_MEMORY, Rounds, Step
+from chunkdist.bench.rounds import DEVICE_LOST, OUT_OF_MEMORY, Rounds, Step
 from chunkdist.bench.sizes import SIZES, Sizes
 from chunkdist.bench.timing import matmul_flops, step_flops
 from chunkdist.bench.ways import VARIANTS, Way, baselines, chunked, variants
@@ -61,6 +62,7 @@ def measure(
         },
         "baseline": names[0],
         "matmul_flops": rate,
+        "matmul_flops_measured": [rate],
         "rows": [],
         "summary": {},
         "steps": [],
@@ -68,7 +70,7 @@ def measure(
 
     def ways_left(num_tokens: int, ways: Sequence[Way]) -> list[Way]:
         report(f"{num_tokens:,} tokens")
-        ids = replace(sizes, num_tokens=num_tokens).tokens(device)
+        ids = replace(sizes, num_tokens=num_tokens).tokens(device if ways else "cpu")  # it may be lost
         flops = step_flops(model, num_tokens)
         rows, steps = result["rows"], result["steps"]
 
@@ -83,12 +85,25 @@ def measure(
 
         here = Rounds(model, ids, ways, report=report, changed=changed)
         here.run(num_rounds)
+        lost.update({way.name: DEVICE_LOST for way in ways if way not in here.left and way.name not in lost})
         return here.left
 
     left = list(ways)
     for num_tokens in lengths:
         left = ways_left(num_tokens, left)
+    with suppress(RuntimeError):  # the device may be lost
+        _at_rate(result, matmul_flops(device, dtype))
     return result
+
+
+def _at_rate(result: dict[str, Any], at_the_end: float) -> None:
+    """Utilisation is a share of the larger rate: a cold card, and one that is throttled, are slower."""
+    old, result["matmul_flops_measured"] = result["matmul_flops"], [result["matmul_flops"], at_the_end]
+    result["matmul_flops"] = max(old, at_the_end)
+    for row in result["rows"]:  # those of the summary are the same
+        row |= {
+            name: row[name] * old / result["matmul_flops"] for name in ("mfu", "mfu_needed") if name in row
+        }
 
 
 def _rows(
@@ -167,13 +182,13 @@ def table(result: dict[str, Any]) -> str:
         if row["num_tokens"] != num_tokens:
             num_tokens = row["num_tokens"]
             head = f"{f'{num_tokens:,} tokens':{NAME_WIDTH}}{'wall':>11}{'ratio':>8}{'CPU':>8}{'MFU':>8}"
-            lines += ["", head + f"{'gradients':>11}{'peak':>12}{'reserved':>12}"]
+            lines += ["", head + f"{'needed':>8}{'gradients':>11}{'peak':>12}{'reserved':>12}"]
         line = f"{row['way']:{NAME_WIDTH}}"
         if row["outcome"] == "ran":
             ratios = "".join(f"{row.get(f'{name}_ratio', float('nan')):8.3f}" for name in ("wall", "cpu"))
-            line += f"{row['median_wall_s']:9.3f} s{ratios}{row['mfu']:8.1%}"
+            line += f"{row['median_wall_s']:9.3f} s{ratios}{row['mfu']:8.1%}{row['mfu_needed']:8.1%}"
         else:
-            line += f"      {row['outcome']:29}"
+            line += f"      {row['outcome']:37}"
         if row["outcome"] in ("ran", WARMED_UP):
             line += f"{row['largest_gradient_difference']:11.1e}"
             for peak in (row["peak_allocated_bytes"], row["peak_reserved_bytes"]):
@@ -183,6 +198,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"ratio, of wall and CPU time: to {result['baseline']}, median over rounds; gradients: largest",
         "relative difference from the first that ran; MFU: model FLOPs (frozen weights too) at that rate;",
+        "needed: without the gradients of frozen weights, which nobody computes;",
         "peak, reserved: of the warm-up, by tensors and with the allocator's cache",
     ]
     plans = [f"{row['way']}, {row['num_tokens']:,}: {row['plan']}" for row in result["rows"] if "plan" in row]
@@ -241,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without", nargs="+", default=[], metavar="WORD", help="not ways with it in the name"
     )
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these, in this order")
     parser.add_argument("--offload", action="store_true", help="host offload, too")
     parser.add_argument(
         *("--variants",),
@@ -269,6 +286,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *variants(options.variants, sizes.chunk_size, on_gpu=on_gpu),
     ]
     ways = [way for way in ways if not any(word in way.name for word in options.without)]
+    if options.only:
+        by_name = {way.name: way for way in ways}
+        if unknown := [name for name in options.only if name not in by_name]:
+            parser.error(f"--only {unknown[0]!r}: that is no way here: write some of {', '.join(by_name)}")
+        ways = [by_name[name] for name in dict.fromkeys(options.only)]
     if not ways:
         parser.error(f"--without {' '.join(options.without)}: no way is left")
     limit_memory(parser, options)

@@ -42,25 +42,25 @@ class Peak:
     peak_reserved_bytes: int | None
 
 
-def cost_of(call: Callable[[], Any], *, on_gpu: bool) -> Cost:
-    """Times `call` with a warm cache, from an idle device until it is idle again. It may run twice: what it
+def cost_of(call: Callable[[], Any], *, on_gpu: bool, max_reruns: int = MAX_RERUNS) -> Cost:
+    """Times `call` with a warm cache, from an idle device until it is idle again. It may run again: what it
     leaves must be the same then."""
     (wall_s, cpu_s), num_reruns, num_allocations = settled(
-        lambda: seconds_of(call, on_gpu=on_gpu), on_gpu=on_gpu
+        lambda: seconds_of(call, on_gpu=on_gpu), on_gpu=on_gpu, max_reruns=max_reruns
     )
     return Cost(wall_s=wall_s, cpu_s=cpu_s, num_reruns=num_reruns, num_device_allocations=num_allocations)
 
 
-def settled(call: Callable[[], T], *, on_gpu: bool) -> tuple[T, int, int]:
+def settled(call: Callable[[], T], *, on_gpu: bool, max_reruns: int = MAX_RERUNS) -> tuple[T, int, int]:
     """What `call` returns, how often it was run again, and how often the allocator asked the device for
     memory in the run that counts. A run in which it asked is not one of a training loop, whose cache has what
-    every step needs: it is repeated, `MAX_RERUNS` times at most."""
+    every step needs: it is repeated, `max_reruns` times at most."""
     num_reruns = 0
     while True:
         before = _device_allocations(on_gpu=on_gpu)
         result = call()
         num_allocations = _device_allocations(on_gpu=on_gpu) - before
-        if num_allocations == 0 or num_reruns == MAX_RERUNS:
+        if num_allocations == 0 or num_reruns == max_reruns:
             return result, num_reruns, num_allocations
         num_reruns += 1
 

@@ -25,6 +25,8 @@ from chunkdist.lazy_logits import lazy_logits
 from chunkdist.model_layers import causal_lm_of
 
 BASELINE = "gradient checkpointing"
+CHOICE = f"{BASELINE}, torch's choice of kernel"
+ON_HOST = f"{BASELINE}, inputs on the host"
 KEPT = "chunked, K/V kept"
 REBUILT = "chunked, K/V rebuilt (default)"
 OFFLOADED = "chunked, host offload"
@@ -69,10 +71,10 @@ def baselines(chunk_size: int, *, on_gpu: bool) -> list[Way]:
     ways = [
         Way(name=BASELINE),
         Way(name="plain", method="plain"),
-        Way(name=f"{BASELINE}, inputs on the host", saved_on_host=True),
+        Way(name=ON_HOST, saved_on_host=True),
         Way(name="the paper's chunk loop", method="paper", chunk_size=chunk_size),
     ]
-    return [*ways, Way(name=f"{BASELINE}, torch's choice of kernel", kernel="any")] if on_gpu else ways
+    return [*ways, Way(name=CHOICE, kernel="any")] if on_gpu else ways
 
 
 def chunked(
@@ -130,25 +132,28 @@ class Variant:
         return None
 
 
+_KERNELS = {
+    name: Variant(
+        label=f"attention {name}",
+        config={"attention": name},
+        kernel="cudnn" if name == "cudnn" else None,
+        needs="flash_attn" if name == "flash_attn" else None,
+        on_gpu_only=True,
+    )
+    for name in map(str, ATTENTION_NAMES)
+    if name not in ("auto", "math", "cpu_flash")
+}
 VARIANTS: dict[str, Variant] = {
-    **{
-        name: Variant(
-            label=f"attention {name}",
-            config={"attention": name},
-            kernel="cudnn" if name == "cudnn" else None,
-            needs="flash_attn" if name == "flash_attn" else None,
-            on_gpu_only=True,
-        )
-        for name in map(str, ATTENTION_NAMES)
-        if name not in ("auto", "math", "cpu_flash")
-    },
+    **{name: variant for name, variant in _KERNELS.items() if name != "cudnn"},
     "bf16-kv-grads": Variant(label="narrow K/V gradients", config={"kv_grad_dtype": None}),
     "liger": Variant(
         label="Liger", around=partial(fused, kind="liger"), needs="liger_kernel", on_gpu_only=True
     ),
     "compile": Variant(label="compiled", around=partial(fused, kind="compile"), on_gpu_only=True),
+    "cudnn": _KERNELS["cudnn"],
 }
-"""By the name of the option: of the fastest chunked way, and of the baseline where it concerns that."""
+"""By the name of the option: of the fastest chunked way, and of the baseline where it concerns that. The
+kernel that is new to us is last: an illegal access there loses what follows."""
 
 
 def variants(names: Sequence[str], chunk_size: int, *, on_gpu: bool) -> list[Way]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +49,40 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "old" not in page
     assert all(f"| {way} |" in page for way in rows)
     assert script.page_with_tables(page, result) == page
+
+
+def test_an_epoch_is_run_once_after_its_longest_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the allocator asks: running it again would take as long."""
+    epochs: list[list[int]] = []
+    real = long_tail._epoch
+
+    def epoch(model: Any, way: Any, num_items: int) -> Any:
+        epochs.append([inputs["input_ids"].numel() for inputs in way.micro_batches])
+        return real(model, way, num_items)
+
+    made = long_tail.ways
+
+    def few(*args: Any, **settings: Any) -> list[Any]:
+        return [replace(way, micro_batches=way.micro_batches[:2]) for way in made(*args, **settings)[:2]]
+
+    monkeypatch.setattr(long_tail, "ways", few)
+    reruns: list[int] = []
+    real_cost = long_tail.cost_of
+    monkeypatch.setattr(long_tail, "_epoch", epoch)
+    monkeypatch.setattr(
+        long_tail,
+        "cost_of",
+        lambda call, *, on_gpu, max_reruns: (
+            reruns.append(max_reruns) or real_cost(call, on_gpu=on_gpu, max_reruns=max_reruns)
+        ),
+    )
+    long_tail.measure(
+        long_tail_ways.SIZES["smoke"], num_rounds=1, report=lambda line: None, write=lambda result: None
+    )
+    warm_ups, timed = epochs[: len(epochs) // 2], epochs[len(epochs) // 2 :]
+    assert warm_ups == [[max(sizes)] for sizes in timed]
+    assert any(sizes[0] < max(sizes) for sizes in timed)
+    assert set(reruns) == {0}
 
 
 def test_the_committed_result_holds_what_is_claimed() -> None:

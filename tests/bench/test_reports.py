@@ -103,10 +103,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_results_of_a_gpu_fill_the_page(script: ModuleType, folder: Path, tmp_path: Path) -> None:
     page = script.page_of_results(script.PAGE.read_text(), folder)
-    ratios = "0.12 x at 8,192, 0.25 x at 16,384, 0.12 x at 32,768, 0.25 x at 65,536"
+    ratios = "chunked, K/V kept: 0.12 x at 8,192, 0.25 x at 16,384, 0.12 x at 32,768, 0.25 x at 65,536"
     assert f"to gradient checkpointing | 1.00 x | {ratios} (partial: step-8b-64k) |" in page
     assert "the same within 24 GiB | 1.00 x | not yet measured |" in page
-    assert "faster than the paper's loop | 1.3 x | 1.50 x |" in page
+    assert "faster than the paper's loop | 1.3 x | 1.50 x: chunked, K/V kept |" in page
     best = "12.3% at 65,536: chunked, K/V kept (partial: step-8b-64k)"
     assert f"model FLOP utilisation | 50 % | {best} |" in page
     longest = "135,168; a step of 131,072, 22.00 GiB reserved (partial: step-8b-24gib-128k)"
@@ -149,18 +149,15 @@ def test_every_figure_is_of_jobs_that_there_are(script: ModuleType) -> None:
     assert read <= {job.file for job in JOBS}
 
 
-def test_another_kernel_is_compared_with_checkpointing_on_that_kernel(script: ModuleType) -> None:
-    def row(way: str, median_s: float, outcome: str = "ran") -> dict[str, Any]:
-        found = {"way": way, "num_tokens": 64, "outcome": outcome}
-        return {**found, "median_wall_s": median_s, "wall_ratio": median_s / 10.0}
+def test_gradients_that_are_wrong_are_told_beside_those_that_are_not(script: ModuleType) -> None:
+    def row(way: str, difference: float) -> dict[str, Any]:
+        figures = {"largest_gradient_difference": difference, "compared_with": BASELINE}
+        return {"way": way, "outcome": "ran", **figures}
 
-    cudnn = ", attention cudnn"
-    ways = [row(BASELINE, 10.0), row(f"{BASELINE}{cudnn}", 6.0), row(f"chunked{cudnn}", 6.6)]
-    result = {"baseline": BASELINE, "rows": [*ways, row("chunked, narrow K/V gradients", 12.0)]}
-    assert script._of_checkpointing({"step": result}) == "1.10 x at 64"
-    ways[1]["outcome"] = "failed: no kernel"
-    assert script._of_checkpointing({"step": result}) == "1.20 x at 64"
-    assert script._of_checkpointing({"step": {**result, "baseline": "chunked"}}) is None
+    rows = [row("chunked", 0.01), row("chunked, K/V kept", float("nan"))]
+    assert script._exact({"step": {"rows": rows}}) == "nan"
+    rows[1]["outcome"] = "wrong gradients: all"
+    assert script._exact({"step": {"rows": rows}}) == "1.0e-02; chunked, K/V kept: wrong gradients: all"
 
 
 def test_utilisation_by_variant_is_told_best_first(script: ModuleType) -> None:

@@ -17,7 +17,7 @@ from chunkdist.bench import options, rounds, step
 from chunkdist.bench.environment import hardware
 from chunkdist.bench.sizes import SIZES
 from chunkdist.bench.timing import step_flops
-from chunkdist.bench.ways import BASELINE, PLANNED, Way, baselines, chunked
+from chunkdist.bench.ways import BASELINE, KEPT, ON_HOST, PLANNED, Way, baselines, chunked
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +191,35 @@ def table_line(table: str, way: str, number: int) -> str:
     return [line for line in table.splitlines() if line.startswith(f"{way} ")][number]
 
 
+@pytest.mark.parametrize(("at_the_end", "share"), [(200.0, 0.5), (50.0, 1.0), (None, 1.0)])
+def test_utilisation_is_of_the_larger_rate(
+    at_the_end: float | None, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the beginning and of the end; `None`: the device is lost by then."""
+    seen: list[float] = []
+
+    def rate(device: str, dtype: torch.dtype) -> float:
+        if seen and at_the_end is None:
+            raise RuntimeError("CUDA error")
+        seen.append(at_the_end if seen else 100.0)  # type: ignore[arg-type]
+        return seen[-1]
+
+    monkeypatch.setattr(step, "matmul_flops", rate)
+    settings: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "num_rounds": 1}
+    ways = baselines(16, on_gpu=False)[:1]
+    found = step.measure(SIZES["smoke"], ways, [16], report=print, write=lambda result: None, **settings)
+    assert found["matmul_flops"] == max(seen)
+    assert found["matmul_flops_measured"] == seen
+    (row,) = found["rows"]
+    sizes = replace(SIZES["smoke"], num_tokens=16)
+    flops = step_flops(sizes.model("cpu", torch.float32), 16)
+    assert row["mfu"] == pytest.approx(flops["by_convention"] / row["median_wall_s"] / 100 * share)
+    assert found["summary"][BASELINE]["mfu_needed"] == row["mfu_needed"]
+    head = {"hardware": hardware("cpu"), "num_repetitions": 1, "memory_gib": None}
+    (line,) = [line for line in step.table({**head, **found}).splitlines() if line.startswith(BASELINE)]
+    assert f"{row['mfu']:8.1%}{row['mfu_needed']:8.1%}" in line
+
+
 def test_frozen_matrices_have_no_gradient_to_compute() -> None:
     lora_model = replace(SIZES["smoke"], lora_rank=2).model("cpu", torch.float32)
     flops = step_flops(lora_model, 10)
@@ -233,6 +262,24 @@ def test_the_order_of_the_ways_rotates(tmp_path: Path) -> None:
     steps = json.loads(file.read_text())["steps"]
     firsts = [next(entry["way"] for entry in steps if entry["round"] == number) for number in (1, 2, 3)]
     assert firsts == [way.name for way in baselines(16, on_gpu=False)][:3]
+
+
+def test_only_these_in_this_order(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One whose name begins with another's, say, without the other; the first is what ratios are to."""
+    found: list[list[str]] = []
+
+    def report(name: str, given: Any, options: Any, sizes: Any, ways: list[Way]) -> int:
+        found.append([way.name for way in ways])
+        return 0
+
+    monkeypatch.setattr(step, "report_ways", report)
+    assert step.main(["--smoke", "--only", KEPT, ON_HOST]) == 0
+    assert found == [[KEPT, ON_HOST]]
+    with pytest.raises(SystemExit):
+        step.main(["--smoke", "--only", "no such"])
+    assert "--only 'no such': that is no way here: write some of gradient check" in capsys.readouterr().err
 
 
 def test_a_median_of_ratios_within_rounds() -> None:

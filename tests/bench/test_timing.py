@@ -81,6 +81,12 @@ def test_it_is_run_again_once_at_most_and_says_so(gpu: Allocator) -> None:
     assert (cost.num_reruns, cost.num_device_allocations) == (1, 3)
 
 
+def test_it_is_not_run_again_where_that_takes_too_long(gpu: Allocator) -> None:
+    cost = timing.cost_of(gpu.step(), on_gpu=True, max_reruns=0)
+    assert gpu.calls.count("step") == 1
+    assert (cost.num_reruns, cost.num_device_allocations) == (0, 2)
+
+
 def test_a_cpu_has_no_allocator_to_ask(gpu: Allocator) -> None:
     step = gpu.step(greedy=True)
     cost, peak = timing.cost_of(step, on_gpu=False), timing.peak_of(step, on_gpu=False)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from chunkdist.integrations.out_of_memory import explained_out_of_memory
+from chunkdist.memory.allocator import VARIABLES
 from tests.integrations.test_callbacks import trainer_of
 
 
@@ -35,6 +36,8 @@ def said_by(trainer: Any) -> str:
 
 def test_names_the_largest_parts_and_what_would_fit(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chunkdist.integrations.out_of_memory.free_bytes", lambda device: 2**30)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     said = said_by(trainer)
     assert said.startswith("CUDA out of memory; by the estimate, 4,096 tokens need ")
     assert "loss tile" in said or "one cell" in said
