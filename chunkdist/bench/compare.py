@@ -115,7 +115,7 @@ def _lost(name: str, figure: str) -> dict[str, Any]:
 
 
 def _change(name: str, figure: str, old: Any, new: Any) -> list[dict[str, Any]]:
-    if not isinstance(old, int | float) or math.isnan(old):
+    if not isinstance(old, int | float):
         return []
     if not isinstance(new, int | float) or math.isnan(new):
         return [_lost(name, figure)]
@@ -123,6 +123,7 @@ def _change(name: str, figure: str, old: Any, new: Any) -> list[dict[str, Any]]:
     worse = (new + least) / (old + least)
     if figure in MORE_IS_BETTER:
         worse = 1 / worse
+    worse = 0.0 if math.isnan(old) else worse
     return [{"row": name, "figure": figure, "old": old, "new": new, "worse": worse}]
 
 

@@ -202,6 +202,6 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def allowed_difference(model: Any) -> float:
-    """Of the gradients of two ways that are both right."""
+    """Of the gradients of two ways that are both right: in half precision, each is off by some percent."""
     wide = torch.float32, torch.float64
-    return 1e-3 if all(p.dtype in wide for p in model.parameters()) else 0.1
+    return 1e-3 if all(p.dtype in wide for p in model.parameters()) else 0.3

@@ -249,6 +249,14 @@ def test_no_number_is_worse_than_any_and_any_is_better_than_none() -> None:
     ]
 
 
+def test_results_within_24_gib_are_measured_within_24_gib() -> None:
+    """The docs go by the name of the file."""
+    jobs = [job for job in JOBS if "24gib" in job.file]
+    assert len(jobs) > 2
+    for job in jobs:
+        assert "--memory-gib 24 " in job.options
+
+
 def test_seconds_are_judged_where_there_is_no_ratio() -> None:
     old, new = ({"benchmark": "overhead", "rows": [{"way": "a", "wall_s": s}]} for s in (1.0, 3.0))
     (change,) = compare.moved(old, new)

@@ -92,7 +92,7 @@ def test_a_wrong_baseline_is_what_nothing_is_compared_with(
 def test_half_precision_is_allowed_more() -> None:
     sizes = SIZES["smoke"]
     assert rounds.allowed_difference(sizes.model("cpu", torch.float32)) == 1e-3
-    assert rounds.allowed_difference(sizes.model("cpu", torch.bfloat16)) == 0.1
+    assert rounds.allowed_difference(sizes.model("cpu", torch.bfloat16)) == 0.3
     nothing = {"a": torch.zeros(3)}
     assert rounds.largest_difference(nothing, nothing) == 0, "a gradient of zeros is right"
     assert rounds.largest_difference({"a": torch.ones(3)}, nothing) == math.inf

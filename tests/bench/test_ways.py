@@ -14,7 +14,17 @@ from torch.autograd.graph import save_on_cpu
 
 from chunkdist.bench import rounds
 from chunkdist.bench.sizes import SIZES
-from chunkdist.bench.ways import BASELINE, PLANNED, VARIANTS, Variant, Way, baselines, chunked, variants
+from chunkdist.bench.ways import (
+    BASELINE,
+    PLANNED,
+    VARIANTS,
+    Variant,
+    Way,
+    baselines,
+    chunked,
+    prepared,
+    variants,
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +123,16 @@ def test_kernels_of_variants_concern_the_baseline_too() -> None:
     assert chunks.config is not None
     assert (chunks.config.attention, chunks.config.rebuild_kv) == ("math", False)
     assert Variant(label="", config={"kv_grad_dtype": None}).of(Way(name="a")) is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "flash", "cudnn"), [("flash", True, False), ("cudnn", False, True), ("any", True, True)]
+)
+def test_on_a_gpu_unchunked_ways_run_the_kernel_that_they_name(
+    kernel: Any, flash: bool, cudnn: bool, lora_model: Any
+) -> None:
+    enabled = torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.cudnn_sdp_enabled
+    for method in ("plain", "checkpointing"):
+        with prepared(lora_model, Way(name="a", method=method, kernel=kernel), on_gpu=True):  # type: ignore[arg-type]
+            assert [is_on() for is_on in enabled] == [flash, cudnn]
+        assert all(is_on() for is_on in enabled)
