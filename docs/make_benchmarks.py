@@ -90,8 +90,12 @@ def _utilisation(results: Results) -> str | None:
 
 
 def _utilisation_by_variant(results: Results) -> str | None:
-    rows = sorted(steps(results), key=lambda row: -row["mfu"])
-    return "; ".join(f"{row['way']} {row['mfu']:.1%}" for row in rows) or None
+    rows = [
+        (row["mfu"], row["way"] + (", FlashAttention-3" if name.endswith("fa3") else ""))
+        for name, result in results.items()
+        for row in steps({name: result})
+    ]
+    return "; ".join(f"{way} {mfu:.1%}" for mfu, way in sorted(rows, reverse=True)) or None
 
 
 def _longest(results: Results) -> str | None:

@@ -166,7 +166,9 @@ def test_utilisation_by_variant_is_told_best_first(script: ModuleType) -> None:
         for way, mfu in (("slow", 0.2), ("fast", 0.55))
     ]
     results = {"step-4-layers-variants": {"rows": [*rows, {"way": "none", "outcome": "out of memory"}]}}
-    assert script._utilisation_by_variant(results) == "fast 55.0%; slow 20.0%"
+    results["step-4-layers-fa3"] = {"rows": [{**rows[1], "mfu": 0.6}]}
+    told = "fast, FlashAttention-3 60.0%; fast 55.0%; slow 20.0%"
+    assert script._utilisation_by_variant(results) == told
 
 
 def test_figures_that_mean_nothing_are_not_shown(script: ModuleType, tmp_path: Path) -> None:
