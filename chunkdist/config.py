@@ -4,14 +4,14 @@ device."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from chunkdist.samplers import ChunkSampler
 
 AttentionName = Literal["auto", "math", "cpu_flash", "varlen", "flash_attn", "cudnn"]
-ATTENTION_NAMES: tuple[AttentionName, ...] = ("auto", "math", "cpu_flash", "varlen", "flash_attn", "cudnn")
+ATTENTION_NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 
 
 @dataclass(frozen=True, kw_only=True)

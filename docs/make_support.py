@@ -18,6 +18,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from chunkdist.config import ATTENTION_NAMES  # noqa: E402
 from tests.distributed import test_four_ranks, test_gradients, test_presets, test_resume  # noqa: E402
 from tests.distributed.cases import Case  # noqa: E402
 from tests.pipeline import test_gradients as test_pipelines  # noqa: E402
@@ -27,7 +28,7 @@ FILE, BY_HAND = ROOT / "docs" / "support.md", ROOT / "docs" / "support-by-hand.j
 ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 PIPELINES = {"pp": "PP", "dp x pp": "DP x PP", "fsdp2 x pp": "FSDP2 x PP"}
 TRAININGS, METHODS = ("full", "LoRA", "QLoRA"), ("SeCO", "SpaCO")
-ATTENTIONS = ("math", "cpu_flash", "varlen", "flash_attn", "cudnn")
+ATTENTIONS = ATTENTION_NAMES[1:]  # without "auto"
 HEAD = """# What is known to work
 
 Written by `docs/make_support.py` from the tests' own tables of cases

@@ -32,8 +32,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from chunkdist.attention.base import AttentionVariant, Backend, Span
 from chunkdist.attention.math import MathBackend
-from chunkdist.attention.squares import backward_in_squares, forward_in_squares, heads_first
-from chunkdist.attention.varlen import VarlenBackend, in_head_parts, simulated_workspace, why_no_kernel
+from chunkdist.attention.squares import backward_in_squares, forward_in_squares, heads_first, joined
+from chunkdist.attention.varlen import (
+    VarlenBackend,
+    in_head_parts,
+    must_be_deterministic,
+    simulated_workspace,
+    why_no_kernel,
+)
 
 OLDEST_CUDNN = 91501
 MULTIPLE = 128
@@ -57,10 +63,7 @@ class CudnnBackend:
             return f"varlen, which takes what it leaves, cannot: {reason}"
         if variant.window is not None:
             return "it is run without a sliding window here"
-        if (
-            torch.are_deterministic_algorithms_enabled()
-            and not torch.is_deterministic_algorithms_warn_only_enabled()
-        ):
+        if must_be_deterministic():
             return "its backward is not deterministic"
         if isinstance(q, FakeTensor):
             return None
@@ -80,10 +83,7 @@ class CudnnBackend:
                 partial(forward_in_squares, kernel) if fits else partial(_OTHERS.forward, variant=variant)
             )
             parts.append(forward(*row, spans=own))
-        if len(parts) == 1:
-            return parts[0][0].contiguous(), parts[0][1]
-        outs, lses = zip(*parts, strict=True)
-        return torch.cat(outs), torch.cat(lses, dim=1)
+        return joined(parts)
 
     def backward(
         self,

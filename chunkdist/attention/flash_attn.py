@@ -22,6 +22,7 @@ from torch import Tensor
 from chunkdist.attention.base import AttentionVariant, Span
 from chunkdist.attention.varlen import (
     in_head_parts,
+    must_be_deterministic,
     pack,
     readable_lse,
     simulated_workspace,
@@ -115,10 +116,7 @@ class FlashAttnBackend:
             window_size_right=0,
             softcap=variant.softcap or 0.0,
             alibi_slopes=None,
-            deterministic=(
-                torch.are_deterministic_algorithms_enabled()
-                and not torch.is_deterministic_algorithms_warn_only_enabled()
-            ),
+            deterministic=must_be_deterministic(),
         )
         del workspace
         for total, grad in zip(kv_grads, (dk, dv), strict=True):

@@ -44,11 +44,7 @@ def forward_in_squares(
     kernel: ForwardKernel, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: Sequence[Span]
 ) -> tuple[Tensor, Tensor]:
     """As `Backend.forward`."""
-    parts = [_forward_span(kernel, q_TND, k_SKD, v_SKD, span) for span in spans]
-    if len(parts) == 1:
-        return parts[0]
-    outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs), torch.cat(lses, dim=1)
+    return joined([_forward_span(kernel, q_TND, k_SKD, v_SKD, span) for span in spans])
 
 
 def backward_in_squares(
@@ -78,6 +74,14 @@ def backward_in_squares(
             for dq in dqs:
                 dq_TND[queries] += dq
     return dq_TND
+
+
+def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Outputs (T, N, D) and log-sum-exps (N, T) of neighbouring queries, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def heads_first(x_TND: Tensor) -> Tensor:

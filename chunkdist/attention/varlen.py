@@ -219,6 +219,14 @@ def why_no_kernel(q: Tensor) -> str | None:
     return None
 
 
+def must_be_deterministic() -> bool:
+    """Whether `torch.use_deterministic_algorithms` forbids others, beyond a warning."""
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+
+
 def simulated_workspace(q_TND: Tensor, k_SKD: Tensor, num_spans: int) -> tuple[Tensor, ...]:
     """With fake tensors, what the kernels' backward allocates (mha_varlen_bwd) and its fake version does not,
     so that simulated memory is the real one: dq in fp32 and, with fewer kv heads than query heads, dk and dv

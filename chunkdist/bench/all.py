@@ -148,10 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(plan(jobs, options.json_dir, device=device, smoke=options.smoke))
         return 0
     check_device(parser, device)
-    for job in jobs:
-        if (reason := why_not(job, on_gpu=device.startswith("cuda"))) is not None:
+    lacking = {job: why_not(job, on_gpu=device.startswith("cuda")) for job in jobs}
+    for job, reason in lacking.items():
+        if reason is not None:
             print(f"{job.file}: left out: {reason}")
-    jobs = [job for job in jobs if why_not(job, on_gpu=device.startswith("cuda")) is None]
+    jobs = [job for job, reason in lacking.items() if reason is None]
     options.json_dir.mkdir(parents=True, exist_ok=True)
     # As by `timeout`: without it, what has been started would run on, and hold the GPU.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
