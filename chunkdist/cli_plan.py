@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from pathlib import Path
 
 _CARDS = ("rtx3090", "rtx4090", "l4", "a100", "h100", "h200")
 _ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -27,7 +26,6 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--engine", choices=_ENGINES, default="single", help="default: single")
     parser.add_argument("--num-ranks", type=int, default=1, help="default: 1")
     parser.add_argument("--simulate", action="store_true", help="run the real code under fake tensors, too")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the schedule, as PNG")
     parser.set_defaults(run=_plan)
 
 
@@ -37,7 +35,7 @@ def _plan(arguments: argparse.Namespace, options_given: list[str]) -> int:
     from chunkdist.integrations.arguments import parse_options
     from chunkdist.plan import PlanOptions, run_plan
 
-    names = ("card", "memory_gib", "host_gib", "length", "engine", "num_ranks", "simulate", "figure")
+    names = ("card", "memory_gib", "host_gib", "length", "engine", "num_ranks", "simulate")
     asked = PlanOptions(**{name: getattr(arguments, name) for name in names})
     with tempfile.TemporaryDirectory() as folder:  # arguments make their folder, and nothing is to be written
         silent = ["--output_dir", folder, "--report_to", "none", "--push_to_hub", "false"]

@@ -30,7 +30,6 @@ from chunkdist.loss import tile_tokens
 from chunkdist.memory.auto import resolve_auto
 from chunkdist.memory.engine import SINGLE
 from chunkdist.memory.model_sizes import ModelSizes
-from chunkdist.memory.state_sizes import StateSizes, state_sizes
 from chunkdist.model_layers import causal_lm_of, configs_of, find_layers, layer_states, refuse_known
 from chunkdist.offload import HostMemory
 from chunkdist.probe import LayerProbe, needs_probe
@@ -69,8 +68,6 @@ class ChunkReport:
     attention: str
     attention_reason: str
     head_tile_tokens: int | None
-    state: StateSizes | None
-    """`None`: layers have no state other than K/V."""
     sample: SampleReport | None
     """SpaCO's last sample."""
 
@@ -187,7 +184,6 @@ class ChunkedModel:
         self.context = ChunkContext(config, configs, has_state=relays, probe=probe)
         self._zero3 = Zero3Layers(layers, height)
         self.groups: list[LayerGroup] = []
-        self._state_sizes: StateSizes | None = None
         self._sizes: dict[tuple[int | None, torch.dtype | None], ModelSizes] = {}
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
         for start in range(0, num_layers, height):
@@ -265,8 +261,6 @@ class ChunkedModel:
         raise TypeError("a chunked model cannot be pickled: call unchunk_model first, or save_pretrained")
 
     def report(self) -> ChunkReport:
-        if self.context.has_state and self._state_sizes is None:
-            self._state_sizes = state_sizes(self.model)
         head = tiled_head(self.model)
         reasons, config = self.context.attention.reasons, self.context.config
         return ChunkReport(
@@ -283,7 +277,6 @@ class ChunkedModel:
             head_tile_tokens=None
             if head is None
             else tile_tokens(head.out_features, head.weight.element_size()),
-            state=self._state_sizes,
             sample=None if self.context.sample is None else self.context.sample.report,
         )
 

@@ -6,7 +6,6 @@ The model is made from its config on the meta device; what is printed follows fr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
 
 from chunkdist.config import ChunkConfig
-from chunkdist.figures import save_figure
 from chunkdist.flops import StepFlops
 from chunkdist.integrations.arguments import TrainingOptions, check_options
 from chunkdist.integrations.start_table import step_sizes
 from chunkdist.memory.cards import CARDS, GIB, Card
 from chunkdist.memory.engine import Engine, EngineName
-from chunkdist.memory.estimate import step_stages
 from chunkdist.memory.model_sizes import ModelSizes, quantized
 from chunkdist.memory.planner import (
     CONTEXT_BYTES,
@@ -38,7 +35,6 @@ from chunkdist.memory.planner import (
     usable_bytes,
 )
 from chunkdist.memory.simulate import simulate
-from chunkdist.plan_figure import plan_figure
 from chunkdist.plan_pipeline import run_pipeline_plan
 
 
@@ -51,7 +47,6 @@ class PlanOptions:
         memory_gib: Of the card, where it is not the table's; a part of one, say.
         host_gib: Host memory for one rank.
         length: Tokens of a row; `None`: the config's `max_length`.
-        figure: Where the picture goes.
     """
 
     card: str = "rtx3090"
@@ -61,7 +56,6 @@ class PlanOptions:
     engine: EngineName = "single"
     num_ranks: int = 1
     simulate: bool = False
-    figure: Path | None = None
 
     @property
     def planned_card(self) -> Card:
@@ -111,9 +105,6 @@ def run_plan(options: TrainingOptions, asked: PlanOptions, console: Console) -> 
     print_choice(console, job, chosen, length, is_asked=is_asked)
     if asked.simulate:
         print_simulation(console, model, job, chosen, length, settings["activation_bytes"])
-    if asked.figure is not None:
-        draw(job, chosen, length, asked.figure)
-        console.print(f"schedule: {asked.figure}")
     return 0
 
 
@@ -290,19 +281,3 @@ def print_simulation(
         f"simulated ({found.num_layers_run} layers, {told}, without an optimizer): {gib(found.peak_bytes)} "
         f"over the weights; the formula says {gib(formula)} ({formula / found.peak_bytes - 1:+.1%})"
     )
-
-
-def draw(job: Job, plan: Plan, length: int, path: Path) -> None:
-    """The schedule as a picture."""
-    stages = step_stages(
-        job.sizes,
-        plan.config,
-        num_tokens=length,
-        num_rows=job.num_rows,
-        engine=job.engine,
-        optimizer=job.optimizer,
-        num_micro_batches=job.num_micro_batches,
-    )
-    num_chunks = -(-length // int(plan.config.chunk_size))
-    title = f"{length:,} tokens in {num_chunks} chunk(s) on {job.card.name}: {gib(plan.estimate.peak_bytes)}"
-    save_figure(plan_figure(stages, num_chunks, job.available_bytes, title), path)

@@ -13,7 +13,6 @@ from chunkdist.integrations.pipeline_batches import PipelineBatchSampler
 from chunkdist.integrations.pipeline_plan import PipelineQuestion
 from chunkdist.integrations.trl import build_trainer
 from chunkdist.memory.planner import usable_bytes
-from chunkdist.pipeline.picture import draw_timeline
 
 if TYPE_CHECKING:
     from chunkdist.plan import PlanOptions
@@ -52,11 +51,7 @@ def run_pipeline_plan(
     room = question.room(usable_bytes(asked.planned_card.memory_bytes)) if question.asked else None
     plan = question.answer(room)
     console.print(question.table(plan, room, num_replicas=1))
-    timeline = question.timeline(plan)
-    console.print(timeline.table())
-    if asked.figure is not None:
-        draw_timeline(timeline, asked.figure, title=f"{stages} stages, first step")
-        console.print(f"timeline: {asked.figure}")
+    console.print(question.timeline(plan).table())
     return 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chunkdist import ChunkConfig, chunk_model
-from chunkdist.memory import LiveBytes
+from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.recovery import recovering
 from tests.models import batch, tiny_llama
 from tests.planted_memory import Place, memory_for

@@ -16,8 +16,8 @@ from chunkdist.data.cost import SequenceCost
 from chunkdist.data.long_tail import long_tailed_lengths
 from chunkdist.data.streams import join_sequences, stream_of
 from chunkdist.layer_group import GroupRun
-from chunkdist.memory import LiveBytes
 from chunkdist.memory.auto import USABLE_SHARE, resolve_auto
+from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.modeling import chunk_report, model_sizes, resolve_auto_values
 from tests.models import batch, gradients, largest_difference, packed_batch, tiny_llama, with_lora
 

@@ -1,3 +1,3 @@
-from chunkdist.memory.live_bytes import LiveBytes, LiveTensor
+from chunkdist.memory.live_bytes import LiveBytes
 
-__all__ = ["LiveBytes", "LiveTensor"]
+__all__ = ["LiveBytes"]

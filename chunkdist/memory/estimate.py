@@ -7,9 +7,7 @@ allocator takes for itself; `chunkdist.memory.simulate` counts a step of the rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from chunkdist.config import ChunkConfig
 from chunkdist.memory.engine import SINGLE, Engine
@@ -108,39 +106,3 @@ def estimate_memory(
         num_tokens=num_tokens * num_rows,
         is_complete=states is not None,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A part of a step, in the order in which they run.
-
-    Args:
-        kind: `"forward"` or `"backward"` of a group, or `"loss"`.
-        group: Counted from the bottom; the number of groups for the loss.
-        device: Bytes by name, at the stage's own peak.
-    """
-
-    kind: str
-    group: int
-    device: Parts
-
-
-def step_stages(sizes: ModelSizes, config: ChunkConfig, *, num_tokens: int, **settings: Any) -> list[Stage]:
-    """What is alive through a step: the forwards of the groups, the loss, their backwards.
-
-    Args:
-        settings: As of `estimate_memory`.
-    """
-    settings = {"num_rows": 1, "engine": SINGLE, "optimizer": "", "num_micro_batches": 1, **settings}
-    engine: Engine = settings["engine"]
-    step = StepMoments(sizes, config, num_tokens, settings["num_rows"], engine, settings["num_micro_batches"])
-    fixed, _ = engine.between_steps(sizes, OptimizerMemory.named(settings["optimizer"]))
-    groups = range(len(step.groups))
-    found = [("forward", group, step.forward(group)) for group in groups]
-    found.append(("loss", len(groups), _largest(step.loss())))
-    found += [("backward", group, _largest(step.backward(group))) for group in reversed(groups)]
-    return [Stage(kind=kind, group=group, device={**fixed, **parts}) for kind, group, parts in found]
-
-
-def _largest(moments: Iterator[tuple[str, Parts]]) -> Parts:
-    return max((parts for _, parts in moments), key=lambda parts: sum(parts.values()))

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,27 +34,14 @@ if TYPE_CHECKING:
     from chunkdist.offload import HostMemory
 
 
-@dataclass(frozen=True, kw_only=True)
-class LiveTensor:
-    """A storage alive at the peak, described by the first tensor that was seen on it, and the op that
-    returned that."""
-
-    num_bytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    op: str
-
-
 class _Record:
     """One storage. `num_bytes` follows in-place resizing; `counted` is False for baseline storages."""
 
-    __slots__ = ("counted", "num_bytes", "order", "ref", "what")
+    __slots__ = ("counted", "num_bytes", "ref")
 
-    def __init__(self, num_bytes: int, counted: bool, order: int, what: tuple[Any, ...] | None) -> None:
+    def __init__(self, num_bytes: int, counted: bool) -> None:
         self.num_bytes = num_bytes
         self.counted = counted
-        self.order = order
-        self.what = what
         self.ref: weakref.ref[torch.UntypedStorage] | None = None
 
 
@@ -65,7 +51,6 @@ class LiveBytes(TorchDispatchMode):
     Args:
         exclude: Tensors that are alive already (weights, inputs), to be listed in `baseline_bytes` from the
             start.
-        record: Keep a log of allocations, for `peak_contributors`. Costs about 200 bytes an op.
         host: Of the model; its slabs count as baseline: `host.held_bytes` is their own count. Device and host
             bytes can so be told apart where both are fake tensors on a CPU.
 
@@ -76,28 +61,19 @@ class LiveBytes(TorchDispatchMode):
         baseline_bytes: Bytes of the storages that were there before, as far as they were passed or met.
     """
 
-    def __init__(
-        self,
-        exclude: Iterable[Tensor] = (),
-        *,
-        record: bool = False,
-        host: HostMemory | None = None,
-    ) -> None:
+    def __init__(self, exclude: Iterable[Tensor] = (), *, host: HostMemory | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._host = host
         self.current_bytes = 0
         self.peak_bytes = 0
         self.baseline_bytes = 0
         self._records: dict[int, _Record] = {}
-        self._log: list[tuple[int, int, tuple[Any, ...] | None]] | None = [] if record else None
-        self._peak_at = 0
-        self._num_seen = 0
         self._real_resizes: list[Any] = []
         for tensor in exclude:
             for plain in _plain_tensors(tensor):
                 storage = plain.untyped_storage()
                 if storage._cdata not in self._records:
-                    self._add(storage, plain, counted=False, op="")
+                    self._add(storage, counted=False)
 
     def __enter__(self) -> LiveBytes:
         real: Any = torch.UntypedStorage.resize_
@@ -121,26 +97,6 @@ class LiveBytes(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Start a new peak from what is alive now."""
         self.peak_bytes = self.current_bytes
-        if self._log is not None:
-            self._peak_at = len(self._log)
-
-    def peak_contributors(self, num_largest: int = 10) -> list[LiveTensor]:
-        """The largest storages alive at the peak, largest first. Needs `record=True`."""
-        if self._log is None:
-            raise ValueError(
-                "peak_contributors needs the log of allocations: write LiveBytes(..., record=True)"
-            )
-        alive: dict[int, tuple[int, tuple[Any, ...]]] = {}
-        for order, num_bytes, what in self._log[: self._peak_at]:
-            if what is None:
-                alive.pop(order, None)
-            else:
-                alive[order] = (num_bytes, what)
-        largest = sorted(alive.values(), key=lambda entry: -entry[0])[:num_largest]
-        return [
-            LiveTensor(num_bytes=num_bytes, shape=tuple(what[0]), dtype=what[1], op=str(what[2]))
-            for num_bytes, what in largest
-        ]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -158,14 +114,12 @@ class LiveBytes(TorchDispatchMode):
                 }
             slab = self._host is not None and self._host.allocating
             # An unknown storage that the op was given is older than this mode: an input, or a view of one.
-            self._add(storage, tensor, counted=storage._cdata not in before and not slab, op=str(func))
+            self._add(storage, counted=storage._cdata not in before and not slab)
         return out
 
-    def _add(self, storage: torch.UntypedStorage, tensor: Tensor, *, counted: bool, op: str) -> None:
+    def _add(self, storage: torch.UntypedStorage, *, counted: bool) -> None:
         key = storage._cdata
-        what = (tensor.shape, tensor.dtype, op) if self._log is not None else None
-        record = _Record(storage.nbytes(), counted, self._num_seen, what)
-        self._num_seen += 1
+        record = _Record(storage.nbytes(), counted)
         self._records[key] = record
         # torch keeps one Python object per storage for as long as the storage lives, so its death is the
         # storage's.
@@ -184,11 +138,7 @@ class LiveBytes(TorchDispatchMode):
             self.baseline_bytes += grown
             return
         self.current_bytes += grown
-        if self._log is not None:
-            self._log.append((record.order, record.num_bytes, record.what))
-        if self.current_bytes > self.peak_bytes:
-            self.peak_bytes = self.current_bytes
-            self._peak_at = len(self._log) if self._log is not None else 0
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
 
     def _remove(self, key: int, record: _Record) -> None:
         if self._records.get(key) is record:  # the address may have been taken by a new storage
@@ -197,8 +147,6 @@ class LiveBytes(TorchDispatchMode):
             self.baseline_bytes -= record.num_bytes
             return
         self.current_bytes -= record.num_bytes
-        if self._log is not None:
-            self._log.append((record.order, 0, None))
 
 
 def _forget(self_ref: weakref.ref[LiveBytes], key: int, record: _Record, _: object) -> None:

@@ -9,9 +9,9 @@ from torch import distributed, nn
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.sharding_ranks import RELEASED
-from chunkdist.memory import LiveBytes
 from chunkdist.memory.engine import Engine
 from chunkdist.memory.estimate import estimate_memory
+from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.model_sizes import ModelSizes
 from tests.distributed.cases import Case, shard_fsdp2
 from tests.models import batch, tiny_llama, with_lora

@@ -14,11 +14,11 @@ from transformers.models.qwen3_5 import Qwen3_5TextConfig
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.attention.varlen import SCRATCH_BYTES
-from chunkdist.memory import LiveBytes
 from chunkdist.memory.estimate import estimate_memory
 from chunkdist.memory.fake import fake_model
+from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.model_sizes import ModelSizes
-from chunkdist.modeling import chunk_report, model_sizes
+from chunkdist.modeling import model_sizes
 from tests.models import with_lora
 
 
@@ -100,19 +100,18 @@ def hybrid() -> Iterator[tuple[Any, ChunkConfig, dict[int, int]]]:
 
 def test_states_at_the_starts_of_chunks(hybrid: tuple[Any, ChunkConfig, dict[int, int]]) -> None:
     model, config, peaks = hybrid
-    report = chunk_report(model)
-    assert report.state is not None
+    sizes = model_sizes(model)
     recurrent, convolution = 4 * 128 * 128 * 4, (2 * 2 + 4) * 128 * 4 * 2
-    assert report.state.state_bytes == recurrent + convolution
-    assert (report.state.num_attention_layers, report.state.num_state_layers) == (1, 1)
-    estimates = {n: estimate_memory(model_sizes(model), config, num_tokens=n) for n in peaks}
+    state_bytes = [cell.state_bytes for cell in sizes.cells]
+    assert state_bytes == [recurrent + convolution, 0]
+    estimates = {n: estimate_memory(sizes, config, num_tokens=n) for n in peaks}
     for num_tokens, peak in peaks.items():
         assert estimates[num_tokens].step_bytes == pytest.approx(peak, rel=0.1)
     (fewer, low), (more, high) = sorted(peaks.items())
     inputs_and_grads = (
         3 * 512 * 2
     )  # docs/memory.md: n + 1 while a layer with state runs, here the first of two
-    expected = inputs_and_grads + report.state.state_bytes / config.chunk_size
+    expected = inputs_and_grads + state_bytes[0] / config.chunk_size
     assert (high - low) / (more - fewer) == pytest.approx(expected, rel=0.05)
 
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chunkdist.memory.live_bytes import LiveBytes, LiveTensor
+from chunkdist.memory.live_bytes import LiveBytes
 
 KIB = 1024
 
@@ -215,40 +215,6 @@ def test_the_order_of_the_modes_does_not_matter() -> None:
     assert inside.peak_bytes == outside.peak_bytes == 12 * KIB
     assert inside.current_bytes == outside.current_bytes == 4 * KIB
     del a, b
-
-
-class TestContributors:
-    def test_largest_at_the_peak(self) -> None:
-        with LiveBytes(record=True) as live:
-            early = kib(50)
-            del early
-            a = torch.empty(16, KIB, dtype=torch.bfloat16)
-            b = torch.empty(30, KIB)
-            del b
-            after = kib(20)
-        assert live.peak_contributors() == [
-            LiveTensor(
-                num_bytes=120 * KIB, shape=(30, KIB), dtype=torch.float32, op="aten.empty.memory_format"
-            ),
-            LiveTensor(
-                num_bytes=32 * KIB, shape=(16, KIB), dtype=torch.bfloat16, op="aten.empty.memory_format"
-            ),
-        ]
-        assert [tensor.num_bytes for tensor in live.peak_contributors(1)] == [120 * KIB]
-        del a, after
-
-    def test_they_add_up_to_the_peak(self) -> None:
-        model = tiny_llama()
-        ids = torch.zeros(1, 64, dtype=torch.long)
-        with LiveBytes(exclude=model.parameters(), record=True) as live:
-            model(ids, labels=ids, use_cache=False).loss.backward()
-        assert sum(tensor.num_bytes for tensor in live.peak_contributors(10**6)) == live.peak_bytes
-
-    def test_needs_the_log(self) -> None:
-        with LiveBytes() as live:
-            kib(1)
-        with pytest.raises(ValueError, match="record=True"):
-            live.peak_contributors()
 
 
 def test_an_exception_leaves_no_mode_behind() -> None:

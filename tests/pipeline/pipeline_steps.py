@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from chunkdist import ChunkConfig, IndependentSampler, UnsupportedModelError, chunk_model
-from chunkdist.memory import LiveBytes
+from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.pipeline import stage
 from chunkdist.pipeline.cell import StageCell
 from chunkdist.pipeline.stage_cut import cut_stages
