@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 
-_CARDS = ("rtx3090", "rtx4090", "l4", "a100", "h100", "h200")
-_ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+from chunkdist.memory.cards import CARDS
+from chunkdist.memory.engine import ENGINE_NAMES
 
 
 def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,11 +19,11 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="the YAML file of a training run")
-    parser.add_argument("--card", choices=_CARDS, default="rtx3090", help="default: rtx3090, 24 GiB")
+    parser.add_argument("--card", choices=list(CARDS), default="rtx3090", help="default: rtx3090, 24 GiB")
     parser.add_argument("--memory-gib", type=float, help="of the card, where it is another or a part of one")
     parser.add_argument("--host-gib", type=float, default=64.0, help="host memory of a rank; default: 64")
     parser.add_argument("--length", type=int, help="tokens of a row; default: max_length")
-    parser.add_argument("--engine", choices=_ENGINES, default="single", help="default: single")
+    parser.add_argument("--engine", choices=ENGINE_NAMES, default="single", help="default: single")
     parser.add_argument("--num-ranks", type=int, default=1, help="default: 1")
     parser.add_argument("--simulate", action="store_true", help="run the real code under fake tensors, too")
     parser.set_defaults(run=_plan)
@@ -33,7 +33,8 @@ def _plan(arguments: argparse.Namespace, options_given: list[str]) -> int:
     from rich.console import Console
 
     from chunkdist.integrations.arguments import parse_options
-    from chunkdist.plan import PlanOptions, run_plan
+    from chunkdist.plan import run_plan
+    from chunkdist.plan_options import PlanOptions
 
     names = ("card", "memory_gib", "host_gib", "length", "engine", "num_ranks", "simulate")
     asked = PlanOptions(**{name: getattr(arguments, name) for name in names})

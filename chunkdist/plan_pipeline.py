@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -13,9 +13,7 @@ from chunkdist.integrations.pipeline_batches import PipelineBatchSampler
 from chunkdist.integrations.pipeline_plan import PipelineQuestion
 from chunkdist.integrations.trl import build_trainer
 from chunkdist.memory.planner import usable_bytes
-
-if TYPE_CHECKING:
-    from chunkdist.plan import PlanOptions
+from chunkdist.plan_options import PlanOptions
 
 
 def run_pipeline_plan(
