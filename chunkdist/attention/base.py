@@ -40,6 +40,43 @@ class Span:
     k_end: int
 
 
+@dataclass(frozen=True)
+class AttentionRow:
+    """One row of a cell: what a kernel attends from and to.
+
+    Args:
+        q_TND: Queries of the chunk (T, N, D).
+        k_SKD, v_SKD: Keys and values that any of them sees (S, K, D).
+    """
+
+    q_TND: Tensor
+    k_SKD: Tensor
+    v_SKD: Tensor
+    spans: tuple[Span, ...]
+    variant: AttentionVariant
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_TND, self.k_SKD, self.v_SKD
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """What the backward of a row starts from.
+
+    Args:
+        grad_out_TND: Gradient of the output (T, N, D).
+        out_TND, lse_NT: The output (T, N, D) and the log-sum-exp (N, T) from which the gradients follow; the
+            caller may have changed them (attention sinks).
+        kv_grads: Gradients of K and V (S, K, D), of any dtype, to which those of this row are added.
+    """
+
+    grad_out_TND: Tensor
+    out_TND: Tensor
+    lse_NT: Tensor
+    kv_grads: tuple[Tensor, Tensor]
+
+
 class Backend(Protocol):
     """An attention kernel with its backward. Calls run without autograd; no mask is built, K and V are not
     copied."""
@@ -51,27 +88,11 @@ class Backend(Protocol):
         """`None` when this backend can do it, else the reason in a few words. Reads metadata of `q` only."""
         ...
 
-    def forward(
-        self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, row: AttentionRow) -> tuple[Tensor, Tensor]:
         """Returns the output (T, N, D) in q's dtype, and the log-sum-exp (N, T) of the scaled, capped
         scores."""
         ...
 
-    def backward(
-        self,
-        grad_out_TND: Tensor,
-        q_TND: Tensor,
-        k_SKD: Tensor,
-        v_SKD: Tensor,
-        out_TND: Tensor,
-        lse_NT: Tensor,
-        kv_grads: tuple[Tensor, Tensor],
-        spans: tuple[Span, ...],
-        variant: AttentionVariant,
-    ) -> Tensor:
-        """Returns dq (T, N, D) and adds the gradients of K and V to `kv_grads` (S, K, D), of any dtype.
-
-        They follow from the `out` and `lse` given, which the caller may have changed (attention sinks).
-        """
+    def backward(self, row: AttentionRow, given: RowGradient) -> Tensor:
+        """Returns dq (T, N, D), and adds the gradients of K and V to `given.kv_grads`."""
         ...

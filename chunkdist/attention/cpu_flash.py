@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from chunkdist.attention.base import AttentionVariant, Span
+from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient
 from chunkdist.attention.squares import backward_in_squares, forward_in_squares, heads_first
 
 MAX_CUTS, MIN_KEYS, MOSTLY_BUSY = 8, 256, 0.95
@@ -29,28 +29,11 @@ class CpuFlashBackend:
             return "it has no soft-cap"
         return None
 
-    def forward(
-        self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
-    ) -> tuple[Tensor, Tensor]:
-        kernel = partial(_run_forward, scale=variant.scale)
-        return forward_in_squares(kernel, q_TND, k_SKD, v_SKD, spans)
+    def forward(self, row: AttentionRow) -> tuple[Tensor, Tensor]:
+        return forward_in_squares(partial(_run_forward, scale=row.variant.scale), row)
 
-    def backward(
-        self,
-        grad_out_TND: Tensor,
-        q_TND: Tensor,
-        k_SKD: Tensor,
-        v_SKD: Tensor,
-        out_TND: Tensor,
-        lse_NT: Tensor,
-        kv_grads: tuple[Tensor, Tensor],
-        spans: tuple[Span, ...],
-        variant: AttentionVariant,
-    ) -> Tensor:
-        kernel = partial(_run_backward, scale=variant.scale)
-        return backward_in_squares(
-            kernel, grad_out_TND, q_TND, k_SKD, v_SKD, out_TND, lse_NT, kv_grads, spans
-        )
+    def backward(self, row: AttentionRow, given: RowGradient) -> Tensor:
+        return backward_in_squares(partial(_run_backward, scale=row.variant.scale), row, given)
 
 
 def _run_forward(

@@ -23,6 +23,7 @@ None of this is promised, so the first use on a device is checked against `math`
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from itertools import groupby
 
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from chunkdist.attention.base import AttentionVariant, Backend, Span
+from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, RowGradient, Span
 from chunkdist.attention.math import MathBackend
 from chunkdist.attention.squares import backward_in_squares, forward_in_squares, heads_first, joined
 from chunkdist.attention.varlen import (
@@ -71,62 +72,54 @@ class CudnnBackend:
             return f"it needs cuDNN {OLDEST_CUDNN}, this torch has {version or 'none'}"
         return why_wrong(q.device, q.dtype, q.shape[-1])
 
-    def forward(
-        self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
-    ) -> tuple[Tensor, Tensor]:
-        kernel = partial(_run_forward, scale=variant.scale)
-        q_TND = q_TND.contiguous()
-        parts = []
-        for fits, queries, keys, own in _by_kernel(spans):
-            row = (q_TND[queries], k_SKD[keys], v_SKD[keys])
-            forward = (
-                partial(forward_in_squares, kernel) if fits else partial(_OTHERS.forward, variant=variant)
-            )
-            parts.append(forward(*row, spans=own))
-        return joined(parts)
+    def forward(self, row: AttentionRow) -> tuple[Tensor, Tensor]:
+        kernel = partial(_run_forward, scale=row.variant.scale)
+        row = replace(row, q_TND=row.q_TND.contiguous())
+        return joined(
+            [
+                forward_in_squares(kernel, part) if fits else _OTHERS.forward(part)
+                for fits, part, _, _ in _by_kernel(row)
+            ]
+        )
 
-    def backward(
-        self,
-        grad_out_TND: Tensor,
-        q_TND: Tensor,
-        k_SKD: Tensor,
-        v_SKD: Tensor,
-        out_TND: Tensor,
-        lse_NT: Tensor,
-        kv_grads: tuple[Tensor, Tensor],
-        spans: tuple[Span, ...],
-        variant: AttentionVariant,
-    ) -> Tensor:
-        kernel = partial(_run_backward, scale=variant.scale)
-        grad_out_TND, q_TND, out_TND = (x.contiguous() for x in (grad_out_TND, q_TND, out_TND))
-        dq_TND = torch.empty_like(q_TND)
-        for fits, queries, keys, own in _by_kernel(spans):
-            row = (grad_out_TND[queries], q_TND[queries], k_SKD[keys], v_SKD[keys])
-            given = (out_TND[queries], lse_NT[:, queries], (kv_grads[0][keys], kv_grads[1][keys]))
+    def backward(self, row: AttentionRow, given: RowGradient) -> Tensor:
+        kernel = partial(_run_backward, scale=row.variant.scale)
+        row = replace(row, q_TND=row.q_TND.contiguous())
+        grad_out_TND, out_TND = given.grad_out_TND.contiguous(), given.out_TND.contiguous()
+        dk_SKD, dv_SKD = given.kv_grads
+        dq_TND = torch.empty_like(row.q_TND)
+        for fits, part, queries, keys in _by_kernel(row):
+            own = RowGradient(
+                grad_out_TND[queries],
+                out_TND[queries],
+                given.lse_NT[:, queries],
+                (dk_SKD[keys], dv_SKD[keys]),
+            )
             if fits:
-                of_heads = partial(backward_in_squares, kernel, spans=own)
-                dq_TND[queries] = in_head_parts(of_heads, *row, *given, most_bytes=self._most_bytes)
+                squares = partial(backward_in_squares, kernel)
+                dq_TND[queries] = in_head_parts(squares, part, own, most_bytes=self._most_bytes)
             else:
-                dq_TND[queries] = _OTHERS.backward(*row, *given, own, variant)
+                dq_TND[queries] = _OTHERS.backward(part, own)
         return dq_TND
 
 
 _OTHERS = VarlenBackend()
 
 
-def _by_kernel(spans: tuple[Span, ...]) -> Iterator[tuple[bool, slice, slice, tuple[Span, ...]]]:
-    """Neighbours together that cuDNN takes, or does not: their queries, their keys, and the spans counted
-    from the first of both."""
+def _by_kernel(row: AttentionRow) -> Iterator[tuple[bool, AttentionRow, slice, slice]]:
+    """The row in parts that cuDNN takes, or does not, each with its queries and keys in the row."""
 
     def fits(span: Span) -> bool:
         num_queries = span.q_end - span.q_start
         return num_queries % MULTIPLE == 0 and (span.k_end - span.k_start) % MULTIPLE == 0
 
-    for is_for_cudnn, neighbours in groupby(spans, key=fits):
+    for is_for_cudnn, neighbours in groupby(row.spans, key=fits):
         own = tuple(neighbours)
         q, k = own[0].q_start, own[0].k_start
         moved = tuple(Span(s.q_start - q, s.q_end - q, s.k_start - k, s.k_end - k) for s in own)
-        yield is_for_cudnn, slice(q, own[-1].q_end), slice(k, own[-1].k_end), moved
+        queries, keys = slice(q, own[-1].q_end), slice(k, own[-1].k_end)
+        part = AttentionRow(row.q_TND[queries], row.k_SKD[keys], row.v_SKD[keys], moved, row.variant)
+        yield is_for_cudnn, part, queries, keys
 
 
 def _run_forward(
@@ -192,8 +185,9 @@ def _small_case(backend: Backend, q: Tensor, k: Tensor, v: Tensor, grad_out: Ten
     """128 queries after 256 keys, and a sequence of 128."""
     spans = (Span(0, 128, 0, 384), Span(128, 256, 384, 512))
     variant = AttentionVariant(scale=q.shape[-1] ** -0.5)
-    out, lse = backend.forward(q, k, v, spans, variant)
+    row = AttentionRow(q, k, v, spans, variant)
+    out, lse = backend.forward(row)
     wide = torch.promote_types(q.dtype, torch.float32)
     kv_grads = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-    dq = backend.backward(grad_out, q, k, v, out, lse, kv_grads, spans, variant)
+    dq = backend.backward(row, RowGradient(grad_out, out, lse, kv_grads))
     return [out, lse, dq, *kv_grads]

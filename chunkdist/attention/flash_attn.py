@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from chunkdist.attention.base import AttentionVariant, Span
+from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient
 from chunkdist.attention.varlen import (
     in_head_parts,
     must_be_deterministic,
@@ -40,10 +39,9 @@ class FlashAttnBackend:
     def why_not(self, q: Tensor, variant: AttentionVariant) -> str | None:
         return why_no_kernel(q) or _why_no_package()
 
-    def forward(
-        self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
-    ) -> tuple[Tensor, Tensor]:
-        packed = pack(q_TND, spans, variant.window)
+    def forward(self, row: AttentionRow) -> tuple[Tensor, Tensor]:
+        q_TND, k_SKD, v_SKD = row.qkv
+        packed = pack(row)
         interface = importlib.import_module("flash_attn.flash_attn_interface")
         out_TND, lse_NT, *_ = interface._flash_attn_varlen_forward(
             q_TND,
@@ -54,54 +52,31 @@ class FlashAttnBackend:
             packed.max_q,
             packed.max_k,
             dropout_p=0.0,
-            softmax_scale=variant.scale,
-            causal=variant.window is None,
-            window_size_left=window_left(variant),
+            softmax_scale=row.variant.scale,
+            causal=row.variant.window is None,
+            window_size_left=window_left(row.variant),
             window_size_right=0,
-            softcap=variant.softcap or 0.0,
+            softcap=row.variant.softcap or 0.0,
         )
         return out_TND, lse_NT
 
-    def backward(
-        self,
-        grad_out_TND: Tensor,
-        q_TND: Tensor,
-        k_SKD: Tensor,
-        v_SKD: Tensor,
-        out_TND: Tensor,
-        lse_NT: Tensor,
-        kv_grads: tuple[Tensor, Tensor],
-        spans: tuple[Span, ...],
-        variant: AttentionVariant,
-    ) -> Tensor:
-        of_heads = partial(self._backward, spans=spans, variant=variant)
-        return in_head_parts(of_heads, grad_out_TND, q_TND, k_SKD, v_SKD, out_TND, lse_NT, kv_grads)
+    def backward(self, row: AttentionRow, given: RowGradient) -> Tensor:
+        return in_head_parts(self._backward, row, given)
 
-    def _backward(
-        self,
-        grad_out_TND: Tensor,
-        q_TND: Tensor,
-        k_SKD: Tensor,
-        v_SKD: Tensor,
-        out_TND: Tensor,
-        lse_NT: Tensor,
-        kv_grads: tuple[Tensor, Tensor],
-        *,
-        spans: tuple[Span, ...],
-        variant: AttentionVariant,
-    ) -> Tensor:
-        packed = pack(q_TND, spans, variant.window)
+    def _backward(self, row: AttentionRow, given: RowGradient) -> Tensor:
+        q_TND, k_SKD, v_SKD = row.qkv
+        packed = pack(row)
         seen = slice(packed.first_key, None)
         dq_TND, dk, dv = (torch.empty_like(x) for x in (q_TND, k_SKD[seen], v_SKD[seen]))
-        workspace = simulated_workspace(q_TND, k_SKD[seen], len(spans))
+        workspace = simulated_workspace(q_TND, k_SKD[seen], len(row.spans))
         interface = importlib.import_module("flash_attn.flash_attn_interface")
         interface._flash_attn_varlen_backward(
-            grad_out_TND,
+            given.grad_out_TND,
             q_TND,
             k_SKD[seen],
             v_SKD[seen],
-            out_TND,
-            readable_lse(lse_NT, q_TND),
+            given.out_TND,
+            readable_lse(given.lse_NT, q_TND),
             dq_TND,
             dk,
             dv,
@@ -110,16 +85,16 @@ class FlashAttnBackend:
             packed.max_q,
             packed.max_k,
             dropout_p=0.0,
-            softmax_scale=variant.scale,
-            causal=variant.window is None,
-            window_size_left=window_left(variant),
+            softmax_scale=row.variant.scale,
+            causal=row.variant.window is None,
+            window_size_left=window_left(row.variant),
             window_size_right=0,
-            softcap=variant.softcap or 0.0,
+            softcap=row.variant.softcap or 0.0,
             alibi_slopes=None,
             deterministic=must_be_deterministic(),
         )
         del workspace
-        for total, grad in zip(kv_grads, (dk, dv), strict=True):
+        for total, grad in zip(given.kv_grads, (dk, dv), strict=True):
             total[seen] += grad
         return dq_TND
 

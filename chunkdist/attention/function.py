@@ -5,7 +5,6 @@ B rows, T tokens of the chunk, S of the keys it sees, N query heads, K kv heads,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from chunkdist.attention import AttentionChoice
-from chunkdist.attention.base import AttentionVariant, Backend, Span
+from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, RowGradient, Span
 from chunkdist.attention.mask import ChunkMask
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.kv_store import KVStore
@@ -236,9 +235,8 @@ class _ChunkAttention(torch.autograd.Function):
         with without_autocast(q_BTND.device.type):
             for row, q_TND in enumerate(q_BTND):
                 origin, spans = cell.visible(row, variant.window, block)
-                out_TND, lse_NT = backend.forward(
-                    q_TND, *store.read(row, origin, cell.chunk.end), spans, variant
-                )
+                keys_and_values = store.read(row, origin, cell.chunk.end)
+                out_TND, lse_NT = backend.forward(AttentionRow(q_TND, *keys_and_values, spans, variant))
                 if sink_N is not None:
                     lse_with_sink = torch.logaddexp(lse_NT, sink_N.to(lse_NT.dtype)[:, None])
                     out_TND = (out_TND * torch.exp(lse_NT - lse_with_sink).T[..., None]).to(out_TND.dtype)
@@ -261,15 +259,10 @@ class _ChunkAttention(torch.autograd.Function):
             for row, q_TND in enumerate(q_BTND):
                 origin, spans = cell.visible(row, ctx.variant.window, ctx.block)
                 with store.grads_from(cell.chunk, row, origin) as kv_grads:
+                    keys_and_values = store.read(row, origin, cell.chunk.end)
                     dq_TND = ctx.backend.backward(
-                        grad_out_BTND[row],
-                        q_TND,
-                        *store.read(row, origin, cell.chunk.end),
-                        out_BTND[row],
-                        lse_BNT[row],
-                        kv_grads,
-                        spans,
-                        ctx.variant,
+                        AttentionRow(q_TND, *keys_and_values, spans, ctx.variant),
+                        RowGradient(grad_out_BTND[row], out_BTND[row], lse_BNT[row], kv_grads),
                     )
                 dqs.append(dq_TND)
         own_grads = store.grads_of(cell.chunk)
@@ -285,6 +278,3 @@ class _ChunkAttention(torch.autograd.Function):
 
 def _stack(rows: list[Tensor]) -> Tensor:
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
-
-
-AttentionFunction = Callable[..., tuple[Tensor, None]]

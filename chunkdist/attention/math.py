@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from chunkdist.attention.base import AttentionVariant, Span
+from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient, Span
 
 TILE_TOKENS = 512
 
@@ -23,14 +23,14 @@ class MathBackend:
     def why_not(self, q: Tensor, variant: AttentionVariant) -> str | None:
         return None
 
-    def forward(
-        self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, row: AttentionRow) -> tuple[Tensor, Tensor]:
+        q_TND, k_SKD, v_SKD = row.qkv
+        variant = row.variant
         num_tokens, num_heads, _ = q_TND.shape
         dtype = _sum_dtype(q_TND)
         out_NTD = q_TND.new_zeros((num_heads, num_tokens, v_SKD.shape[-1]), dtype=dtype)
         lse_NT = q_TND.new_full((num_heads, num_tokens), -torch.inf, dtype=dtype)
-        for q_tile, k_tile, offset in _tiles(spans, variant.window):
+        for q_tile, k_tile, offset in _tiles(row.spans, variant.window):
             q_KGtD = _by_kv_head(q_TND[q_tile], k_SKD.shape[1]).to(dtype)
             scores_KGts = _scores(q_KGtD, k_SKD[k_tile].to(dtype), offset, variant)[0]
             tile_lse = scores_KGts.logsumexp(-1)
@@ -47,24 +47,15 @@ class MathBackend:
             lse_NT[:, q_tile] = lse
         return out_NTD.transpose(0, 1).to(q_TND.dtype), lse_NT
 
-    def backward(
-        self,
-        grad_out_TND: Tensor,
-        q_TND: Tensor,
-        k_SKD: Tensor,
-        v_SKD: Tensor,
-        out_TND: Tensor,
-        lse_NT: Tensor,
-        kv_grads: tuple[Tensor, Tensor],
-        spans: tuple[Span, ...],
-        variant: AttentionVariant,
-    ) -> Tensor:
+    def backward(self, row: AttentionRow, given: RowGradient) -> Tensor:
+        q_TND, k_SKD, v_SKD = row.qkv
+        grad_out_TND, lse_NT, variant = given.grad_out_TND, given.lse_NT, row.variant
         dtype = _sum_dtype(q_TND)
         num_kv_heads = k_SKD.shape[1]
-        dk_SKD, dv_SKD = kv_grads
+        dk_SKD, dv_SKD = given.kv_grads
         dq_TND = torch.zeros_like(q_TND, dtype=dtype)
-        row_dot_TN = (grad_out_TND.to(dtype) * out_TND.to(dtype)).sum(-1)
-        for q_tile, k_tile, offset in _tiles(spans, variant.window):
+        row_dot_TN = (grad_out_TND.to(dtype) * given.out_TND.to(dtype)).sum(-1)
+        for q_tile, k_tile, offset in _tiles(row.spans, variant.window):
             q_KGtD = _by_kv_head(q_TND[q_tile], num_kv_heads).to(dtype)
             do_KGtD = _by_kv_head(grad_out_TND[q_tile], num_kv_heads).to(dtype)
             k_K1sD = k_SKD[k_tile].to(dtype).transpose(0, 1)[:, None]

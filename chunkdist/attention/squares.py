@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from chunkdist.attention.base import Span
+from chunkdist.attention.base import AttentionRow, RowGradient, Span
 
 
 class ForwardKernel(Protocol):
@@ -40,36 +40,25 @@ class BackwardKernel(Protocol):
     ) -> tuple[Sequence[Tensor], Tensor, Tensor]: ...
 
 
-def forward_in_squares(
-    kernel: ForwardKernel, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: Sequence[Span]
-) -> tuple[Tensor, Tensor]:
+def forward_in_squares(kernel: ForwardKernel, row: AttentionRow) -> tuple[Tensor, Tensor]:
     """As `Backend.forward`."""
-    return joined([_forward_span(kernel, q_TND, k_SKD, v_SKD, span) for span in spans])
+    return joined([_forward_span(kernel, *row.qkv, span) for span in row.spans])
 
 
-def backward_in_squares(
-    kernel: BackwardKernel,
-    grad_out_TND: Tensor,
-    q_TND: Tensor,
-    k_SKD: Tensor,
-    v_SKD: Tensor,
-    out_TND: Tensor,
-    lse_NT: Tensor,
-    kv_grads: tuple[Tensor, Tensor],
-    spans: Sequence[Span],
-) -> Tensor:
+def backward_in_squares(kernel: BackwardKernel, row: AttentionRow, given: RowGradient) -> Tensor:
     """As `Backend.backward`."""
+    q_TND, k_SKD, v_SKD = row.qkv
     dq_TND = torch.zeros_like(q_TND)
-    for span in spans:
+    for span in row.spans:
         queries, prefix, own = _parts(span)
-        merged = out_TND[queries], lse_NT[:, queries]
+        merged = given.out_TND[queries], given.lse_NT[:, queries]
         for keys, causal in ((own, True), (prefix, False)):
             if keys is None:
                 continue
             dqs, *dkv = kernel(
-                grad_out_TND[queries], q_TND[queries], k_SKD[keys], v_SKD[keys], *merged, causal=causal
+                given.grad_out_TND[queries], q_TND[queries], k_SKD[keys], v_SKD[keys], *merged, causal=causal
             )
-            for total, grad in zip(kv_grads, dkv, strict=True):
+            for total, grad in zip(given.kv_grads, dkv, strict=True):
                 total[keys] += grad
             for dq in dqs:
                 dq_TND[queries] += dq

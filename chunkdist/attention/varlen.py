@@ -18,7 +18,7 @@ the kernels of flash-attn 2:
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple, cast
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from chunkdist.attention.base import AttentionVariant, Span
+from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient
 
 MAX_HEAD_DIM = 256
 SCRATCH_BYTES = 2**29
@@ -53,10 +53,9 @@ class VarlenBackend:
             return f"its backward has no head dim {q.shape[-1]} on compute capability {major}.{minor}"
         return None
 
-    def forward(
-        self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, spans: tuple[Span, ...], variant: AttentionVariant
-    ) -> tuple[Tensor, Tensor]:
-        packed = pack(q_TND, spans, variant.window)
+    def forward(self, row: AttentionRow) -> tuple[Tensor, Tensor]:
+        q_TND, k_SKD, v_SKD = row.qkv
+        packed = pack(row)
         out_TND, lse_NT, *_ = torch.ops.aten._flash_attention_forward(
             q_TND,
             k_SKD[packed.first_key :],
@@ -66,84 +65,57 @@ class VarlenBackend:
             packed.max_q,
             packed.max_k,
             0.0,
-            variant.window is None,
+            row.variant.window is None,
             False,
-            scale=variant.scale,
-            window_size_left=window_left(variant),
+            scale=row.variant.scale,
+            window_size_left=window_left(row.variant),
             window_size_right=0,
         )
         return out_TND, lse_NT
 
-    def backward(
-        self,
-        grad_out_TND: Tensor,
-        q_TND: Tensor,
-        k_SKD: Tensor,
-        v_SKD: Tensor,
-        out_TND: Tensor,
-        lse_NT: Tensor,
-        kv_grads: tuple[Tensor, Tensor],
-        spans: tuple[Span, ...],
-        variant: AttentionVariant,
-    ) -> Tensor:
-        of_heads = partial(self._backward, spans=spans, variant=variant)
-        return in_head_parts(of_heads, grad_out_TND, q_TND, k_SKD, v_SKD, out_TND, lse_NT, kv_grads)
+    def backward(self, row: AttentionRow, given: RowGradient) -> Tensor:
+        return in_head_parts(self._backward, row, given)
 
-    def _backward(
-        self,
-        grad_out_TND: Tensor,
-        q_TND: Tensor,
-        k_SKD: Tensor,
-        v_SKD: Tensor,
-        out_TND: Tensor,
-        lse_NT: Tensor,
-        kv_grads: tuple[Tensor, Tensor],
-        *,
-        spans: tuple[Span, ...],
-        variant: AttentionVariant,
-    ) -> Tensor:
-        packed = pack(q_TND, spans, variant.window)
+    def _backward(self, row: AttentionRow, given: RowGradient) -> Tensor:
+        q_TND, k_SKD, v_SKD = row.qkv
+        packed = pack(row)
         keys = k_SKD[packed.first_key :]
-        workspace = simulated_workspace(q_TND, keys, len(spans))
+        workspace = simulated_workspace(q_TND, keys, len(row.spans))
         dq_TND, dk, dv = torch.ops.aten._flash_attention_backward(
-            grad_out_TND,
+            given.grad_out_TND,
             q_TND,
             keys,
             v_SKD[packed.first_key :],
-            out_TND,
-            readable_lse(lse_NT, q_TND),
+            given.out_TND,
+            readable_lse(given.lse_NT, q_TND),
             packed.cu_q,
             packed.cu_k,
             packed.max_q,
             packed.max_k,
             0.0,
-            variant.window is None,
+            row.variant.window is None,
             torch.empty(2, dtype=torch.uint64, device=q_TND.device),
             torch.empty((), dtype=torch.uint64, device=q_TND.device),
-            scale=variant.scale,
-            window_size_left=window_left(variant),
+            scale=row.variant.scale,
+            window_size_left=window_left(row.variant),
             window_size_right=0,
         )
         del workspace
-        for total, grad in zip(kv_grads, (dk, dv), strict=True):
+        for total, grad in zip(given.kv_grads, (dk, dv), strict=True):
             total[packed.first_key :] += grad
         return cast(Tensor, dq_TND)
 
 
 def in_head_parts(
-    backward: Callable[..., Tensor],
-    grad_out_TND: Tensor,
-    q_TND: Tensor,
-    k_SKD: Tensor,
-    v_SKD: Tensor,
-    out_TND: Tensor,
-    lse_NT: Tensor,
-    kv_grads: tuple[Tensor, Tensor],
+    backward: Callable[[AttentionRow, RowGradient], Tensor],
+    row: AttentionRow,
+    given: RowGradient,
     *,
     most_bytes: int | None = None,
 ) -> Tensor:
     """A backend's `backward` of some of the kv heads and their query heads at a time, so that what the kernel
     allocates for itself stays within `most_bytes`; `None`: `SCRATCH_BYTES`."""
+    q_TND, k_SKD, v_SKD = row.qkv
     (num_keys, num_kv_heads, head_dim), num_heads = k_SKD.shape, q_TND.shape[1]
     group = num_heads // num_kv_heads
     scratch_bytes = 2 * num_keys * group * head_dim * k_SKD.element_size()  # of one kv head
@@ -152,9 +124,14 @@ def in_head_parts(
     for first in range(0, num_kv_heads, at_once):
         kv = slice(first, first + at_once)
         q = slice(first * group, (first + at_once) * group)
-        k_part, v_part = k_SKD[:, kv], v_SKD[:, kv]
-        grads = kv_grads[0][:, kv], kv_grads[1][:, kv]
-        dqs.append(backward(grad_out_TND[:, q], q_TND[:, q], k_part, v_part, out_TND[:, q], lse_NT[q], grads))
+        part = replace(row, q_TND=q_TND[:, q], k_SKD=k_SKD[:, kv], v_SKD=v_SKD[:, kv])
+        dk_SKD, dv_SKD = given.kv_grads
+        kv_grads = dk_SKD[:, kv], dv_SKD[:, kv]
+        dqs.append(
+            backward(
+                part, RowGradient(given.grad_out_TND[:, q], given.out_TND[:, q], given.lse_NT[q], kv_grads)
+            )
+        )
     return dqs[0] if len(dqs) == 1 else torch.cat(dqs, dim=1)
 
 
@@ -168,12 +145,13 @@ class Packing(NamedTuple):
     max_k: int
 
 
-def pack(q: Tensor, spans: tuple[Span, ...], window: int | None) -> Packing:
+def pack(row: AttentionRow) -> Packing:
     """Cumulative lengths, (num_spans + 1,) int32 each, on q's device.
 
     Keys before the first span, or before the window of its first query, are cut off by a view: the kernels
     would leave their gradients unwritten, or sweep over them in vain.
     """
+    q, spans, window = row.q_TND, row.spans, row.variant.window
     first = spans[0]
     first_key = first.k_start
     if window is not None:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from chunkdist.attention import AttentionChoice
-from chunkdist.attention.base import AttentionVariant, Backend
+from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, RowGradient
 from chunkdist.attention.varlen import SCRATCH_BYTES, VarlenBackend, why_no_kernel
 from chunkdist.config import AttentionName, ChunkConfig
 from chunkdist.memory.fake import without_triton_kernels
@@ -191,19 +191,19 @@ class _Counted:
     def why_not(self, q: Tensor, variant: AttentionVariant) -> str | None:
         return self._inner.why_not(q, variant)
 
-    def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
-        return self._inner.forward(*args)
+    def forward(self, row: AttentionRow) -> tuple[Tensor, Tensor]:
+        return self._inner.forward(row)
 
-    def backward(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+    def backward(self, row: AttentionRow, given: RowGradient) -> Tensor:
         watch = self._watch
         number, chunk = watch.running[-1]
         watch.note_peak()
         seen, before = watch.seen[number, chunk], watch.live.current_bytes
         seen.attention = before - seen.base
-        numbers = (k.numel() + v.numel()) // k.shape[0]
-        watch.kv[number] = numbers * k.element_size(), numbers, k.shape[1]
+        numbers = (row.k_SKD.numel() + row.v_SKD.numel()) // row.k_SKD.shape[0]
+        watch.kv[number] = numbers * row.k_SKD.element_size(), numbers, row.k_SKD.shape[1]
         watch.live.reset_peak()
-        result = self._inner.backward(grad_out, q, k, v, *args)
+        result = self._inner.backward(row, given)
         seen.workspace = watch.live.peak_bytes - before
         watch.live.reset_peak()
         return result

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chunkdist.attention.base import AttentionVariant, Span
+from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient, Span
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -128,13 +128,13 @@ def dense(case: Case, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> dict
 def run(backend: Any, case: Case, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
     """The same by a backend; sinks as its caller adds them."""
     with torch.no_grad():
-        out, lse = backend.forward(q, k, v, case.spans, case.variant)
+        out, lse = backend.forward(row := AttentionRow(q, k, v, case.spans, case.variant))
         used_lse, used_out = lse, out
         if case.sinks:
             used_lse = torch.logaddexp(lse, case.sink(q))
             used_out = (out * torch.exp(lse - used_lse).T[..., None]).to(out.dtype)
         dk, dv = (torch.zeros_like(x, dtype=accumulator(q)) for x in (k, v))
-        dq = backend.backward(grad_out, q, k, v, used_out, used_lse, (dk, dv), case.spans, case.variant)
+        dq = backend.backward(row, RowGradient(grad_out, used_out, used_lse, (dk, dv)))
     return {"out": used_out, "lse": lse, "dq": dq, "dk": dk.to(k.dtype), "dv": dv.to(v.dtype)}
 
 
@@ -161,18 +161,13 @@ def run_in_chunks(
     dk, dv = (torch.zeros_like(x, dtype=accumulator(q)) for x in (k, v))
     with torch.no_grad():
         for tokens, keys, values, spans in chunks:
-            out[tokens], lse[:, tokens] = backend.forward(q[tokens], keys, values, spans, case.variant)
+            row = AttentionRow(q[tokens], keys, values, spans, case.variant)
+            out[tokens], lse[:, tokens] = backend.forward(row)
         for tokens, keys, values, spans in reversed(chunks):
+            kv_grads = dk[: tokens.stop], dv[: tokens.stop]
             dq[tokens] = backend.backward(
-                grad_out[tokens],
-                q[tokens],
-                keys,
-                values,
-                out[tokens],
-                lse[:, tokens],
-                (dk[: tokens.stop], dv[: tokens.stop]),
-                spans,
-                case.variant,
+                AttentionRow(q[tokens], keys, values, spans, case.variant),
+                RowGradient(grad_out[tokens], out[tokens], lse[:, tokens], kv_grads),
             )
     return {"out": out, "lse": lse, "dq": dq, "dk": dk.to(k.dtype), "dv": dv.to(v.dtype)}
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
 from chunkdist.attention import cudnn, varlen
-from chunkdist.attention.base import AttentionVariant
+from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient
 from chunkdist.attention.cudnn import CudnnBackend, why_wrong
 from chunkdist.attention.math import MathBackend
 from tests.attention import cudnn_standin as standin
@@ -265,9 +265,9 @@ def test_fake_tensors_run_without_a_gpu() -> None:
     with FakeTensorMode(), torch.no_grad():
         q, k, v, grad_out = (torch.empty(x.shape, dtype=torch.bfloat16) for x in case.tensors(torch.bfloat16))
         assert BACKEND.why_not(q, PLAIN) is None
-        out, lse = BACKEND.forward(q, k, v, case.spans, case.variant)
+        out, lse = BACKEND.forward(row := AttentionRow(q, k, v, case.spans, case.variant))
         kv_grads = torch.zeros_like(k), torch.zeros_like(v)
-        dq = BACKEND.backward(grad_out, q, k, v, out, lse, kv_grads, case.spans, case.variant)
+        dq = BACKEND.backward(row, RowGradient(grad_out, out, lse, kv_grads))
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, (4, 9), torch.float32)
     assert dq.shape == q.shape
 

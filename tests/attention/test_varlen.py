@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chunkdist.attention import varlen
-from chunkdist.attention.base import AttentionVariant
+from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient
 from chunkdist.attention.math import MathBackend
 from chunkdist.attention.varlen import VarlenBackend, pack, simulated_workspace
 from tests.attention import reference, standins
@@ -112,10 +112,10 @@ def test_a_merged_log_sum_exp_of_any_layout_is_read_right(install: Callable[...,
     case = CASES["prefix"]
     q, k, v, grad_out = case.tensors(torch.float64)
     with torch.no_grad():
-        out, lse = BACKEND.forward(q, k, v, case.spans, case.variant)
+        out, lse = BACKEND.forward(row := AttentionRow(q, k, v, case.spans, case.variant))
         kv_grads = torch.zeros_like(k), torch.zeros_like(v)
         other_layout = lse.T.contiguous().T
-        dq = BACKEND.backward(grad_out, q, k, v, out, other_layout, kv_grads, case.spans, case.variant)
+        dq = BACKEND.backward(row, RowGradient(grad_out, out, other_layout, kv_grads))
     expected = dense(case, q, k, v, grad_out)
     got = dict(zip(("dq", "dk", "dv"), (dq, *kv_grads), strict=True))
     assert_exact(got, {key: expected[key] for key in got})
@@ -147,9 +147,9 @@ def test_fake_tensors_run_without_a_gpu_and_count_the_kernels_workspace() -> Non
     with FakeTensorMode(), torch.no_grad():
         q, k, v, grad_out = (torch.empty(x.shape, dtype=torch.bfloat16) for x in case.tensors(torch.bfloat16))
         assert BACKEND.why_not(q, PLAIN) is None
-        out, lse = BACKEND.forward(q, k, v, case.spans, case.variant)
+        out, lse = BACKEND.forward(row := AttentionRow(q, k, v, case.spans, case.variant))
         kv_grads = torch.zeros_like(k), torch.zeros_like(v)
-        dq = BACKEND.backward(grad_out, q, k, v, out, lse, kv_grads, case.spans, case.variant)
+        dq = BACKEND.backward(row, RowGradient(grad_out, out, lse, kv_grads))
         workspace = simulated_workspace(q, k, 2)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, (4, 9), torch.float32)
     assert dq.shape == q.shape
@@ -159,7 +159,9 @@ def test_fake_tensors_run_without_a_gpu_and_count_the_kernels_workspace() -> Non
 
 
 def test_cumulative_lengths() -> None:
-    packed = pack(torch.empty(9, 1, 8), CASES["foreign keys"].spans, None)
+    case = CASES["foreign keys"]
+    q, k, v, _ = case.tensors(torch.float32)
+    packed = pack(AttentionRow(q, k, v, case.spans, case.variant))
     assert (packed.first_key, packed.max_q, packed.max_k) == (6, 5, 8)
     assert (packed.cu_q.tolist(), packed.cu_k.tolist()) == ([0, 5, 9], [0, 8, 12])
     assert packed.cu_q.dtype == packed.cu_k.dtype == torch.int32
