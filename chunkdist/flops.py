@@ -141,12 +141,12 @@ def num_active_parameters(model: nn.Module) -> int:
     num_all, per_token = num_experts(config), num_experts_per_token(config)
     total = 0.0
     for name, parameter in model.named_parameters():
-        shape = _shape(parameter)
+        shape = whole_shape(parameter)
         # PEFT keeps a frozen copy beside a module that it trains in full.
         if id(parameter) in looked_up or len(shape) < 2 or ".original_module." in name:
             continue
         share = per_token / num_all if num_all and per_token and ".experts." in f".{name}" else 1.0
-        total += share * torch.Size(shape).numel()
+        total += share * shape.numel()
     return round(total)
 
 
@@ -202,12 +202,12 @@ def _text_config(model: nn.Module) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
-def _shape(parameter: Tensor) -> tuple[int, ...]:
-    """The whole parameter's shape, where ZeRO-3 has taken the weights away or bitsandbytes packed them."""
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a whole parameter, where ZeRO-3 has taken the weights away or bitsandbytes has packed
+    them."""
     quant_state = getattr(parameter, "quant_state", None)
-    if quant_state is not None:
-        return tuple(quant_state.shape)
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    shape = getattr(parameter, "ds_shape", parameter.shape) if quant_state is None else quant_state.shape
+    return torch.Size(shape)
 
 
 def _first(config: Any, *names: str) -> int | None:

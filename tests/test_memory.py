@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.layer_group import GroupRun
-from chunkdist.memory.fake import fake_model
+from chunkdist.memory.fake_model import fake_model
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.modeling import host_memory
 

@@ -21,9 +21,8 @@ from chunkdist.attention import AttentionChoice
 from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, RowGradient
 from chunkdist.attention.varlen import SCRATCH_BYTES, VarlenBackend, why_no_kernel
 from chunkdist.config import AttentionName, ChunkConfig
-from chunkdist.memory.fake import without_triton_kernels
+from chunkdist.memory.fake_model import layer_kinds, twin_of, without_triton_kernels
 from chunkdist.memory.live_bytes import LiveBytes
-from chunkdist.memory.twin import layer_kinds, twin_of
 from chunkdist.model_layers import causal_lm_of, find_layers, mixer_of
 from chunkdist.replay import undisturbed_rng
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from chunkdist.config import AttentionName
-from chunkdist.flops import num_experts, num_experts_per_token
+from chunkdist.flops import num_experts, num_experts_per_token, whole_shape
 from chunkdist.lazy_logits import tiled_head
 from chunkdist.loss import tile_tokens
 from chunkdist.memory.cell_sizes import CellSizes, Line, StreamSizes, measure_cells
@@ -57,7 +57,7 @@ class Weights:
             + sum(_local_bytes(p) for p in unique if _is_packed(p)),
             whole_trainable_bytes=sum(_numel(p) * p.element_size() for p in trained),
             largest_bytes=max((_numel(p) * _unpacked_bytes(p) for p in unique), default=0),
-            factored_numbers=sum(sum(_whole_shape(p)) if p.ndim > 1 else _numel(p) for p in trained),
+            factored_numbers=sum(sum(whole_shape(p)) if p.ndim > 1 else _numel(p) for p in trained),
             is_quantised=any(_is_packed(p) for p in unique),
         )
 
@@ -231,14 +231,8 @@ def _unpacked_bytes(parameter: Tensor) -> int:
     return 2 if _is_packed(parameter) else parameter.element_size()
 
 
-def _whole_shape(parameter: Tensor) -> torch.Size:
-    quant_state = getattr(parameter, "quant_state", None)
-    shape = getattr(parameter, "ds_shape", parameter.shape) if quant_state is None else quant_state.shape
-    return torch.Size(shape)
-
-
 def _numel(parameter: Tensor) -> int:
-    return _whole_shape(parameter).numel()
+    return whole_shape(parameter).numel()
 
 
 def _local_bytes(parameter: Tensor) -> int:

@@ -7,23 +7,25 @@ holds. Models whose layers differ, steps with retained chunks, and ranks of FSDP
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
 from chunkdist.config import ChunkConfig
 from chunkdist.memory.cell_sizes import GpuAttention
 from chunkdist.memory.engine import SINGLE, Engine
-from chunkdist.memory.fake import without_triton_kernels
+from chunkdist.memory.fake_model import layer_kinds, twin_of, without_triton_kernels
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.model_sizes import ModelSizes
-from chunkdist.memory.simulate_fsdp2 import fake_ranks, shard_as_accelerate
-from chunkdist.memory.twin import layer_kinds, twin_of
 from chunkdist.model_layers import causal_lm_of, find_layers
 from chunkdist.replay import undisturbed_rng
 
@@ -111,7 +113,7 @@ def _run(
     from chunkdist.modeling import chunk_model, host_memory, layers_of
 
     with ExitStack() as stack:
-        mesh = stack.enter_context(fake_ranks(engine.num_ranks)) if engine.name == "fsdp2" else None
+        mesh = stack.enter_context(_fake_ranks(engine.num_ranks)) if engine.name == "fsdp2" else None
         stack.enter_context(_disable_current_modes())
         stack.enter_context(undisturbed_rng(torch.empty(0)))
         stack.enter_context(FakeTensorMode())
@@ -125,7 +127,7 @@ def _run(
             twin.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
         if mesh is not None:
             layers = [layer.layer for layer in layers_of(twin)]
-            shard_as_accelerate(twin, layers, mesh, autocast)
+            _shard_as_accelerate(twin, layers, mesh, autocast)
         ids = torch.zeros(num_rows, num_tokens, dtype=torch.long)
         host = host_memory(twin)
         with LiveBytes(exclude=[*twin.parameters(), *twin.buffers(), ids], host=host) as live:
@@ -133,3 +135,44 @@ def _run(
                 loss = twin(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
         return live.peak_bytes, 0 if host is None else host.held_bytes
+
+
+@contextmanager
+def _fake_ranks(num_ranks: int) -> Iterator[DeviceMesh]:
+    """A process group whose other ranks are not there.
+
+    Raises:
+        ValueError: this process is a rank of a real one.
+    """
+    if distributed.is_initialized():
+        raise ValueError(
+            "a process group is running, and FSDP2 is simulated in one of its own: simulate in a process "
+            "that is not a rank"
+        )
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        yield init_device_mesh("cpu", (num_ranks,))
+    finally:
+        distributed.destroy_process_group()
+
+
+def _shard_as_accelerate(
+    model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, gathered: torch.dtype | None
+) -> None:
+    """Units as Accelerate 1.15 makes them (`fsdp2_prepare_model`): each layer, the embedding, the head; one
+    for both where they are tied, with the norm.
+
+    Args:
+        gathered: The dtype in which weights are gathered and gradients reduced; `None`: as they are.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=gathered)
+    base = causal_lm_of(model)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if head.weight is embedding.weight:
+        fully_shard([base.get_decoder().norm, embedding, head], mesh=mesh, mp_policy=policy)
+    else:
+        fully_shard(embedding, mesh=mesh, mp_policy=policy)
+        fully_shard(head, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)

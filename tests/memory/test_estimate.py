@@ -15,7 +15,7 @@ from transformers.models.qwen3_5 import Qwen3_5TextConfig
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.attention.varlen import SCRATCH_BYTES
 from chunkdist.memory.estimate import estimate_memory
-from chunkdist.memory.fake import fake_model
+from chunkdist.memory.fake_model import fake_model
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.modeling import model_sizes

@@ -1,23 +1,79 @@
-"""A model's twin without storage: the same modules and adapters, weights that are fake, and only its first
-layers."""
+"""Models without storage, whose real code runs so that memory can be counted: one built new, or the twin of
+one,
+with the same modules and adapters and only its first layers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
+from chunkdist.flops import whole_shape
 from chunkdist.model_layers import causal_lm_of, find_layers
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = ("forward", "_compiled_call_impl", "_loss_function")
 """Set on instances: by a chunked model, and by engines that wrap a call."""
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fake_model(build: Callable[[], Model], mode: FakeTensorMode, device: str = "cpu") -> Model:
+    """What `build` returns, built on the meta device, with its parameters and buffers as fake tensors on
+    `device`.
+
+    Run it inside `mode`. (Built under `mode` itself, PEFT's casts fail: torch cannot swap fake parameters.)
+    """
+    with torch.device("meta"):
+        model = build()
+    fakes: dict[int, torch.Tensor] = {}
+    with mode:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    if id(parameter) not in fakes:  # tied parameters stay tied
+                        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                        fakes[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                    module._parameters[name] = fakes[id(parameter)]  # type: ignore[assignment]
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    return model
+
+
+@contextmanager
+def without_triton_kernels() -> Iterator[None]:
+    """Inside, a Triton kernel launched on fake tensors (Liger's, for instance) does nothing: it would read
+    memory that is not there. What it writes to was allocated by its caller, so memory counts the same."""
+    jit: Any = sys.modules.get("triton.runtime.jit")
+    if jit is None:  # no kernel has been made
+        yield
+        return
+    launcher_of = jit.KernelInterface.__getitem__
+
+    def launcher(kernel: Any, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(x, FakeTensor) for x in (*args, *kwargs.values())):
+                return None
+            return launcher_of(kernel, grid)(*args, **kwargs)
+
+        return launch
+
+    jit.KernelInterface.__getitem__ = launcher
+    try:
+        yield
+    finally:
+        jit.KernelInterface.__getitem__ = launcher_of
 
 
 def layer_kinds(model: Any) -> list[object]:
@@ -29,7 +85,7 @@ def layer_kinds(model: Any) -> list[object]:
         (
             type(layer),
             kind,
-            tuple((n, _shape(p), p.dtype, p.requires_grad) for n, p in layer.named_parameters()),
+            tuple((n, whole_shape(p), p.dtype, p.requires_grad) for n, p in layer.named_parameters()),
         )
         for layer, kind in zip(layers, types, strict=True)
     ]
@@ -115,11 +171,5 @@ class _Twins:
 
 
 def _fake(x: Tensor, dtype: torch.dtype) -> Tensor:
-    empty = torch.empty(_shape(x), dtype=dtype, device="cpu")
+    empty = torch.empty(whole_shape(x), dtype=dtype, device="cpu")
     return nn.Parameter(empty, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else empty
-
-
-def _shape(x: Tensor) -> tuple[int, ...]:
-    """Of the whole parameter, where engines have taken a part of it away or bitsandbytes has packed it."""
-    quant_state = getattr(x, "quant_state", None)
-    return tuple(getattr(x, "ds_shape", x.shape) if quant_state is None else quant_state.shape)
