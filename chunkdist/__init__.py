@@ -1,9 +1,9 @@
 """chunkdist: train causal language models on long sequences, chunk by chunk, with exact gradients."""
 
+from chunkdist.chunking import chunk_model, unchunk_model
 from chunkdist.config import ChunkConfig
 from chunkdist.errors import UnsupportedModelError
-from chunkdist.modeling import chunk_model, unchunk_model
-from chunkdist.samplers import (
+from chunkdist.spaco.samplers import (
     ChunkSampler,
     FixedBudgetSampler,
     ImportanceSampler,

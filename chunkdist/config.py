@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from chunkdist.samplers import ChunkSampler
+from chunkdist.spaco.samplers import ChunkSampler
 
 AttentionName = Literal["auto", "math", "cpu_flash", "varlen", "flash_attn", "cudnn"]
 ATTENTION_NAMES: tuple[AttentionName, ...] = get_args(AttentionName)

@@ -3,7 +3,7 @@
 A rank that just stopped would leave the others waiting in a collective. Inside `recovering()` it computes
 nothing more instead, but hands on tensors of the right shapes: weights are gathered and gradients reduced as
 in any step, and nobody waits. What comes of such a step is of no use; who runs it throws it away, on all
-ranks, and tries again (`chunkdist.integrations.shrinking`).
+ranks, and tries again (`chunkdist.train.trainers.shrinking`).
 """
 
 from __future__ import annotations

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from torch import distributed
 
 from chunkdist import ChunkConfig, UnsupportedModelError
-from chunkdist.check import check_gradients
-from chunkdist.integrations.arguments import TrainingOptions, parse_options
-from chunkdist.integrations.callbacks import ChunkCallback
-from chunkdist.integrations.checked_trainer import CheckedSFTTrainer, print_once
-from chunkdist.integrations.out_of_memory import explained_out_of_memory
-from chunkdist.integrations.pipeline import PipelineSFTTrainer
-from chunkdist.integrations.saving import is_disk_full, removed_if_empty, save_model
-from chunkdist.integrations.trl import build_trainer, check_blocker, chunk_trainer, first_batch
-from chunkdist.memory.allocator import use_expandable_segments
-from chunkdist.sharding.failures import FailureWatch, RankFailure, named_failures
+from chunkdist.check.gradients import check_gradients
+from chunkdist.memory.machine import use_expandable_segments
+from chunkdist.train.build import build_trainer, check_blocker, chunk_trainer, first_batch
+from chunkdist.train.callback import ChunkCallback
+from chunkdist.train.failures import FailureWatch, RankFailure, named_failures
+from chunkdist.train.options import TrainingOptions, parse_options
+from chunkdist.train.out_of_memory import explained_out_of_memory
+from chunkdist.train.saving import is_disk_full, removed_if_empty, save_model
+from chunkdist.train.trainers.checked import CheckedSFTTrainer, print_once
+from chunkdist.train.trainers.pipeline import PipelineSFTTrainer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

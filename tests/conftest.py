@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_run import make_model_folder
+from tests.helpers.tiny_run import make_model_folder
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from chunkdist import ChunkConfig
-from tests.models import tiny_llama
-from tests.tiny_run import ROOT, load_script
+from tests.helpers.models import tiny_llama
+from tests.helpers.tiny_run import ROOT, load_script
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.S)
@@ -51,7 +51,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_option_is_told() -> None:
-    from chunkdist.integrations.arguments import ChunkArguments
+    from chunkdist.train.options import ChunkArguments
 
     page = (ROOT / "docs" / "usage.md").read_text()
     config, launcher = page.split("## Launcher")
@@ -62,7 +62,7 @@ def test_every_option_is_told() -> None:
 
 
 def test_defaults_are_those_of_the_code() -> None:
-    from chunkdist.integrations.arguments import ChunkArguments
+    from chunkdist.train.options import ChunkArguments
 
     launcher = (ROOT / "docs" / "usage.md").read_text().split("## Launcher")[1]
     for field in dataclasses.fields(ChunkArguments):

@@ -10,8 +10,8 @@ import torch
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.recovery import recovering
-from tests.models import batch, tiny_llama
-from tests.planted_memory import Place, memory_for
+from tests.helpers.models import batch, tiny_llama
+from tests.helpers.planted_memory import Place, memory_for
 
 
 @pytest.mark.parametrize("place", ["forward", "backward", "loss"])

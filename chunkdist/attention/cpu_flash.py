@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient
-from chunkdist.attention.squares import backward_in_squares, forward_in_squares, heads_first
+from chunkdist.attention.prefix_and_diagonal import backward_in_squares, forward_in_squares, heads_first
 
 MAX_CUTS, MIN_KEYS, MOSTLY_BUSY = 8, 256, 0.95
 

@@ -33,7 +33,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, RowGradient, Span
 from chunkdist.attention.math import MathBackend
-from chunkdist.attention.squares import backward_in_squares, forward_in_squares, heads_first, joined
+from chunkdist.attention.prefix_and_diagonal import (
+    backward_in_squares,
+    forward_in_squares,
+    heads_first,
+    joined,
+)
 from chunkdist.attention.varlen import (
     VarlenBackend,
     in_head_parts,

@@ -17,10 +17,10 @@ from chunkdist.attention import AttentionChoice
 from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, RowGradient, Span
 from chunkdist.attention.mask import ChunkMask
 from chunkdist.errors import UnsupportedModelError
-from chunkdist.kv_store import KVStore
 from chunkdist.replay import without_autocast
-from chunkdist.schedule import Chunk, Stream
-from chunkdist.state_relay import StateRelay
+from chunkdist.stores.kv_store import KVStore
+from chunkdist.stores.state_relay import StateRelay
+from chunkdist.stream.stream import Chunk, Stream
 
 ATTENTION_NAME = "chunkdist"
 """The name under which `attend` is registered with transformers' `AttentionInterface`."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from chunkdist.memory import allocator
+from chunkdist.memory import machine as allocator
 
 _PACKAGES = ("chunkdist", "torch", "transformers", "peft")
 

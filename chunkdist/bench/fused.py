@@ -2,7 +2,7 @@
 (arXiv 2410.10989).
 
 What is fused are the parts that treat each token alone and are bound by memory: norms, rotary embedding,
-gated MLP. Attention is a kernel already, and the loss of all ways is tiled (`chunkdist.loss`).
+gated MLP. Attention is a kernel already, and the loss of all ways is tiled (`chunkdist.loss.cross_entropy`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from chunkdist.model_layers import causal_lm_of, find_layers
+from chunkdist.models.layers import causal_lm_of, find_layers
 
 Kind = Literal["compile", "liger"]
 

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.options import parsed, parser_of
+from chunkdist.chunking import chunk_report, layers_of
 from chunkdist.memory import LiveBytes
-from chunkdist.memory.fake import fake_model
-from chunkdist.modeling import chunk_report, layers_of
+from chunkdist.memory.fake_model import fake_model
 
 PERIOD = 4
 """Three layers with state and one that attends, in this order."""

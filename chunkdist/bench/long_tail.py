@@ -51,11 +51,11 @@ from chunkdist.bench.long_tail_ways import (
 from chunkdist.bench.options import dtype_on, parsed, parser_of
 from chunkdist.bench.timing import cost_of
 from chunkdist.bench.ways import set_checkpointing
+from chunkdist.chunking import chunk_report
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.long_tail import long_tailed_lengths
 from chunkdist.data.streams import NO_LABEL, stream_of
-from chunkdist.lazy_logits import lazy_logits
-from chunkdist.modeling import chunk_report
+from chunkdist.loss.lazy_logits import lazy_logits
 
 
 def measure(

@@ -30,10 +30,10 @@ from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.options import parsed, parser_of
 from chunkdist.bench.sizes import LLAMA_3_8B
 from chunkdist.bench.ways import BASELINE, set_checkpointing
-from chunkdist.lazy_logits import lazy_logits
+from chunkdist.chunking import host_memory
+from chunkdist.loss.lazy_logits import lazy_logits
 from chunkdist.memory import LiveBytes
-from chunkdist.memory.fake import fake_model
-from chunkdist.modeling import host_memory
+from chunkdist.memory.fake_model import fake_model
 
 NUM_LAYERS_RUN = (8, 12, 16)
 SMALL = {

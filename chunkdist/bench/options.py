@@ -12,7 +12,7 @@ from torch.nn import attention as torch_attention
 
 from chunkdist.bench.sizes import SIZES
 from chunkdist.bench.timing import limit_gpu_memory
-from chunkdist.memory.allocator import use_expandable_segments
+from chunkdist.memory.machine import use_expandable_segments
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "model": {

@@ -23,13 +23,13 @@ from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.plan_tables import CARD_NAMES, engine_table, table, target_table
 from chunkdist.bench.sizes import LLAMA_3_8B
 from chunkdist.config import ChunkConfig
-from chunkdist.flops import StepFlops
 from chunkdist.memory.cards import CARDS
-from chunkdist.memory.engine import Engine
 from chunkdist.memory.estimate import MemoryEstimate, estimate_memory
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.planner import Job, NothingFits, Plan, longest_length, plan_step, usable_bytes
+from chunkdist.memory.sharded import Engine
 from chunkdist.memory.simulate import check_groups, simulate
+from chunkdist.models.flops import StepFlops
 
 LENGTHS = tuple(2**power for power in range(14, 19))
 HOST_BYTES = 64 * 2**30

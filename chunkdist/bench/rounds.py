@@ -19,7 +19,7 @@ from torch import Tensor
 from chunkdist.bench.largest import largest
 from chunkdist.bench.timing import Cost, Peak, cost_of, peak_of
 from chunkdist.bench.ways import Way, prepared
-from chunkdist.modeling import chunk_report
+from chunkdist.chunking import chunk_report
 
 OUT_OF_MEMORY = "out of memory"
 DEVICE_LOST = "not run: the device was lost"

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.options import dtype_on
 from chunkdist.bench.sizes import Sizes
-from chunkdist.lazy_logits import lazy_logits
+from chunkdist.loss.lazy_logits import lazy_logits
 from chunkdist.sharding.collectives import CollectiveCounter
 
 GROUP = 2
@@ -156,7 +156,7 @@ def _zero(case: Case, model: Any, causal_lm: Any) -> Iterator[Step]:
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module
 
-    from chunkdist.sharding.launch import skip_shm_build
+    from chunkdist.train.ranks import skip_shm_build
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it writes to stdout, where the table goes
     skip_shm_build()

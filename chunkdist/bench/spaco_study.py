@@ -38,7 +38,7 @@ from chunkdist import (
 from chunkdist.bench.environment import provenance, write_result
 from chunkdist.bench.spaco_direct import direct_errors
 from chunkdist.data.corpus import read_standard_library
-from chunkdist.samplers import ChunkSampler
+from chunkdist.spaco.samplers import ChunkSampler
 
 MODEL = Path(__file__).parents[2] / "configs" / "models" / "byte-llama" / "config.json"
 EXACT = "exact"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from chunkdist.flops import StepFlops, num_active_parameters
+from chunkdist.models.flops import StepFlops, num_active_parameters
 
 MAX_RERUNS = 1
 """A step that asks the device for memory each time (near the limit, say) is not run for ever."""
@@ -134,7 +134,8 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int | None = None) -> fl
 
 
 def step_flops(model: torch.nn.Module, num_tokens: int) -> dict[str, int]:
-    """Model FLOPs of a step: by the convention of `chunkdist.flops`, in which frozen weights count like
+    """Model FLOPs of a step: by the convention of `chunkdist.models.flops`, in which frozen weights count
+    like
     trained ones, and without the gradients of frozen matrices, which nobody computes."""
     by_convention = StepFlops.of(model).step([num_tokens])
     trained = [name for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1]

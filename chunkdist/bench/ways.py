@@ -21,8 +21,8 @@ from chunkdist import ChunkConfig, chunk_model, unchunk_model
 from chunkdist.bench.fused import fused
 from chunkdist.bench.paper_loop import KERNEL, paper_step
 from chunkdist.config import ATTENTION_NAMES
-from chunkdist.lazy_logits import lazy_logits
-from chunkdist.model_layers import causal_lm_of
+from chunkdist.loss.lazy_logits import lazy_logits
+from chunkdist.models.layers import causal_lm_of
 
 BASELINE = "gradient checkpointing"
 CHOICE = f"{BASELINE}, torch's choice of kernel"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from chunkdist.flops import StepFlops, num_pairs
+from chunkdist.models.flops import StepFlops, num_pairs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from chunkdist.data.assignment import BatchPlan
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.streams import stream_of
-from chunkdist.figures import save_figure
+from chunkdist.files import save_figure
 
 Table = tuple[tuple[float, ...], ...]
 

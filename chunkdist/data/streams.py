@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkdist.schedule import Stream, cut
+from chunkdist.stream.stream import Stream, cut
 
 NO_LABEL = -100
 

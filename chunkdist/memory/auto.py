@@ -9,12 +9,12 @@ import torch
 from torch import distributed, nn
 
 from chunkdist.config import AUTO_FIELDS, ChunkConfig
-from chunkdist.flops import StepFlops
 from chunkdist.memory.cards import CARDS, Card, card_named
-from chunkdist.memory.engine import SINGLE, Engine
-from chunkdist.memory.host import free_host_bytes
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.planner import Job, choose_retained, gib, plan_step
+from chunkdist.memory.sharded import SINGLE, Engine
+from chunkdist.models.flops import StepFlops
+from chunkdist.stores.free_memory import free_host_bytes
 
 USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 """Of the free memory: the rest is for what the estimate leaves out (a kernel's scratch space, the allocator's

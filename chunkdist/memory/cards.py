@@ -2,14 +2,14 @@
 
 Sources, the maker's papers: NVIDIA Ampere GA102 whitepaper (RTX 3090), Ada GPU architecture whitepaper
 (RTX 4090), data sheets of A100 80GB SXM, H100 SXM, H200 SXM and L4. bf16 without sparsity, with fp32
-accumulation (`chunkdist.flops`); memory as CUDA reports it; PCIe and NVLink one way, in theory.
+accumulation (`chunkdist.models.flops`); memory as CUDA reports it; PCIe and NVLink one way, in theory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chunkdist.flops import peak_flops
+from chunkdist.models.flops import peak_flops
 
 GIB = 2**30
 

@@ -23,7 +23,7 @@ from chunkdist.attention.varlen import SCRATCH_BYTES, VarlenBackend, why_no_kern
 from chunkdist.config import AttentionName, ChunkConfig
 from chunkdist.memory.fake_model import layer_kinds, twin_of, without_triton_kernels
 from chunkdist.memory.live_bytes import LiveBytes
-from chunkdist.model_layers import causal_lm_of, find_layers, mixer_of
+from chunkdist.models.layers import causal_lm_of, find_layers, mixer_of
 from chunkdist.replay import undisturbed_rng
 
 _CHUNKS = (1024, 4096)
@@ -286,7 +286,7 @@ def _run(
     weights_dtype: torch.dtype | None,
 ) -> _Watch:
     """One step of a twin over two chunks."""
-    from chunkdist.modeling import chunk_model, layers_of
+    from chunkdist.chunking import chunk_model, layers_of
 
     with (
         _disable_current_modes(),

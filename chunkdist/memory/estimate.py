@@ -1,7 +1,7 @@
 """What a step needs of memory, by formula: the moments at which it may have its peak, each a sum of terms.
 
 Sequence terms follow from the schedule, one cell's graph from `chunkdist.memory.cell_sizes`, weights and what
-engines gather from `chunkdist.memory.engine`. docs/memory.md has the formula in words. Left out is what an
+engines gather from `chunkdist.memory.sharded`. docs/memory.md has the formula in words. Left out is what an
 allocator takes for itself; `chunkdist.memory.simulate` counts a step of the real code.
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chunkdist.config import ChunkConfig
-from chunkdist.memory.engine import SINGLE, Engine
-from chunkdist.memory.gathered import Parts
+from chunkdist.memory.allgather_bytes import Parts
 from chunkdist.memory.model_sizes import ModelSizes
-from chunkdist.memory.moments import StepMoments
 from chunkdist.memory.optimizers import OptimizerMemory
+from chunkdist.memory.sharded import SINGLE, Engine
+from chunkdist.memory.step_peaks import StepMoments
 
 FIXED = ("weights", "gradients", "optimizer", "gathered weights", "collectives")
 SEQUENCE = (

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
-from chunkdist.flops import whole_shape
-from chunkdist.model_layers import causal_lm_of, find_layers
+from chunkdist.models.flops import whole_shape
+from chunkdist.models.layers import causal_lm_of, find_layers
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = ("forward", "_compiled_call_impl", "_loss_function")

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
-    from chunkdist.offload import HostMemory
+    from chunkdist.stores.host_memory import HostMemory
 
 
 class _Record:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from chunkdist.config import AttentionName
-from chunkdist.flops import num_experts, num_experts_per_token, whole_shape
-from chunkdist.lazy_logits import tiled_head
-from chunkdist.loss import tile_tokens
+from chunkdist.loss.cross_entropy import tile_tokens
+from chunkdist.loss.lazy_logits import tiled_head
 from chunkdist.memory.cell_sizes import CellSizes, Line, StreamSizes, measure_cells
-from chunkdist.model_layers import causal_lm_of, find_layers
+from chunkdist.models.flops import num_experts, num_experts_per_token, whole_shape
+from chunkdist.models.layers import causal_lm_of, find_layers
 
 if TYPE_CHECKING:
     from chunkdist.config import ChunkConfig

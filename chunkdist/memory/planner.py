@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from chunkdist.config import ChunkConfig
-from chunkdist.flops import StepFlops
 from chunkdist.memory.cards import Card
-from chunkdist.memory.engine import SINGLE, Engine
 from chunkdist.memory.estimate import MemoryEstimate, estimate_memory
 from chunkdist.memory.model_sizes import ModelSizes
+from chunkdist.memory.sharded import SINGLE, Engine
 from chunkdist.memory.step_time import StepTime, step_time
+from chunkdist.models.flops import StepFlops
 
 CHUNK_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 """Below 512 tokens a GPU idles between kernels."""

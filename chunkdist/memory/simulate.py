@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from chunkdist.config import ChunkConfig
 from chunkdist.memory.cell_sizes import GpuAttention
-from chunkdist.memory.engine import SINGLE, Engine
 from chunkdist.memory.fake_model import layer_kinds, twin_of, without_triton_kernels
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.model_sizes import ModelSizes
-from chunkdist.model_layers import causal_lm_of, find_layers
+from chunkdist.memory.sharded import SINGLE, Engine
+from chunkdist.models.layers import causal_lm_of, find_layers
 from chunkdist.replay import undisturbed_rng
 
 _GROUPS_RUN = 1
@@ -110,7 +110,7 @@ def _run(
     autocast: torch.dtype | None,
     engine: Engine,
 ) -> tuple[int, int]:
-    from chunkdist.modeling import chunk_model, host_memory, layers_of
+    from chunkdist.chunking import chunk_model, host_memory, layers_of
 
     with ExitStack() as stack:
         mesh = stack.enter_context(_fake_ranks(engine.num_ranks)) if engine.name == "fsdp2" else None

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chunkdist.config import ChunkConfig
-from chunkdist.flops import StepFlops, num_pairs
 from chunkdist.memory.cards import Card
-from chunkdist.memory.engine import SINGLE, Engine
 from chunkdist.memory.model_sizes import ModelSizes
+from chunkdist.memory.sharded import SINGLE, Engine
+from chunkdist.models.flops import StepFlops, num_pairs
 
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.7, 0.55, 0.8, 0.8
 """What kernels are taken to reach of a card's ceilings."""

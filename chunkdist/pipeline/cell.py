@@ -1,7 +1,7 @@
 """A cell of a pipeline as one autograd node: one chunk on the layers of one stage.
 
-The same as in a layer group (`chunkdist.layer_group`): the chunk runs without a graph and is run again in the
-backward, unless its graph is retained; K/V and their gradients lie in the stores of the chunk's dependent
+The same as in a layer group (`chunkdist.engine.group`): the chunk runs without a graph and is run again in
+the backward, unless its graph is retained; K/V and their gradients lie in the stores of the chunk's dependent
 run; the random numbers and autocast of the rerun are those of the first run; gradients of parameters are
 summed inside and come out once a step. But what a node takes and gives is one chunk, and the order is the
 pipeline's.
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from chunkdist.cell_graph import CellGraph
-from chunkdist.kv_store import KVStore
+from chunkdist.engine.cell import CellGraph
 from chunkdist.replay import AutocastState, RngState, undisturbed_rng
-from chunkdist.schedule import Chunk, Stream
-from chunkdist.state_relay import StateRelay, StateStore
+from chunkdist.stores.kv_store import KVStore
+from chunkdist.stores.state_relay import StateRelay, StateStore
+from chunkdist.stream.stream import Chunk, Stream
 
 if TYPE_CHECKING:
     from chunkdist.pipeline.stage import ModelStage

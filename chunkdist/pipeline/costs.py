@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from chunkdist.data.cost import SequenceCost
-from chunkdist.flops import StepFlops, pairs_by_layer
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.optimizers import OptimizerMemory
-from chunkdist.model_layers import causal_lm_of, find_layers
+from chunkdist.models.flops import StepFlops, pairs_by_layer
+from chunkdist.models.layers import causal_lm_of, find_layers
 
 
 def layer_costs(model: nn.Module) -> tuple[list[SequenceCost], float]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chunkdist.data.streams import stream_of
-from chunkdist.schedule import Stream
+from chunkdist.stream.stream import Stream
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chunkdist.data.cost import SequenceCost
-from chunkdist.flops import num_pairs
+from chunkdist.models.flops import num_pairs
 from chunkdist.pipeline.runs import Run
 from chunkdist.pipeline.schedule import Action, PipelineSchedule
 

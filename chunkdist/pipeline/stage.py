@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chunkdist.attention.function import LAYER_ATTRIBUTE, Cell, LayerState
+from chunkdist.chunking import _HANDLE
 from chunkdist.config import ChunkConfig
-from chunkdist.context import ChunkContext
+from chunkdist.engine.context import ChunkContext
+from chunkdist.engine.layer import GroupLayer
+from chunkdist.engine.parameters import GroupParameters
+from chunkdist.engine.probe import LayerProbe, needs_probe
 from chunkdist.errors import UnsupportedModelError
-from chunkdist.group_layer import GroupLayer
-from chunkdist.kv_store import KVStore
-from chunkdist.layer_arguments import LayerSignature, refuse_arguments
-from chunkdist.lazy_logits import lazy_logits
-from chunkdist.model_layers import configs_of, find_layers, layer_states, refuse_known
-from chunkdist.modeling import _HANDLE
-from chunkdist.parameters import GroupParameters
+from chunkdist.loss.lazy_logits import lazy_logits
+from chunkdist.models.arguments import LayerSignature, refuse_arguments
+from chunkdist.models.layers import configs_of, find_layers, layer_states, refuse_known
 from chunkdist.pipeline.cell import LayerStores, StageCell
-from chunkdist.probe import LayerProbe, needs_probe
 from chunkdist.replay import undisturbed_rng
-from chunkdist.schedule import Chunk, Stream
-from chunkdist.state_relay import StateStore
+from chunkdist.stores.kv_store import KVStore
+from chunkdist.stores.state_relay import StateStore
+from chunkdist.stream.stream import Chunk, Stream
 
 
 class StageOutput(Exception):

@@ -21,14 +21,14 @@ from transformers import PreTrainedModel
 
 from chunkdist.config import ChunkConfig
 from chunkdist.data.streams import NO_LABEL, join_sequences, stream_of
-from chunkdist.packed_models import refuse_segments
 from chunkdist.pipeline.cell import StageCell
 from chunkdist.pipeline.runs import Run, pack_runs
 from chunkdist.pipeline.schedule import PipelineSchedule, schedule_1f1b
-from chunkdist.pipeline.shards import StageShards
 from chunkdist.pipeline.stage import ModelStage
+from chunkdist.pipeline.stage_fsdp import StageShards
 from chunkdist.pipeline.torch_stage import LazyBufferStage
-from chunkdist.schedule import Chunk
+from chunkdist.stream.packed import refuse_segments
+from chunkdist.stream.stream import Chunk
 
 Sample = Mapping[str, Any]
 

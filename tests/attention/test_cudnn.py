@@ -22,7 +22,7 @@ from tests.attention import reference, standins
 from tests.attention.cudnn_standin import CudnnKernel
 from tests.attention.reference import CASES, HALF, assert_exact, assert_no_worse, dense, run, run_in_chunks
 from tests.attention.standins import FlashKernel
-from tests.models import batch, gradients, largest_difference, tiny_llama
+from tests.helpers.models import batch, gradients, largest_difference, tiny_llama
 
 BACKEND = CudnnBackend()
 PLAIN = AttentionVariant(scale=1.0)

@@ -11,7 +11,7 @@ from transformers import masking_utils
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
 from chunkdist.attention.function import ATTENTION_NAME
 from chunkdist.attention.mask import ChunkMask
-from tests.model_zoo import tiny_model
+from tests.helpers.model_zoo import tiny_model
 
 
 def config(**changes: object) -> transformers.LlamaConfig:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from chunkdist.bench.jobs import JOBS
-from tests.tiny_run import ROOT
+from tests.helpers.tiny_run import ROOT
 
 OTHERS = ("trl", "datasets", "deepspeed", "wandb", "matplotlib", "rich", "bitsandbytes", "flash_attn")
 SMALLER = {
@@ -35,7 +35,7 @@ class NotInstalled:
 
 sys.meta_path.insert(0, NotInstalled())
 if __name__ == "__main__":  # ranks come here, too
-    from chunkdist.cli import main
+    from chunkdist.cli.main import main
 
     for name, options in {SMALLER!r}.items():
         status = main(["bench", name, "--smoke", *options])

@@ -15,9 +15,9 @@ from transformers.models.llama import modeling_llama
 
 from chunkdist import ChunkConfig, chunk_model, unchunk_model
 from chunkdist.bench.fused import fused
-from tests import liger_stand_in
-from tests.models import batch, gradients, largest_difference, tiny_llama, with_lora
-from tests.test_compile import Backend
+from tests.engine.test_compile import Backend
+from tests.helpers import liger_stand_in
+from tests.helpers.models import batch, gradients, largest_difference, tiny_llama, with_lora
 
 INPUTS = batch(num_tokens=20)
 

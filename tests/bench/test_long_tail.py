@@ -16,8 +16,8 @@ from chunkdist.bench import long_tail, long_tail_ways
 from chunkdist.bench.long_tail_simulation import MOST, fewest_chunks
 from chunkdist.bench.long_tail_ways import BASELINE, padded_attention, segment_attention
 from chunkdist.data.cost import SequenceCost
-from tests.models import packed_batch, plain_attention
-from tests.tiny_run import ROOT, load_script
+from tests.helpers.models import packed_batch, plain_attention
+from tests.helpers.tiny_run import ROOT, load_script
 
 
 def tables_script() -> ModuleType:

@@ -1,4 +1,5 @@
-"""The memory benchmark runs, in its smallest size; the bound on the real size is tests/test_memory.py."""
+"""The memory benchmark runs, in its smallest size; the bound on the real size is
+tests/memory/test_step_memory.py."""
 
 from __future__ import annotations
 

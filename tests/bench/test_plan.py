@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chunkdist.bench import plan
-from tests.tiny_run import load_script
+from tests.helpers.tiny_run import load_script
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ from chunkdist.bench.environment import provenance
 from chunkdist.bench.jobs import JOBS
 from chunkdist.bench.sizes import SIZES
 from chunkdist.bench.ways import BASELINE, baselines, chunked
-from tests.tiny_run import ROOT, load_script
+from tests.helpers.tiny_run import ROOT, load_script
 
 
 @pytest.fixture(scope="module")

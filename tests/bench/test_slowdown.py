@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from chunkdist.bench import compare, step
-from chunkdist.layer_group import GroupRun
+from chunkdist.engine.group import GroupRun
 
 BASELINE = Path(__file__).with_name("step-ci.json")
 LIMITS = {"cpu_ratio_of_fastest": 1.3, "wall_ratio_of_fastest": 1.6}

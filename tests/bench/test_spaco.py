@@ -10,7 +10,7 @@ import torch
 
 from chunkdist.bench import spaco, spaco_study
 from chunkdist.bench.spaco_direct import chunk_gradients
-from tests.models import tiny_llama
+from tests.helpers.models import tiny_llama
 
 
 def test_shares_of_chunks_add_up_to_the_gradient() -> None:

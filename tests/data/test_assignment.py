@@ -15,8 +15,8 @@ from chunkdist.data.long_tail import LONGEST, long_tailed_lengths
 from chunkdist.data.report import PackingReport
 from chunkdist.data.sampler import StreamBatchSampler
 from chunkdist.data.streams import join_sequences
-from chunkdist.flops import StepFlops
-from tests.models import tiny_llama
+from chunkdist.models.flops import StepFlops
+from tests.helpers.models import tiny_llama
 
 LLAMA_3_8B = SequenceCost(per_token=6 * 7.5e9, per_pair=((None, 12 * 4096 * 32),))
 CHUNK_SIZE = 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.sampler import LongestFirst, StreamBatchSampler, longest_to_front
-from tests.models import tiny_llama
+from tests.helpers.models import tiny_llama
 
 LENGTHS = [5, 9, 70, 1, 70, 8]
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from chunkdist import ChunkConfig, chunk_model
+from chunkdist.chunking import chunk_report, resolve_auto_values
 from chunkdist.memory import auto
-from chunkdist.modeling import chunk_report, resolve_auto_values
-from tests.models import tiny_llama
+from tests.helpers.models import tiny_llama
 
 
 def chosen_by_rank(free_bytes: tuple[int, ...], num_tokens: tuple[int, ...]) -> tuple[Any, ...]:

@@ -13,9 +13,9 @@ from torch.distributed.fsdp import fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.sharding_ranks import RELEASED
-from chunkdist.sharding.launch import skip_shm_build
-from tests.hybrids import model_of
-from tests.models import batch, tiny_llama, with_lora
+from chunkdist.train.ranks import skip_shm_build
+from tests.helpers.hybrids import model_of
+from tests.helpers.models import batch, tiny_llama, with_lora
 
 EngineName = Literal["ddp", "fsdp2", "fsdp2 groups", "fsdp2 head", "zero1", "zero2", "zero3"]
 CHUNK_SIZE = 4
@@ -32,7 +32,7 @@ class Case:
         mean_per_rank: Each rank's loss is its own mean; else all are divided by the tokens of all ranks.
         chunked: False: the plain model under the same engine.
         spaco: Every other chunk, so that one process can draw the same sample.
-        hybrid: A class of tests/hybrids.py instead of Llama.
+        hybrid: A class of tests/helpers/hybrids.py instead of Llama.
     """
 
     engine: EngineName

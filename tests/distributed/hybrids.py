@@ -10,7 +10,7 @@ import sys
 
 from tests.distributed.cases import Case, errors_of
 from tests.distributed.ranks import Ranks
-from tests.hybrids import LAYER_TYPES
+from tests.helpers.hybrids import LAYER_TYPES
 
 
 def cases(name: str) -> list[Case]:

@@ -19,7 +19,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
-from tests.tiny_run import ROOT, command_line, load_script
+from tests.helpers.tiny_run import ROOT, command_line, load_script
 
 PRESETS = ROOT / "configs"
 Death = Literal["in a step", "in a save"]
@@ -63,7 +63,7 @@ def train(engine: str, arguments: list[str]) -> int:
 @contextmanager
 def engines_seen(seen: list[str]) -> Iterator[None]:
     """Collects by what the model was wrapped in each step."""
-    from chunkdist.integrations.trl import CheckedSFTTrainer
+    from chunkdist.train.build import CheckedSFTTrainer
 
     real = CheckedSFTTrainer.training_step
 
@@ -129,8 +129,8 @@ def environment_of(engine: str) -> Iterator[None]:
 
 def train_and_die(death: Death, step: int, dying: tuple[int, ...], engine: str, arguments: list[str]) -> int:
     """As `train`, but some ranks are killed: in step `step`, or with its checkpoint half written."""
-    from chunkdist.integrations.checkpoints import UNFINISHED
-    from chunkdist.integrations.trl import CheckedSFTTrainer
+    from chunkdist.train.build import CheckedSFTTrainer
+    from chunkdist.train.checkpoints import UNFINISHED
 
     name = "training_step" if death == "in a step" else "_save_rng_state"
     real: Callable[..., Any] = getattr(CheckedSFTTrainer, name)
@@ -153,7 +153,7 @@ def train_and_die(death: Death, step: int, dying: tuple[int, ...], engine: str, 
 
 def master_dtypes(engine: str, arguments: list[str]) -> set[str]:
     """As `train`; the dtypes of what the optimizer updates, and of its states."""
-    from chunkdist.integrations.trl import CheckedSFTTrainer
+    from chunkdist.train.build import CheckedSFTTrainer
 
     found: set[str] = set()
     real = CheckedSFTTrainer._save

@@ -9,12 +9,12 @@ from torch import distributed, nn
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.sharding_ranks import RELEASED
-from chunkdist.memory.engine import Engine
 from chunkdist.memory.estimate import estimate_memory
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.model_sizes import ModelSizes
+from chunkdist.memory.sharded import Engine
 from tests.distributed.cases import Case, shard_fsdp2
-from tests.models import batch, tiny_llama, with_lora
+from tests.helpers.models import batch, tiny_llama, with_lora
 
 CHUNK_SIZE = 64
 
@@ -105,7 +105,7 @@ def _plain_step(model: nn.Module):  # type: ignore[no-untyped-def]
 def _zero3_step(model: nn.Module, settings: dict[str, int] = RELEASED):  # type: ignore[no-untyped-def]
     import deepspeed
 
-    from chunkdist.sharding.launch import skip_shm_build
+    from chunkdist.train.ranks import skip_shm_build
 
     skip_shm_build()
     config = {

@@ -13,9 +13,9 @@ for name in (
     "accelerate.commands.launch",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
-    "chunkdist.integrations.trl",
-    "chunkdist.integrations.callbacks",
-    "chunkdist.check",
+    "chunkdist.train.build",
+    "chunkdist.train.callback",
+    "chunkdist.check.gradients",
     "chunkdist.pipeline.step",
     "tests.distributed.cases",
 ):

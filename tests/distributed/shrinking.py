@@ -12,14 +12,14 @@ import torch
 from torch import distributed, nn
 
 from chunkdist import chunk_model
-from chunkdist.integrations.arguments import parse_options
-from chunkdist.integrations.callbacks import ChunkCallback
-from chunkdist.integrations.trl import build_trainer, chunk_trainer
-from chunkdist.modeling import layers_of
+from chunkdist.chunking import layers_of
 from chunkdist.recovery import recovering
+from chunkdist.train.build import build_trainer, chunk_trainer
+from chunkdist.train.callback import ChunkCallback
+from chunkdist.train.options import parse_options
 from tests.distributed.cases import Case, build, chunk_config, micro_batches, reference_step, shard_fsdp2
-from tests.planted_memory import Place, memory_for
-from tests.tiny_run import command_line
+from tests.helpers.planted_memory import Place, memory_for
+from tests.helpers.tiny_run import command_line
 
 LENGTHS = (223, 245, 160, 231)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import distributed
 
-from chunkdist.integrations.arguments import parse_options
-from chunkdist.integrations.trl import build_trainer, chunk_trainer
-from tests.tiny_run import command_line
+from chunkdist.train.build import build_trainer, chunk_trainer
+from chunkdist.train.options import parse_options
+from tests.helpers.tiny_run import command_line
 
 LENGTHS = (23, 45, 3, 60, 7, 31, 2, 18)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from chunkdist import IndependentSampler
-from chunkdist.sampling import ChunkSample
-from chunkdist.schedule import Stream, cut
+from chunkdist.spaco.sample import ChunkSample
+from chunkdist.stream.stream import Stream, cut
 from tests.distributed.cases import CHUNK_SIZE, Case, EngineName, errors_of
 from tests.distributed.ranks import Ranks
 

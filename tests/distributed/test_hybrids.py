@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chunkdist import probe
+from chunkdist.engine import probe
 from tests.distributed.cases import Case, Errors, errors_of
 from tests.distributed.ranks import Ranks
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed.launched import figures
 from tests.distributed.ranks import free_port
-from tests.tiny_run import ROOT, TEXTS, command_line, make_model_folder
+from tests.helpers.tiny_run import ROOT, TEXTS, command_line, make_model_folder
 
 pytestmark = [
     pytest.mark.slow,
@@ -105,7 +105,7 @@ def test_two_nodes_train(tmp_path: Path) -> None:
 FAILING = f"""
 import os, runpy
 from torch import distributed
-from chunkdist.integrations.trl import CheckedSFTTrainer
+from chunkdist.train.build import CheckedSFTTrainer
 
 real = CheckedSFTTrainer.training_step
 

@@ -19,7 +19,7 @@ from tests.distributed.launched import (
     train,
 )
 from tests.distributed.ranks import Ranks
-from tests.tiny_run import TEXTS, command_line, make_model_folder
+from tests.helpers.tiny_run import TEXTS, command_line, make_model_folder
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 

@@ -16,8 +16,8 @@ from peft import AutoPeftModelForCausalLM
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
-from chunkdist.integrations import checkpoints
-from chunkdist.integrations.checkpoint_files import FILE_LIST
+from chunkdist.train import checkpoints
+from chunkdist.train.checkpoint_files import FILE_LIST
 from tests.distributed.launched import (
     arguments_of,
     figures,
@@ -27,7 +27,7 @@ from tests.distributed.launched import (
     train_in_vain,
 )
 from tests.distributed.ranks import RankError, Ranks
-from tests.tiny_run import TEXTS, make_model_folder
+from tests.helpers.tiny_run import TEXTS, make_model_folder
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 

@@ -9,8 +9,8 @@ import pytest
 from tests.distributed.cases import CHUNK_SIZE, Case
 from tests.distributed.ranks import Ranks
 from tests.distributed.shrinking import largest_error_of_retry, weights_and_chunk_size
-from tests.planted_memory import Place
-from tests.tiny_run import make_model_folder
+from tests.helpers.planted_memory import Place
+from tests.helpers.tiny_run import make_model_folder
 
 LENGTHS = (3 * CHUNK_SIZE, 5 * CHUNK_SIZE + 2)
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.distributed.ranks import Ranks
 from tests.distributed.stream_training import weights_before_and_after
-from tests.tiny_run import make_model_folder
+from tests.helpers.tiny_run import make_model_folder
 
 
 @pytest.mark.parametrize("values", [{}, {"max_length": 60, "retained_chunks": 1}])

@@ -14,7 +14,7 @@ from chunkdist.data.assignment import BatchPlan, plan_batch
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.streams import NO_LABEL, join_sequences, stream_of
 from tests.distributed.ranks import Ranks
-from tests.models import VOCAB_SIZE, tiny_llama
+from tests.helpers.models import VOCAB_SIZE, tiny_llama
 
 LENGTHS = (9, 1, 3, 61, 5, 1, 13, 2, 17, 8, 7, 1, 11, 4, 6, 14)
 """One longer than all others of any rank together, some of a single token."""

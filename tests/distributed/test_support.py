@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.tiny_run import ROOT, load_script
+from tests.helpers.tiny_run import ROOT, load_script
 
 
 def test_the_table_is_up_to_date() -> None:

@@ -18,7 +18,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny_run import (
+from tests.helpers.tiny_run import (
     ASSISTANT,
     CHAT_TEMPLATE,
     ROOT,

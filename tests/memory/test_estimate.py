@@ -14,12 +14,12 @@ from transformers.models.qwen3_5 import Qwen3_5TextConfig
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.attention.varlen import SCRATCH_BYTES
+from chunkdist.chunking import model_sizes
 from chunkdist.memory.estimate import estimate_memory
 from chunkdist.memory.fake_model import fake_model
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.model_sizes import ModelSizes
-from chunkdist.modeling import model_sizes
-from tests.models import with_lora
+from tests.helpers.models import with_lora
 
 
 def llama(dtype: torch.dtype, **settings: Any) -> Any:

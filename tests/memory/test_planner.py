@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from chunkdist import ChunkConfig, chunk_model
-from chunkdist.flops import StepFlops
+from chunkdist.chunking import chunk_report, layers_of, resolve_auto_values
 from chunkdist.memory.cards import CARDS
-from chunkdist.memory.engine import Engine
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.planner import Job, NothingFits, longest_length, plan_step
+from chunkdist.memory.sharded import Engine
 from chunkdist.memory.simulate import check_groups, simulate
-from chunkdist.modeling import chunk_report, layers_of, resolve_auto_values
-from tests.models import batch, gradients, largest_difference, tiny_llama, with_lora
+from chunkdist.models.flops import StepFlops
+from tests.helpers.models import batch, gradients, largest_difference, tiny_llama, with_lora
 
 AUTO = ChunkConfig(chunk_size="auto", layers_per_group="auto", retained_chunks="auto", offload="auto")
 MIB = 2**20
@@ -115,7 +115,7 @@ class TestAuto:
     @pytest.mark.parametrize("offload", ["none", "host"])
     def test_other_groups_are_formed(self, model: Any, offload: str, monkeypatch: pytest.MonkeyPatch) -> None:
         chosen = ChunkConfig(chunk_size=8, layers_per_group=2, offload=offload)  # type: ignore[arg-type]
-        monkeypatch.setattr("chunkdist.modeling.resolve_auto", lambda *args, **kwargs: (chosen, "so it is"))
+        monkeypatch.setattr("chunkdist.chunking.resolve_auto", lambda *args, **kwargs: (chosen, "so it is"))
         resolve_auto_values(model, num_tokens=48)
         assert (chunk_report(model).layers_per_group, chunk_report(model).reason) == (2, "so it is")
         assert [len(layer.group.layers) for layer in layers_of(model)] == [2, 2, 2, 2]

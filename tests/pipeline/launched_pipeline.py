@@ -18,12 +18,12 @@ from torch import distributed, nn
 from transformers import PreTrainedModel
 
 from chunkdist.config import ChunkConfig
-from chunkdist.integrations.pipeline import PipelineSFTTrainer
 from chunkdist.pipeline.plan import PipelinePlan
 from chunkdist.pipeline.stage import ModelStage
 from chunkdist.pipeline.step import Pipeline
-from chunkdist.sharding import failures
-from tests.tiny_run import ROOT, command_line, load_script
+from chunkdist.train import failures
+from chunkdist.train.trainers.pipeline import PipelineSFTTrainer
+from tests.helpers.tiny_run import ROOT, command_line, load_script
 
 Failure = Literal["raises", "is killed", "hangs"]
 

@@ -20,17 +20,17 @@ from transformers import (
 )
 
 from chunkdist import ChunkConfig, IndependentSampler, UnsupportedModelError, chunk_model
+from chunkdist.engine.probe import LayerProbe
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.pipeline import stage
 from chunkdist.pipeline.cell import StageCell
 from chunkdist.pipeline.stage_cut import cut_stages
 from chunkdist.pipeline.step import Pipeline
 from chunkdist.pipeline.torch_stage import LazyBufferStage
-from chunkdist.probe import LayerProbe
-from chunkdist.schedule import Chunk, Stream, cut
-from tests.model_zoo import tiny_model
-from tests.models import VOCAB_SIZE, norms_in_fp64, tiny_llama, with_lora
-from tests.sweep import double_precision
+from chunkdist.stream.stream import Chunk, Stream, cut
+from tests.helpers.model_zoo import tiny_model
+from tests.helpers.models import VOCAB_SIZE, norms_in_fp64, tiny_llama, with_lora
+from tests.helpers.sweep import double_precision
 
 
 @dataclass(frozen=True, kw_only=True)

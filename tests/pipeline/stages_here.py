@@ -18,15 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chunkdist import ChunkConfig, UnsupportedModelError
-from chunkdist.exact_classes import CLASSES, TRANSFORMERS_VERSION
-from chunkdist.model_layers import find_layers
-from chunkdist.packed_models import refuse_segments
+from chunkdist.models.exact_classes import CLASSES, TRANSFORMERS_VERSION
+from chunkdist.models.layers import find_layers
 from chunkdist.pipeline.runs import pack_runs
 from chunkdist.pipeline.schedule import schedule_1f1b
 from chunkdist.pipeline.stage import ModelStage
 from chunkdist.pipeline.step import StageCells, inputs_of
-from tests.model_zoo import FIRST_PLAIN_TOKEN, VOCAB_SIZE, tiny_model
-from tests.sweep import Step, _difference, double_precision
+from chunkdist.stream.packed import refuse_segments
+from tests.helpers.model_zoo import FIRST_PLAIN_TOKEN, VOCAB_SIZE, tiny_model
+from tests.helpers.sweep import Step, _difference, double_precision
 
 FILE = Path(__file__).parents[2] / "docs" / "benchmarks" / "pipeline-models.json"
 LENGTHS = (16, 9, 4)

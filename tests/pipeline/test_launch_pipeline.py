@@ -13,11 +13,12 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from chunkdist.integrations.pipeline import _refuse_tied_copies
 from chunkdist.pipeline.plan import CHUNK_SIZES
+from chunkdist.train.trainers.pipeline import _refuse_tied_copies
 from tests.distributed.launched import save_initial_model
 from tests.distributed.ranks import Ranks
-from tests.models import tiny_llama
+from tests.helpers.models import tiny_llama
+from tests.helpers.tiny_run import TEXTS, make_model_folder
 from tests.pipeline.launched_pipeline import (
     Failure,
     arguments_of,
@@ -29,7 +30,6 @@ from tests.pipeline.launched_pipeline import (
     records,
 )
 from tests.pipeline.planted import errors_in_cells
-from tests.tiny_run import TEXTS, make_model_folder
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 

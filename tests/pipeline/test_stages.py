@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from chunkdist.exact_classes import CLASSES, TRANSFORMERS_VERSION
-from tests.model_zoo import tiny_model
+from chunkdist.models.exact_classes import CLASSES, TRANSFORMERS_VERSION
+from tests.helpers.model_zoo import tiny_model
+from tests.helpers.sweep import _difference, double_precision
 from tests.pipeline.stages_here import FILE, outcomes, staged_step, whole_step
-from tests.sweep import _difference, double_precision
 
 MIXED_KINDS = {
     "Qwen3_5ForCausalLM": ["linear_attention", "full_attention", "linear_attention"],

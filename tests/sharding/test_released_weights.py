@@ -10,7 +10,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from chunkdist import ChunkConfig, chunk_model
-from tests.models import batch, gradients, largest_difference, tiny_llama, with_lora
+from tests.helpers.models import batch, gradients, largest_difference, tiny_llama, with_lora
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"full": tiny_llama, "LoRA": lambda: with_lora(tiny_llama())}
 

@@ -1,0 +1,45 @@
+"""The options of `chunkdist plan`."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+
+from chunkdist.memory.cards import CARDS
+from chunkdist.memory.sharded import ENGINE_NAMES
+
+
+def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="where every GiB of a run goes, the longest length, the time of a step; without a GPU",
+        description="Memory and time of a step, by formula, for a card that need not be there. No weights "
+        "are loaded. Exit status 1 when nothing fits.",
+        epilog="Any option of the config can follow: chunkdist plan CONFIG --chunk_size 1024",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the YAML file of a training run")
+    parser.add_argument("--card", choices=list(CARDS), default="rtx3090", help="default: rtx3090, 24 GiB")
+    parser.add_argument("--memory-gib", type=float, help="of the card, where it is another or a part of one")
+    parser.add_argument("--host-gib", type=float, default=64.0, help="host memory of a rank; default: 64")
+    parser.add_argument("--length", type=int, help="tokens of a row; default: max_length")
+    parser.add_argument("--engine", choices=ENGINE_NAMES, default="single", help="default: single")
+    parser.add_argument("--num-ranks", type=int, default=1, help="default: 1")
+    parser.add_argument("--simulate", action="store_true", help="run the real code under fake tensors, too")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace, options_given: list[str]) -> int:
+    from rich.console import Console
+
+    from chunkdist.cli.plan import run_plan
+    from chunkdist.cli.plan_options import PlanOptions
+    from chunkdist.train.options import parse_options
+
+    names = ("card", "memory_gib", "host_gib", "length", "engine", "num_ranks", "simulate")
+    asked = PlanOptions(**{name: getattr(arguments, name) for name in names})
+    with tempfile.TemporaryDirectory() as folder:  # arguments make their folder, and nothing is to be written
+        silent = ["--output_dir", folder, "--report_to", "none", "--push_to_hub", "false"]
+        silent += ["--resume_from_checkpoint", "false", "--use_cpu", "true", "--tf32", "false"]
+        options = parse_options(["--config", arguments.config, *options_given, *silent])
+        return run_plan(options, asked, Console(highlight=False))

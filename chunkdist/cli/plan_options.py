@@ -1,0 +1,46 @@
+"""What `chunkdist plan` is asked beside the config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from chunkdist.memory.cards import CARDS, GIB, Card
+from chunkdist.memory.sharded import EngineName
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The options of the command, checked.
+
+    Args:
+        card: A name in `CARDS`.
+        memory_gib: Of the card, where it is not the table's; a part of one, say.
+        host_gib: Host memory for one rank.
+        length: Tokens of a row; `None`: the config's `max_length`.
+    """
+
+    card: str = "rtx3090"
+    memory_gib: float | None = None
+    host_gib: float = 64.0
+    length: int | None = None
+    engine: EngineName = "single"
+    num_ranks: int = 1
+    simulate: bool = False
+
+    @property
+    def planned_card(self) -> Card:
+        card = CARDS[self.card]
+        return card if self.memory_gib is None else replace(card, memory_bytes=int(self.memory_gib * GIB))
+
+    def __post_init__(self) -> None:
+        for name in ("memory_gib", "length", "num_ranks"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} {value} plans for nothing: write more than 0")
+        if self.host_gib < 0:
+            raise ValueError(f"--host-gib {self.host_gib} is less than nothing: write 0 or more")
+        if (self.num_ranks > 1) == (self.engine == "single"):
+            raise ValueError(
+                f"--engine {self.engine} with --num-ranks {self.num_ranks}: single is one rank, the others "
+                "are several; write both"
+            )

@@ -1,0 +1,113 @@
+"""One layer of a group: its `forward` hands the call to the group, which runs the layer cell by cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkdist.attention.function import Cell, LayerState
+from chunkdist.errors import UnsupportedModelError
+from chunkdist.models.arguments import SEGMENT_ARGUMENTS, LayerSignature
+from chunkdist.stores.kv_store import KVStore
+from chunkdist.stores.state_relay import StateKey, StateStore
+from chunkdist.stream.stream import Chunk, Stream
+
+if TYPE_CHECKING:
+    from chunkdist.engine.group import LayerGroup
+
+
+class GroupLayer:
+    """Stands in for one layer's `forward`, set on the instance: hooks around its call run as before."""
+
+    def __init__(self, layer: nn.Module, state: LayerState | None) -> None:
+        self.layer = layer
+        self.state = state
+        self.original_forward: Callable[..., Any] = layer.forward
+        self.signature = LayerSignature(layer)
+        self.cache_argument = self.signature.cache if state is not None and state.relays else None
+        self.tuple_length: int | None = None
+        """Of what the layer returns, 0 for a tensor; known once it has run."""
+        self.attends = True
+        """Whether the layer calls the attention function; known once it has run."""
+        self.state_shapes: dict[StateKey, tuple[torch.Size, torch.dtype]] = {}
+        """Of the state that it hands on; known once it has run."""
+        self.group: LayerGroup
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over chunks is not to be unrolled
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        context = self.group.context
+        if context.stream is None:
+            if self.state is not None and not context.bypassed and torch.is_grad_enabled():
+                raise UnsupportedModelError(
+                    f"{self.state.name} was called by something else than the forward of its decoder"
+                )
+            return self.original_forward(*args, **kwargs)
+        hidden, arguments = self.signature.bind(args, kwargs)
+        if self.state is None and (arguments or hidden.ndim != 3):
+            return self.original_forward(*args, **kwargs)
+        return self.group.call(self, hidden, arguments)
+
+    def cell(
+        self,
+        chunk: Chunk,
+        stream: Stream,
+        store: KVStore | None,
+        states: StateStore,
+        *,
+        stop_at_kv: bool = False,
+    ) -> Cell | None:
+        """The layer's part of a cell; `None` for modules that treat each token alone."""
+        if self.state is None:
+            return None
+        relay = None if self.cache_argument is None else states.relay(chunk)
+        return Cell(chunk, stream, store, self.group.context.attention, stop_at_kv, relay)
+
+    def run(self, cell: Cell | None, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The layer itself on one chunk (B, T, H)."""
+        if self.state is not None:
+            self.state.cell = cell
+        if cell is not None and cell.relay is not None and self.cache_argument is not None:
+            arguments = {key: x for key, x in arguments.items() if key not in SEGMENT_ARGUMENTS}
+            arguments[self.cache_argument] = cell.relay
+        try:
+            output = self.original_forward(hidden, **arguments)
+        finally:
+            if self.state is not None:
+                self.state.cell = None
+        if cell is not None:
+            self._check(cell)
+        self.tuple_length = len(output) if isinstance(output, tuple) else 0
+        if isinstance(output, tuple):
+            output, *others = output
+            if any(x is not None for x in others):
+                raise UnsupportedModelError(f"{type(self.layer).__name__} returns more than hidden states")
+        if not isinstance(output, Tensor):
+            raise UnsupportedModelError(
+                f"{type(self.layer).__name__} returns {type(output).__name__}, not a tensor"
+            )
+        return output
+
+    def _check(self, cell: Cell) -> None:
+        """Raises where a pass has connected tokens in a way that is not seen."""
+        assert self.state is not None
+        name, relayed = type(self.layer).__name__, cell.relay is not None and cell.relay.used
+        self.attends = cell.num_calls == 1
+        if cell.relay is not None:
+            self.state_shapes = {key: (x.shape, dtype) for key, (x, dtype) in cell.relay.ends.items()}
+        if cell.num_calls > 1 or not (self.attends or relayed or self.state.tokenwise):
+            raise UnsupportedModelError(
+                f"{name} called the attention function {cell.num_calls} times in a "
+                "pass, not once: it keeps state between tokens that is not in its keys and values"
+            )
+        if self.state.mixes and not relayed:
+            raise UnsupportedModelError(
+                f"{name} has layers that look at other tokens, and keeps no state in its cache: it cannot be "
+                "handed on from chunk to chunk"
+            )
+
+    def wrap(self, hidden: Tensor) -> Any:
+        """`hidden`, in the form in which the layer returns it."""
+        return (hidden, *(None,) * (self.tuple_length - 1)) if self.tuple_length else hidden

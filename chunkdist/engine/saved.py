@@ -1,0 +1,165 @@
+"""What one forward of a group keeps for its backward, on the device or on the host: the input, the keys and
+values of dependent runs, and states."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from chunkdist.engine.group_input import Hidden, HostInput, tokens_of
+from chunkdist.stores.kv_store import KVStore
+from chunkdist.stores.state_relay import StateKey, StateStore
+from chunkdist.stream.stream import Chunk, Stream
+
+if TYPE_CHECKING:
+    from chunkdist.engine.context import ChunkContext
+
+Stores = list[KVStore | None]
+"""Of a group's layers."""
+
+
+class Kept:
+    """Of one forward.
+
+    Args:
+        num_above: Groups that run after this one. The last keeps everything on the device, since the backward
+            begins with it.
+    """
+
+    def __init__(self, stream: Stream, num_layers: int, context: ChunkContext, num_above: int) -> None:
+        self.host = context.host if num_above else None
+        """`None`: all stays on the device, and the node keeps the input."""
+        self.states = [StateStore() for _ in range(num_layers)]
+        self.input: HostInput | None = None
+        self._stream = stream
+        self._num_groups_on_host = num_above
+        self._reads_retained = context.config.uses_control_variate
+        self._stores: dict[range, Stores] = {}
+        self._places: list[tuple[int, int, StateKey]] = []
+        """Of the states that the node keeps: their layer in the group, the token before which they are, their
+        key."""
+
+    def keep(self, run: range, stores: Stores) -> None:
+        """The keys and values of a dependent run, which are not rebuilt."""
+        self._stores[run] = stores
+
+    def take_stores(self, run: range) -> Stores:
+        """What was kept of a run, or nothing; from the host it is on its way."""
+        stores = self._stores.pop(run, [])
+        for store in stores:
+            if store is not None:
+                store.come_back()
+        return stores
+
+    def send(self, index: int, hidden: Tensor, retained: Collection[int]) -> None:
+        """Chunk `index` has run: what waits for the backward begins to go to the host, with the first chunk
+        the whole input (B, T, H).
+
+        Args:
+            retained: Chunks whose graphs hold their input.
+
+        Raises:
+            RuntimeError: the host has no room.
+        """
+        if self.host is None:
+            return
+        chunks = self._stream.chunks
+        stores = next((stores for run, stores in self._stores.items() if index in run), [])
+        attending = [store for store in stores if store is not None]
+        if index == 0:
+            kv_bytes = sum(store.bytes_per_token for store in attending) * self._stream.num_tokens
+            self.host.require(self._num_groups_on_host * (hidden.nbytes + kv_bytes), hidden)
+            read = [chunk for i, chunk in enumerate(chunks) if self._reads_retained or i not in retained]
+            self.input = HostInput(self.host, hidden, read, self.states)
+        for states in self.states:
+            states.send(chunks[index].start, self.host)
+        for store in attending:
+            store.send(chunks[index], self.host)
+
+    def settle(self) -> None:
+        """What the device is given from now on runs after all copies."""
+        if self.host is not None:
+            self.host.settle()
+
+    def leave_device(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """After the last chunk: what has been sent is on the host alone. Returns what the node is to save:
+        input and states, of which autograd lets go after the backward."""
+        if self.host is None:
+            taken = {
+                (number, position, key): x
+                for number, states in enumerate(self.states)
+                for (position, key), x in states.take().items()
+                if isinstance(x, Tensor)
+            }
+            self._places = list(taken)
+            return hidden, *taken.values()
+        self.settle()
+        for store in (store for stores in self._stores.values() for store in stores):
+            if store is not None:
+                store.leave_device()
+        return ()
+
+    def leaf(self, hidden: Hidden, chunk: Chunk) -> Tensor:
+        """Where the graph of a cell begins. Graphs that are kept hold no view of an input that leaves."""
+        tokens = tokens_of(hidden, chunk)
+        if self.host is not None and isinstance(hidden, Tensor):
+            tokens = tokens.clone()
+        return tokens.detach().requires_grad_(hidden.requires_grad)
+
+    def come_back(self, saved: Sequence[Tensor]) -> Hidden:
+        """Before the backward: the group's input, and states in their places.
+
+        Args:
+            saved: What `leave_device` returned.
+
+        Raises:
+            RuntimeError: the input was on the host, from where it comes once, and has come.
+        """
+        if saved:
+            hidden, *states = saved
+            for (number, position, key), x in zip(self._places, states, strict=True):
+                self.states[number].put(position, key, x)
+            return hidden
+        if self.input is None:
+            raise RuntimeError(
+                "a second backward through the same forward, but what waits on the host is given back after "
+                "the first: call backward once, or write offload='none'"
+            )
+        taken, self.input = self.input, None
+        return taken
+
+    @contextmanager
+    def read_back(self, hidden: Hidden, kept: Sequence[int], *, rebuild: bool) -> Iterator[None]:
+        """Around the backward; afterwards no state is held, and nothing waits on the host.
+
+        Args:
+            hidden: The group's input.
+            kept: The chunks that are backpropagated, ascending.
+            rebuild: Whether those that they read are run before them, one by one, where K/V were not kept.
+
+        Raises:
+            RuntimeError: something has not come back as it went.
+        """
+        if isinstance(hidden, HostInput):
+            hidden.expect(self._reading_order(kept, rebuild))
+        try:
+            yield
+            if self.host is not None:
+                self.host.verify()
+        finally:
+            self.settle()
+            self.states = [StateStore() for _ in self.states]
+            if self.host is not None:
+                self.host.forget_comparisons()
+                self._stores = {}
+
+    def _reading_order(self, kept: Sequence[int], rebuild: bool) -> Iterator[Chunk]:
+        for run in reversed(self._stream.runs()):
+            if rebuild and run not in self._stores:
+                yield from (
+                    self._stream.chunks[index] for index in run if self._stream.is_read_later(index, kept)
+                )
+            yield from (self._stream.chunks[index] for index in reversed(run) if index in kept)

@@ -1,0 +1,113 @@
+"""`metrics.jsonl`: one JSON object a logged optimizer step, and the picture that is made from it.
+
+What always holds: every line is whole, also when the disk fills up in the middle of one, and no step is there
+twice, also when a run goes on from a checkpoint older than its last line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from chunkdist.files import save_figure
+
+Record = dict[str, Any]
+
+
+class MetricsFile:
+    """Appends records to a file. Every method may raise `OSError`, and then has left the file as it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self, step: int) -> str | None:
+        """Prepares the file for a run that starts after `step` (0: from the beginning).
+
+        Lines of later steps are dropped, they are about to be trained again. A run from the beginning keeps
+        what it finds under another name.
+
+        Returns:
+            One line on what was done to an existing file, if anything.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists() or not self.path.stat().st_size:
+            return None
+        if step == 0:
+            earlier = self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
+            os.replace(self.path, earlier)
+            return f"{self.path} is from an earlier run: renamed to {earlier.name}"
+        records = self.read()
+        kept = [record for record in records if record["step"] <= step]
+        _write_whole(self.path, "".join(map(_line, kept)).encode())
+        dropped = len(records) - len(kept)
+        return (
+            f"{self.path}: dropped {dropped} lines of steps after {step}, where training goes on"
+            if dropped
+            else None
+        )
+
+    def append(self, record: Record) -> None:
+        """Writes one line, or nothing."""
+        line = _line(record).encode()
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(28, "No space left on device", str(self.path))
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(end)
+                raise
+
+    def read(self) -> list[Record]:
+        """The records, by step. A line that is none (a process was killed while writing it) is skipped."""
+        records: dict[int, Record] = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                records[int(record["step"])] = record
+            except (ValueError, TypeError, KeyError):
+                continue
+        return [records[step] for step in sorted(records)]
+
+
+def draw(records: list[Record], path: Path) -> None:
+    """A PNG of loss and peak memory over steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, memory_axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    for axes, key, label in (
+        (loss_axes, "loss", "loss"),
+        (memory_axes, "peak_memory_gib", "peak GPU memory (GiB)"),
+        (memory_axes, "peak_rss_gib", "peak resident memory (GiB)"),
+    ):
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else None)
+            axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    memory_axes.set_ylim(bottom=0)
+    memory_axes.set_xlabel("optimizer step")
+    save_figure(figure, path)
+
+
+def _line(record: Record) -> str:
+    """NaN and infinity are no JSON: null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(clean) + "\n"
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

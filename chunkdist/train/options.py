@@ -1,0 +1,272 @@
+"""The options of a training run, TRL's own and ours, by one name in YAML and on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from chunkdist.config import ChunkConfig
+from chunkdist.data.samples import LongSamples
+from chunkdist.train.chunk_options import ChunkArguments, option
+from chunkdist.train.ranks import (
+    allow_fsdp,
+    launcher_wants_fsdp,
+    needs_gloo,
+    skip_shm_build,
+    start_gloo,
+    tell_ranks,
+)
+from chunkdist.train.refuse_options import check_pipeline
+from chunkdist.train.trainers.shrinking import check_shrinking
+from chunkdist.train.trainers.streams import check_packing
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's dataset options, and what becomes of samples that do not fit."""
+
+    long_samples: str = option(
+        "error",
+        "What becomes of a sample longer than max_length: error (before training), truncate, split (plain "
+        "text only), or drop. What was done is said.",
+        choices=get_args(LongSamples),
+    )
+    corpus_max_bytes: int = option(
+        4_000_000, "How much of the interpreter's standard library dataset_name: python-stdlib reads."
+    )
+
+
+@dataclass
+class TrainArguments(SFTConfig):
+    """TRL's `SFTConfig`, with Hugging Face's gradient checkpointing off: a chunked step is its own."""
+
+    # `None`, not `False`: recent versions of transformers take any other value for the deprecated spelling.
+    gradient_checkpointing: bool | None = option(  # type: ignore[assignment]
+        None, "Hugging Face's gradient checkpointing, for chunk_method: none. A chunked step excludes it."
+    )
+
+    pipeline_stages: int = option(
+        1,
+        "Ranks that share a model, each some of its layers; other ranks are replicas (docs/pipeline.md).",
+    )
+    pipeline_shard_weights: bool = option(
+        False, "Replicas of a pipeline's stage share its weights and optimizer states (FSDP2)."
+    )
+    pipeline_forwards_ahead: str = option(
+        "1", "Forwards that a stage is ahead of the next one; 2: a smaller bubble, more graphs. auto: chosen."
+    )
+
+    def __post_init__(self) -> None:
+        if self.deepspeed:
+            skip_shm_build()
+        elif needs_gloo():
+            self.use_cpu = True
+            start_gloo(self.ddp_timeout_delta)
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.deepspeed and needs_gloo():
+            tell_ranks(self.distributed_state)
+        elif needs_gloo() and (launcher_wants_fsdp() or self.fsdp):
+            allow_fsdp(self.distributed_state)
+
+    def _validate_args(self) -> None:
+        """For transformers, bf16 without a GPU needs `use_cpu`, which DeepSpeed must not be given."""
+        given = self.use_cpu
+        self.use_cpu = given or bool(self.deepspeed and needs_gloo())
+        super()._validate_args()  # type: ignore[no-untyped-call]
+        self.use_cpu = given
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's model options."""
+
+    from_scratch: bool = option(
+        False,
+        "Draw the weights from the model's config instead of loading them; model_name_or_path then is a "
+        "folder (or a name on the Hub) with config.json and a tokenizer.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Everything that one run was told."""
+
+    chunk: ChunkArguments
+    data: DataArguments
+    training: TrainArguments
+    model: ModelArguments
+    mixture: DatasetMixtureConfig
+
+
+class OptionParser(TrlParser):
+    """TRL's parser; faults of YAML and command line alike are one line that names the option."""
+
+    def __init__(self) -> None:
+        types = (ChunkArguments, DataArguments, TrainArguments, ModelArguments, DatasetMixtureConfig)
+        super().__init__(types, allow_abbrev=False)  # type: ignore[arg-type]  # TRL's annotation is a string
+
+    def parse(self, arguments: Sequence[str] | None = None) -> TrainingOptions:
+        """The options of a command line, `--config FILE.yaml` among them.
+
+        Raises:
+            ValueError: an unknown or unfit option, or an unreadable YAML file.
+        """
+        given = [part for argument in (arguments or []) for part in _split_config(argument)]
+        if "--config" in given:
+            _check_yaml(given[given.index("--config") + 1 : given.index("--config") + 2])
+        try:
+            *parsed, from_yaml, from_command_line = self.parse_args_and_config(
+                given, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except TypeError as error:  # a value of a wrong kind that only a dataclass notices
+            raise ValueError(f"an option has a value of a wrong kind: {error}") from error
+        if "--config" in from_command_line:
+            self.error("--config is given twice: write it once (`make train CONFIG=FILE`)")
+        for unknown in [*from_yaml[::2], *(part for part in from_command_line if part.startswith("-"))]:
+            self.error(f"unknown option {unknown.split('=')[0].lstrip('-')!r}{self._nearest(unknown)}")
+        if from_command_line:
+            self.error(f"{from_command_line[0]!r} belongs to no option: write --option value")
+        chunk, data, training, model, mixture = parsed
+        return TrainingOptions(chunk=chunk, data=data, training=training, model=model, mixture=mixture)
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        """As TRL's, but values of a YAML file pass the checks that values of the command line pass."""
+        actions = {action.dest: action for action in self._actions}
+        for key, value in values.items():
+            if key in actions:
+                values[key] = self._checked(actions[key], key, value)
+        return super().set_defaults_with_config(**values)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the whole usage and leaving."""
+        raise ValueError(message)
+
+    def _checked(self, action: argparse.Action, key: str, value: Any) -> Any:
+        if value is None or isinstance(value, dict) or (isinstance(value, list) and action.nargs is None):
+            return value
+        values = value if isinstance(value, list) else [value]
+        values = [str(element).lower() if isinstance(element, bool) else element for element in values]
+        if any(isinstance(element, (list, dict)) for element in values):
+            return value
+        try:
+            checked = [self._get_value(action, str(element)) for element in values]
+            for element in checked:
+                self._check_value(action, element)
+        except argparse.ArgumentError as fault:
+            self.error(f"{key}: {value!r} in the config file: {fault.message}")
+        return checked if isinstance(value, list) or action.nargs == "+" else checked[0]
+
+    def _nearest(self, unknown: str) -> str:
+        known = sorted({option.lstrip("-").replace("-", "_") for option in self._option_string_actions})
+        name = unknown.split("=")[0].lstrip("-").replace("-", "_")
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        return f": did you mean {close[0]!r}?" if close else ": --help lists those that there are"
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> TrainingOptions:
+    """The options of this process's command line, or of `arguments`."""
+    return OptionParser().parse(sys.argv[1:] if arguments is None else arguments)
+
+
+def check_options(options: TrainingOptions, *, will_train: bool = True) -> ChunkConfig | None:
+    """What can be said from the options alone. Returns the chunk config.
+
+    Args:
+        will_train: False: packages that only training needs may be missing.
+
+    Raises:
+        ValueError, NotImplementedError: options exclude each other, or one would silently do harm.
+    """
+    chunk_config = options.chunk.chunk_config()
+    training, model, data = options.training, options.model, options.data
+    if chunk_config is not None and training.gradient_checkpointing:
+        raise ValueError(
+            "gradient_checkpointing=True: a chunked step is its own checkpointing, both would recompute "
+            "twice; write "
+            "gradient_checkpointing: false, or chunk_method: none"
+        )
+    if chunk_config is not None and training.router_aux_loss_coef:
+        raise ValueError(
+            f"router_aux_loss_coef={training.router_aux_loss_coef}: chunked layers hand out no router "
+            "logits; write 0.0"
+        )
+    if training.packing and training.packing_strategy == "wrapped":
+        raise ValueError(
+            "packing_strategy=wrapped lets the documents of a sequence attend to each other; write bfd, "
+            "which keeps "
+            "them apart (and long_samples: split to cut long ones)"
+        )
+    check_pipeline(options, chunk_config, will_train=will_train)
+    check_shrinking(options, shards_weights=bool(training.fsdp) or launcher_wants_fsdp())
+    if options.chunk.chunk_packing:
+        check_packing(options)
+    dataset_kwargs = training.dataset_kwargs
+    if isinstance(dataset_kwargs, dict) and dataset_kwargs.get("skip_prepare_dataset"):
+        raise ValueError(
+            "dataset_kwargs.skip_prepare_dataset=True skips the checks of the samples; leave it out: a "
+            "dataset with "
+            "input_ids and labels is taken as it is"
+        )
+    if data.dataset_streaming or options.mixture.streaming:
+        raise ValueError(
+            "dataset_streaming=True: samples that stream cannot be checked before training; write false"
+        )
+    output = Path(training.output_dir or ".")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir={str(output)!r} is a file: write the name of a folder")
+    if not data.dataset_name and not options.mixture.datasets:
+        raise ValueError(
+            "dataset_name is missing: write a file, a folder, a name on the Hub, or python-stdlib"
+        )
+    if data.dataset_name and options.mixture.datasets:
+        raise ValueError(
+            "dataset_name and datasets are both set, and one would be ignored: write one of them"
+        )
+    if not model.model_name_or_path:
+        raise ValueError("model_name_or_path is missing: write a folder or a name on the Hub")
+    if model.from_scratch and (model.use_peft or model.load_in_4bit or model.load_in_8bit):
+        raise ValueError(
+            "from_scratch=True with use_peft or a quantised model: the base weights would be lost; drop one"
+        )
+    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
+        raise ValueError(
+            "load_in_4bit=True needs use_peft: true, quantised weights are not trained themselves"
+        )
+    is_quantised = model.load_in_4bit or model.load_in_8bit
+    if will_train and is_quantised and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit=True needs bitsandbytes: pip install 'chunkdist[qlora]'")
+    if will_train and training.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError("use_liger_kernel=True needs Liger's kernels: pip install liger-kernel")
+    if training.max_length is not None and training.max_length < 2:
+        raise ValueError(f"max_length={training.max_length} leaves no token to predict: write at least 2")
+    return chunk_config
+
+
+def _split_config(argument: str) -> list[str]:
+    """`--config=FILE` as two words: TRL's parser knows only these."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _check_yaml(after_config: list[str]) -> None:
+    if not after_config:
+        raise ValueError("--config is followed by nothing: write the name of a YAML file")
+    path = Path(after_config[0])
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ValueError(f"--config {path} cannot be read: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} holds no options: write 'name: value' lines")
+    unnamed = [key for key in content if not isinstance(key, str)]
+    if unnamed:
+        raise ValueError(f"--config {path}: {unnamed[0]!r} is no option's name")

@@ -1,0 +1,142 @@
+"""TRL's `SFTTrainer` that truncates and drops nothing unasked, and whose checkpoints are whole."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard  # type: ignore[import-untyped]
+from torch.utils.data import DataLoader
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import SFTTrainer
+
+from chunkdist.data.sampler import LongestFirst
+from chunkdist.data.samples import LongSamples, fit_samples, sample_lengths
+from chunkdist.train.checkpoints import whole_checkpoint
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class CheckedSFTTrainer(SFTTrainer):
+    """`SFTTrainer` that truncates and drops no sample unasked, and leaves no half-written checkpoint."""
+
+    def __init__(self, *, long_samples: LongSamples, **kwargs: Any) -> None:
+        self._long_samples = long_samples
+        self._checkpoints: Path | None = None
+        """Where checkpoints are made while one is being saved."""
+        self.resumes_from: str | None = None
+        """What to give to `train` as `resume_from_checkpoint`."""
+        super().__init__(**kwargs)
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Dataset:
+        """TRL's preparation in two parts, the check of the samples between them.
+
+        The first part only tokenises. The second finds `input_ids` and `labels` made, and packs; that it may
+        be called with what it has made itself is TRL's own contract (its `evaluate` relies on it).
+        """
+        columns = set(dataset.column_names)
+        is_text = not columns & {"messages", "conversations", "prompt", "labels"}  # a turn must not be cut
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        prepare = super()._prepare_dataset
+
+        def tokenize(rows: Dataset) -> Dataset:
+            return prepare(rows, processing_class, whole, False, formatting_func, dataset_name)
+
+        tokenized = _tokenize_or_name_culprit(dataset, tokenize, dataset_name)
+        kept = [
+            column for column in ("input_ids", "labels", "seq_lengths") if column in tokenized.column_names
+        ]
+        fitting = fit_samples(
+            tokenized.select_columns(kept),
+            max_length=args.max_length,
+            long_samples=self._long_samples,
+            is_text=is_text,
+            name=f"{dataset_name} data",
+            keep_end=args.truncation_mode == "keep_end",
+            say=print_once,
+        )
+        return prepare(fitting, processing_class, args, packing, None, dataset_name)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Transformers' own, but shuffled epochs begin with the longest sample."""
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        if self.args.train_sampling_strategy == "random" and isinstance(
+            loader, DataLoaderShard | DataLoaderDispatcher
+        ):
+            loader.set_sampler(LongestFirst(loader.get_sampler(), sample_lengths(self.train_dataset)))
+        return loader
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """A model without weights, which is not to be trained, stays where it is."""
+        if not next(model.parameters()).is_meta:
+            super()._move_model_to_device(model, device)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Transformers' own, but the checkpoint has its name when it is whole, and older ones go after."""
+        args = self.args
+        target = Path(super()._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, push = args.save_total_limit, args.push_to_hub
+        with whole_checkpoint(target, args, self.accelerator.wait_for_everyone) as folder:
+            self._checkpoints, args.save_total_limit, args.push_to_hub = folder, None, False
+            try:
+                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+            finally:
+                self._checkpoints, args.save_total_limit, args.push_to_hub = None, limit, push
+            if self.state.best_model_checkpoint == str(folder / target.name):
+                self.state.best_model_checkpoint = str(target)
+                if args.should_save:
+                    self.state.save_to_json(str(folder / target.name / TRAINER_STATE_NAME))
+        if push:
+            self._push_from_checkpoint(str(target))
+        if args.should_save:
+            rotate_checkpoints(str(target.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._checkpoints or super()._get_output_dir(trial))
+
+
+def print_once(line: str) -> None:
+    """Prints on the first process of the whole job."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(line, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message; without one, its kind."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _tokenize_or_name_culprit(dataset: Dataset, tokenize: Callable[[Dataset], Dataset], name: str) -> Dataset:
+    """`tokenize(dataset)`; if that fails, halves tell which sample is the first that fails alone."""
+    try:
+        return tokenize(dataset)
+    except Exception as error:
+        start, end, fault = 0, len(dataset), error
+        while end - start > 1:
+            middle = (start + end) // 2
+            try:
+                tokenize(dataset.select(range(start, middle)))
+                start = middle
+            except Exception as inner:
+                end, fault = middle, inner
+        try:
+            tokenize(dataset.select(range(start, end)))
+        except Exception as inner:
+            raise ValueError(f"{name} data, sample {start}: {first_line(inner)}") from fault
+        raise

@@ -1,0 +1,126 @@
+"""`oom: shrink`: a step that runs out of memory is tried again with smaller chunks, on all ranks alike."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed
+from trl import SFTTrainer
+
+from chunkdist.chunking import layers_of
+from chunkdist.engine.context import ChunkContext
+from chunkdist.recovery import recovering
+from chunkdist.train.callback import ChunkCallback
+from chunkdist.train.token_counter import TokenCounter
+from chunkdist.train.trainers.checked import print_once
+
+if TYPE_CHECKING:
+    from chunkdist.train.options import TrainingOptions
+
+SMALLEST = 64
+"""Tokens of a chunk; with fewer, a cell is no longer what takes the memory."""
+
+
+def check_shrinking(options: TrainingOptions, *, shards_weights: bool) -> None:
+    """Raises where `oom: shrink` cannot be done.
+
+    Args:
+        shards_weights: By FSDP.
+
+    Raises:
+        ValueError: says what to write instead.
+    """
+    chunk, training = options.chunk, options.training
+    if chunk.oom != "shrink":
+        return
+    for name, is_set, why in (
+        ("chunk_method", chunk.chunk_method != "seco", "only exact steps are tried again; write seco"),
+        ("deepspeed", bool(training.deepspeed), "DeepSpeed updates the weights before ranks can agree"),
+        ("chunk_packing", chunk.chunk_packing, "streams are cut for one chunk size"),
+        ("pipeline_stages", training.pipeline_stages > 1, "chunks are what stages send, of one size"),
+        (
+            "gradient_accumulation_steps",
+            shards_weights and training.gradient_accumulation_steps > 1,
+            "FSDP keeps gradients of earlier micro-batches where they cannot be thrown away; write 1",
+        ),
+    ):
+        if is_set:
+            value = getattr(chunk, name, None) or getattr(training, name, None)
+            raise ValueError(f"oom=shrink with {name}={value}: {why}, or leave oom out")
+
+
+class ShrinkingTrainer(SFTTrainer):
+    """`SFTTrainer` whose steps run again, with chunks of half the size and none retained, where a rank has
+    run out of memory in a layer group or in the loss. The optimizer has not stepped then, and gradients of
+    the micro-batches before are computed again too: nothing is lost, and gradients are exact at any size."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._done: list[dict[str, Any]] = []
+        """Micro-batches of the optimizer step at hand."""
+        self._error: torch.OutOfMemoryError | None = None
+        super().__init__(**kwargs)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        todo = [inputs]
+        while True:
+            failed = 0
+            for number, one in enumerate(todo, start=1):
+                before = copy.deepcopy(self._metrics), self._total_train_tokens
+                counters = [(counter, counter.sums) for counter in self._token_counters()]
+                with nullcontext() if number == len(todo) else self.accelerator.no_sync(model=model):
+                    loss, failed = self._attempt(model, one, num_items_in_batch)
+                if failed or number < len(todo):  # noted already, or not to be
+                    self._metrics, self._total_train_tokens = before
+                    for counter, sums in counters:
+                        counter.sums = sums
+                if failed:
+                    break
+            if not failed:
+                break
+            self._shrink(failed)
+            model.zero_grad(set_to_none=True)
+            todo = [*self._done, inputs]
+        self._done = [] if self.accelerator.sync_gradients else [*self._done, inputs]
+        return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._done = []  # a run that failed may have left some
+        return super().train(*args, **kwargs)
+
+    def _token_counters(self) -> list[TokenCounter]:
+        callbacks = self.callback_handler.callbacks
+        return [c.counter for c in callbacks if isinstance(c, ChunkCallback) and c.counter is not None]
+
+    def _attempt(
+        self, model: Any, inputs: dict[str, Any], num_items: Tensor | int | None
+    ) -> tuple[Tensor, int]:
+        """The loss, and how many ranks have run out of memory."""
+        with recovering() as recovery:
+            loss = super().training_step(model, dict(inputs), num_items)  # type: ignore[no-untyped-call]
+        failed = torch.tensor(int(recovery.error is not None), device=loss.device)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(failed)
+        self._error = recovery.error
+        return loss, int(failed)
+
+    def _shrink(self, num_failed: int) -> None:
+        """Half the chunk size, on all ranks.
+
+        Raises:
+            torch.OutOfMemoryError: chunks are as small as they get.
+        """
+        assert self.model is not None
+        context: ChunkContext = layers_of(self.model)[0].group.context
+        before = int(context.config.chunk_size)
+        told = f"out of memory on {num_failed} rank(s) in step {self.state.global_step + 1}"
+        if before // 2 < SMALLEST:
+            raise self._error or torch.OutOfMemoryError(f"{told}, with chunks of {before} tokens")
+        config = replace(context.config, chunk_size=before // 2, retained_chunks=0)
+        context.resolve(config, f"as configured, and halved: {told}")
+        print_once(f"{told}: chunk_size {before} -> {before // 2}, and the step runs again")

@@ -1,0 +1,60 @@
+"""chunkdist's tiled loss in the place of TRL's fused head, with the figures that TRL logs.
+
+TRL's `SFTTrainer` (1.16) asks a model for `fused_lm_head=True` and takes sums of what it gets for each token.
+Its head keeps copies of all hidden states in fp32; chunkdist's keeps none, runs tile by tile, and its
+gradient is ready when its backward begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+from chunkdist.data.streams import NO_LABEL
+from chunkdist.loss.lazy_logits import tiled_head
+from chunkdist.loss.token_metrics import token_figures
+from chunkdist.models.layers import causal_lm_of
+
+
+def install_tiled_loss(model: nn.Module, args: Any) -> None:
+    """For a chunked model that a trainer has put its fused head into; does nothing where the loss is another
+    one than the mean of negative log-likelihoods, or the head is no plain linear map."""
+    causal_lm = causal_lm_of(model)
+    if args.loss_type != "nll" or args.label_smoothing_factor or tiled_head(causal_lm) is None:
+        return
+    inner = causal_lm.forward
+    own = getattr(inner, "__func__", inner)
+    causal_lm.forward = MethodType(wraps(own)(partial(_forward, inner)), causal_lm)
+
+
+def _forward(
+    inner: Callable[..., Any], model: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any
+) -> Any:
+    labels: Tensor | None = kwargs.get("labels")
+    if not fused_lm_head or labels is None:
+        return inner(*args, fused_lm_head=fused_lm_head, **kwargs)
+    kwargs.pop("num_items_in_batch", None)
+    with token_figures() as figures:
+        loss = inner(*args, **kwargs, num_items_in_batch=1).loss
+    shifted = kwargs.get("shift_labels")
+    mask = (labels[:, 1:] if shifted is None else shifted) != NO_LABEL
+    entropy, num_correct = (
+        torch.as_tensor(x, device=loss.device) for x in (figures.entropy, figures.num_correct)
+    )
+    # Sums where TRL has a number for each token: it sums them.
+    return FusedCausalLMOutput(
+        loss=loss,
+        log_probs=-loss,
+        entropy=entropy,
+        log_sum_sq_probs=None,
+        mean_logits=None,
+        is_top1=num_correct,
+        label_mask=mask,
+        aux_loss=None,
+    )

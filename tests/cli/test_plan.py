@@ -1,0 +1,73 @@
+"""`chunkdist plan` on the quickstart's config: no weights, no data, no GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chunkdist.bench.plan import MODELS
+from chunkdist.cli.main import main
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+
+
+def test_says_where_every_gib_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", CONFIG, "--card", "l4", "--length", "2048", "--simulate"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "2,048 tokens",
+        "NVIDIA L4, 22.50 GiB",
+        "a margin of",
+        "group inputs",
+        "K/V gradients",
+        "as configured: chunk_size: 1024, layers_per_group: 1",
+        "longest length that fits",
+        "with 1 GiB more",
+        "fastest schedule",
+        "simulated (1 layers",
+    ):
+        assert words in out
+
+
+def test_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["plan", CONFIG, "--memory-gib", "1.02", "--host-gib", "0", "--length", "524288"])
+    assert status == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "as configured, a step needs" in out
+    assert "nothing fits: 524,288 tokens need" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("llama3-8b-lora-24gb", MODELS["Llama-3-8B"]),
+        ("llama3-8b-qlora-24gb", MODELS["Llama-3-8B"]),
+        ("llama3.2-1b-full-24gb", MODELS["Llama-3.2-1B"]),
+    ],
+)
+def test_presets_fit_on_their_card(
+    name: str, sizes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of their models' sizes; bitsandbytes need not be there."""
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    config = str(Path(CONFIG).with_name(f"{name}.yaml"))
+    assert main(["plan", config, "--model_name_or_path", str(tmp_path)]) == 0
+    assert "as configured: chunk_size: " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--memory-gib", "0"], "--memory-gib 0.0 plans for nothing"),
+        (["--engine", "fsdp2"], "--engine fsdp2 with --num-ranks 1"),
+        (["--num-ranks", "4"], "--engine single with --num-ranks 4"),
+        (["--chunk_method", "none"], "has no chunks to plan"),
+        (["--chunk_size", "some"], "chunk_size='some' is not a count of tokens"),
+    ],
+)
+def test_bad_input(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", CONFIG, *options]) == 2
+    assert message in capsys.readouterr().err
