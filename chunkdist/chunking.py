@@ -1,51 +1,28 @@
-"""`chunk_model`: finds a model's decoder layers, forms groups, and puts the chunked forward in their place.
-
-No code for any particular model: layers are the elements of the decoder's one list of layers, their attention
-is whatever calls transformers' `AttentionInterface`. What cannot be computed exactly is refused.
-"""
+"""The public calls: `chunk_model`, `unchunk_model`, `chunk_report`, and what trainers ask of a chunked
+model."""
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial, wraps
-from types import MethodType
-from typing import Any, NoReturn, SupportsIndex, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
-from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, attend
-from chunkdist.attention.mask import chunk_mask
 from chunkdist.config import ChunkConfig
-from chunkdist.engine.context import ChunkContext
-from chunkdist.engine.group import LayerGroup
+from chunkdist.engine.chunked_model import HANDLE, ChunkedModel
 from chunkdist.engine.layer import GroupLayer
-from chunkdist.engine.probe import LayerProbe, needs_probe
 from chunkdist.loss.cross_entropy import tile_tokens
-from chunkdist.loss.lazy_logits import lazy_logits, tiled_head
+from chunkdist.loss.lazy_logits import tiled_head
 from chunkdist.memory.auto import resolve_auto
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.sharded import SINGLE
-from chunkdist.models.layers import causal_lm_of, configs_of, find_layers, layer_states, refuse_known
-from chunkdist.sharding.zero3 import Zero3Layers
+from chunkdist.models.layers import causal_lm_of
 from chunkdist.spaco.sample import SampleReport
 from chunkdist.stores.host_memory import HostMemory
 
-logger = logging.getLogger(__name__)
-
-_HANDLE = "_chunkdist_model"
-_CONTEXT = "_chunkdist_context"
-_ORIGINAL_FORWARD = "_chunkdist_original_forward"
-
 Model = TypeVar("Model", bound=nn.Module)
-
-AttentionInterface.register(ATTENTION_NAME, attend)
-AttentionMaskInterface.register(ATTENTION_NAME, chunk_mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +66,9 @@ def chunk_model(model: Model, config: ChunkConfig) -> Model:
         UnsupportedModelError: gradients would not be exact. Some models show it only in their first forward.
     """
     causal_lm = _causal_lm(model)
-    if _HANDLE in causal_lm.__dict__:
+    if HANDLE in causal_lm.__dict__:
         raise ValueError("the model is chunked already: call unchunk_model(model) first")
-    causal_lm.__dict__[_HANDLE] = ChunkedModel(causal_lm, config)
+    causal_lm.__dict__[HANDLE] = ChunkedModel(causal_lm, config, resolve_auto_values)
     return model
 
 
@@ -103,7 +80,7 @@ def unchunk_model(model: Model) -> Model:
     """
     causal_lm = _causal_lm(model)
     _handle(causal_lm).remove()
-    del causal_lm.__dict__[_HANDLE]
+    del causal_lm.__dict__[HANDLE]
     return model
 
 
@@ -113,7 +90,23 @@ def chunk_report(model: nn.Module) -> ChunkReport:
     Raises:
         ValueError: the model is not chunked.
     """
-    return _handle(_causal_lm(model)).report()
+    handle = _handle(_causal_lm(model))
+    head = tiled_head(handle.model)
+    reasons, config = handle.context.attention.reasons, handle.context.config
+    return ChunkReport(
+        num_layers=sum(len(group.layers) for group in handle.groups),
+        layers_per_group=max(len(group.layers) for group in handle.groups),
+        num_groups=len(handle.groups),
+        chunk_size=int(config.chunk_size),
+        retained_chunks=int(config.retained_chunks),
+        reason=handle.context.reason or "auto: chosen in the first step",
+        config=config,
+        rebuilds_kv=config.rebuilds_kv,
+        attention=" and ".join(reasons) or config.attention,
+        attention_reason="; ".join(reasons.values()) or "chosen in the first step",
+        head_tile_tokens=None if head is None else tile_tokens(head.out_features, head.weight.element_size()),
+        sample=None if handle.context.sample is None else handle.context.sample.report,
+    )
 
 
 def layers_of(model: nn.Module) -> list[GroupLayer]:
@@ -122,7 +115,7 @@ def layers_of(model: nn.Module) -> list[GroupLayer]:
     Raises:
         ValueError: the model is not chunked.
     """
-    return [layer for group in _handle(_causal_lm(model)).groups for layer in group.layers]
+    return _handle(_causal_lm(model)).layers
 
 
 def host_memory(model: nn.Module) -> HostMemory | None:
@@ -144,10 +137,20 @@ def resolve_auto_values(model: nn.Module, *, activation_bytes: int | None = None
     """
     context = (handle := _handle(_causal_lm(model))).context
     if not context.reason:
-        sizes = handle.sizes(activation_bytes, settings.get("engine", SINGLE).weights_dtype)
-        chosen, reason = resolve_auto(model, context.asked, sizes, **settings)
+        sizes = model_sizes(model, activation_bytes, settings.get("engine", SINGLE).weights_dtype)
+        chosen, reason = resolve_auto(model, context.requested, sizes, **settings)
         handle.regroup(chosen.layers_per_group)
         context.resolve(chosen, reason)
+
+
+def reschedule(model: nn.Module, *, chunk_size: int, reason: str) -> None:
+    """Other chunks, none of them retained, for the steps to come.
+
+    Args:
+        reason: Why, for `ChunkReport`.
+    """
+    context = _handle(_causal_lm(model)).context
+    context.resolve(replace(context.config, chunk_size=chunk_size, retained_chunks=0), reason)
 
 
 def model_sizes(
@@ -158,172 +161,17 @@ def model_sizes(
     Raises:
         ValueError: the model is not chunked.
     """
-    return _handle(_causal_lm(model)).sizes(activation_bytes, weights_dtype)
-
-
-class ChunkedModel:
-    """Everything that `chunk_model` puts into a model."""
-
-    def __init__(self, model: PreTrainedModel, config: ChunkConfig) -> None:
-        entries, decoder, layers = find_layers(model)
-        refuse_known(model, entries[-1], layers)
-        num_layers = len(layers)
-        height = self._height(config.without_auto().layers_per_group, num_layers)
-        self.model = model
-        self.entries = entries
-        self._states = layer_states(model.config.get_text_config(), layers)
-        relays = any(state.relays for state in self._states)
-        if relays and config.sampler is not None:
-            raise ValueError(
-                f"sampler={config.sampler!r}, but {type(model).__name__} has layers with state between "
-                "tokens: a dropped chunk cuts the chain of states, and weights for it grow with every "
-                "chunk; write sampler=None"
-            )
-        probe = LayerProbe() if needs_probe(model, has_state=relays) else None
-        configs = configs_of([*entries, decoder, *layers])
-        self.context = ChunkContext(config, configs, has_state=relays, probe=probe)
-        self._zero3 = Zero3Layers(layers, height)
-        self.groups: list[LayerGroup] = []
-        self._sizes: dict[tuple[int | None, torch.dtype | None], ModelSizes] = {}
-        self._forwards: list[tuple[nn.Module, Any, Any]] = []
-        for start in range(0, num_layers, height):
-            self.groups.append(self._group(layers[start : start + height], start))
-        self._number_groups()
-        if tiled_head(model) is None:
-            logger.warning(
-                "chunkdist: the logits of the whole sequence will be made: the output layer, %s, is no plain "
-                "linear layer, or the loss is not the usual one",
-                type(model.get_output_embeddings()).__name__,
-            )
-        for name, module in decoder.named_children():
-            if "norm" in type(module).__name__.lower() or "norm" in name.lower():
-                self._group([module], None)
-        for entry in entries:
-            entry.__dict__[_CONTEXT] = self.context
-            self._replace_forward(entry, _method(_decoder_forward, entry))
-        self._replace_forward(model, _method(_causal_lm_forward, model))
-
-    def remove(self) -> None:
-        """Puts the forwards back; where others have wrapped ours, ours only passes on from now."""
-        self.context.bypassed = True
-        if self.context.host is not None:
-            self.context.host.close()
-        self._zero3.remove()
-        for entry in self.entries:
-            entry.__dict__.pop(_CONTEXT)
-        for module, forward, before in self._forwards:
-            if module.__dict__.get("forward") != forward:
-                continue
-            module.__dict__.pop(_ORIGINAL_FORWARD, None)
-            del module.__dict__["forward"]
-            if before is not None:
-                module.__dict__["forward"] = before
-        for group in self.groups:
-            for layer in group.layers:
-                for module in layer.layer.modules():
-                    module.__dict__.pop(LAYER_ATTRIBUTE, None)
-
-    def sizes(self, activation_bytes: int | None, weights_dtype: torch.dtype | None = None) -> ModelSizes:
-        if (key := (activation_bytes, weights_dtype)) not in self._sizes:
-            named: Any = {"activation_bytes": activation_bytes, "weights_dtype": weights_dtype}
-            named["device_type"] = next(self.model.parameters()).device.type
-            self._sizes[key] = ModelSizes.for_config(self.model, self.context.asked, **named)
-        return self._sizes[key]
-
-    def regroup(self, layers_per_group: Any) -> None:
-        """Other groups of the same layers."""
-        layers = [layer for group in self.groups for layer in group.layers]
-        height = self._height(layers_per_group, len(layers))
-        if height == max(len(group.layers) for group in self.groups):
-            return
-        self._zero3.check_height(height)
-        starts = range(0, len(layers), height)
-        self.groups = [LayerGroup(layers[start : start + height], self.context) for start in starts]
-        self._number_groups()
-
-    def _number_groups(self) -> None:
-        for num_above, group in enumerate(reversed(self.groups)):
-            group.num_above, group.is_last = num_above, num_above == 0
-
-    @staticmethod
-    def _height(layers_per_group: int | str, num_layers: int) -> int:
-        height = num_layers if layers_per_group == "all" else int(layers_per_group)
-        if height > num_layers:
-            raise ValueError(f"layers_per_group={height}, but the model has {num_layers} layers: write 'all'")
-        return height
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ChunkedModel:
-        memo[id(self)] = twin = object.__new__(type(self))
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return twin
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise TypeError("a chunked model cannot be pickled: call unchunk_model first, or save_pretrained")
-
-    def report(self) -> ChunkReport:
-        head = tiled_head(self.model)
-        reasons, config = self.context.attention.reasons, self.context.config
-        return ChunkReport(
-            num_layers=sum(len(group.layers) for group in self.groups),
-            layers_per_group=max(len(group.layers) for group in self.groups),
-            num_groups=len(self.groups),
-            chunk_size=int(config.chunk_size),
-            retained_chunks=int(config.retained_chunks),
-            reason=self.context.reason or "auto: chosen in the first step",
-            config=config,
-            rebuilds_kv=config.rebuilds_kv,
-            attention=" and ".join(reasons) or config.attention,
-            attention_reason="; ".join(reasons.values()) or "chosen in the first step",
-            head_tile_tokens=None
-            if head is None
-            else tile_tokens(head.out_features, head.weight.element_size()),
-            sample=None if self.context.sample is None else self.context.sample.report,
+    handle = _handle(_causal_lm(model))
+    if (key := (activation_bytes, weights_dtype)) not in handle.sizes:
+        handle.sizes[key] = ModelSizes.for_config(
+            handle.model,
+            handle.context.requested,
+            activation_bytes=activation_bytes,
+            weights_dtype=weights_dtype,
+            device_type=next(handle.model.parameters()).device.type,
         )
-
-    def _group(self, modules: list[nn.Module], first_index: int | None) -> LayerGroup:
-        """A group of decoder layers, or, without an index, of modules that treat each token alone."""
-        layers = []
-        for offset, module in enumerate(modules):
-            state = None
-            if first_index is not None:
-                state = self._states[first_index + offset]
-                for submodule in module.modules():
-                    submodule.__dict__[LAYER_ATTRIBUTE] = state
-            layer = GroupLayer(module, state)
-            self._replace_forward(module, layer.forward)
-            layers.append(layer)
-        return LayerGroup(layers, self.context)
-
-    def _replace_forward(self, module: nn.Module, forward: Any) -> None:
-        self._forwards.append((module, forward, module.__dict__.get("forward")))
-        module.__dict__["forward"] = forward
-
-
-def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A causal LM's forward; with labels, without ever making the logits of the whole sequence."""
-    handle = model.__dict__.get(_HANDLE)
-    if handle is not None and model.training and torch.is_grad_enabled():
-        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
-        for tokens in [x for x in given if isinstance(x, Tensor)][:1]:
-            mixed = 2 if torch.is_autocast_enabled(tokens.device.type) else None
-            num_rows, num_tokens = tokens.shape[:2]
-            resolve_auto_values(model, num_tokens=num_tokens, num_rows=num_rows, activation_bytes=mixed)
-    with nullcontext() if handle is None or kwargs.get("labels") is None else lazy_logits(handle.model):
-        return model.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
-
-
-def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A decoder's forward, in chunks unless it uses a cache."""
-    context = decoder.__dict__.get(_CONTEXT)
-    with nullcontext(kwargs) if context is None else context.running(decoder, args, kwargs) as kwargs:
-        return decoder.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
-
-
-def _method(forward: Callable[..., Any], module: nn.Module) -> MethodType:
-    """`forward` as a method with `module`'s signature, which trainers read; torch.compile leaves it alone."""
-    module.__dict__[_ORIGINAL_FORWARD] = module.forward
-    own: Any = getattr(module.forward, "__func__", module.forward)
-    return MethodType(wraps(own)(torch.compiler.disable(partial(forward))), module)
+    sizes: ModelSizes = handle.sizes[key]
+    return sizes
 
 
 def _causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -337,7 +185,7 @@ def _causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def _handle(model: PreTrainedModel) -> ChunkedModel:
-    handle = model.__dict__.get(_HANDLE)
+    handle = model.__dict__.get(HANDLE)
     if not isinstance(handle, ChunkedModel):
         raise ValueError("the model is not chunked: call chunk_model(model, config) first")
     return handle

@@ -21,15 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkdist.attention.function import KeysAndValues
-from chunkdist.engine.cell import CellGraph
+from chunkdist.engine.cell import CellGraph, rerun, retain
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.group_input import GroupInput, Hidden, tokens_of
-from chunkdist.engine.kv_rebuild import projected_parts
+from chunkdist.engine.kv_rebuild import KVRebuild, rebuild_parts
 from chunkdist.engine.layer import GroupLayer
 from chunkdist.engine.node import as_node
 from chunkdist.engine.parameters import GroupParameters
-from chunkdist.engine.saved import Kept
+from chunkdist.engine.saved import Saved
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.models.arguments import refuse_arguments, slice_tokens
 from chunkdist.recovery import attempt
@@ -48,13 +47,14 @@ class LayerGroup:
     def __init__(self, layers: Sequence[GroupLayer], context: ChunkContext) -> None:
         self.layers = tuple(layers)
         self.context = context
-        self.attends = any(layer.state is not None for layer in layers)
+        self.is_decoder = any(layer.state is not None for layer in layers)
+        """Whether these are decoder layers, not modules that treat each token alone."""
         self.is_last = False
         """Whether these are the last decoder layers."""
         self.num_above = 0
         """Groups of decoder layers that run after this one."""
         for layer in layers:
-            layer.group = self
+            layer.on_call = self.call
 
     def call(self, layer: GroupLayer, hidden: Tensor, arguments: dict[str, Any]) -> Any:
         """What `layer.forward(hidden, **arguments)` returns in a chunked step."""
@@ -62,26 +62,26 @@ class LayerGroup:
         assert stream is not None
         refuse_arguments(layer.layer, hidden, arguments, stream)
         position = self.layers.index(layer)
-        run = self.context.open_run
+        run = self.context.open_call
         if position == 0 and run is None:
-            run = GroupRun(self, stream)
-        if run is None or run.group is not self or len(run.arguments) != position:
+            run = GroupCall(self, stream)
+        if not isinstance(run, GroupCall) or run.group is not self or len(run.arguments) != position:
             raise UnsupportedModelError(
                 "the decoder does not call its layers one after another: write layers_per_group=1, not "
                 f"{len(self.layers)}"
             )
-        self.context.open_run = run
+        self.context.open_call = run
         refuse_inner_units(layer.layer)
         run.add(hidden, arguments)
         if layer is not self.layers[-1]:
             if layer.tuple_length is None:
                 run.learn_output_form(layer)
             return layer.wrap(hidden)
-        self.context.open_run = None
+        self.context.open_call = None
         return layer.wrap(run(hidden))
 
 
-class GroupRun:
+class GroupCall:
     """One forward of a group, and what its backward needs."""
 
     def __init__(self, group: LayerGroup, stream: Stream) -> None:
@@ -101,11 +101,24 @@ class GroupRun:
         self._sample = group.context.sample
         self._retained: dict[int, CellGraph] = {}
         """By chunk index, of the cells whose graph is kept."""
-        self.kept = Kept(stream, len(modules), group.context, group.num_above)
+        self.saved = Saved(
+            stream,
+            len(modules),
+            group.context.host,
+            group.num_above,
+            reads_retained=group.context.config.uses_control_variate,
+        )
 
-    def drop(self) -> None:
-        """Lets go of what was kept for the backward."""
+    def abandon(self) -> None:
+        """FSDP2's units are released where the group's last layer will not be called."""
+        self.units.release()
+
+    def give_up(self) -> None:
         self._stores, self._retained = [], {}
+
+    def give_up_backward(self) -> None:
+        self.give_up()
+        self.units.gather()  # as the other ranks do
 
     def add(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Records one layer's arguments; all layers must get the same hidden states."""
@@ -117,14 +130,14 @@ class GroupRun:
             return self._call(hidden)
         finally:
             self.units.release()
-            self.kept.settle()
+            self.saved.settle()
 
     def _call(self, hidden: Tensor) -> Tensor:
         self._input.release()
-        if (probe := self.group.context.probe) is not None:
+        if (check_layer := self.group.context.check_layer) is not None:
             for layer, arguments in zip(self.group.layers, self.arguments, strict=True):
                 if layer.state is not None:
-                    probe.check(layer, hidden, arguments, self.stream)
+                    check_layer(layer, hidden, arguments, self.stream)
         self.parameters = GroupParameters(layer.layer for layer in self.group.layers)
         if torch.is_grad_enabled() and (hidden.requires_grad or self.parameters.trainable):
             return as_node(self, hidden)
@@ -144,6 +157,13 @@ class GroupRun:
                 slice_tokens(self.arguments[-1], token, self.stream.num_tokens),
             )
 
+    def forward_and_save(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output = self.forward(hidden, self.group.context.retained_chunks(self.stream))
+        return output, self.saved.leave_device(hidden)
+
+    def backward_from(self, saved: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return self.backward(self.saved.come_back(saved), grad_output)
+
     def forward(self, hidden: Tensor, retained: Collection[int], *, for_backward: bool = True) -> Tensor:
         """Runs all chunks without a graph, but those of the indices `retained`. (B, T, H) to (B, T, H)."""
         chunks = self.stream.chunks
@@ -155,7 +175,7 @@ class GroupRun:
             if (run := runs.get(index)) is not None:
                 self._begin_run(run)
                 if len(run) > 1 and not self.group.context.config.rebuilds_kv:
-                    self.kept.keep(run, self._stores)  # one chunk alone stores its own again when rerun
+                    self.saved.keep_kv(run, self._stores)  # one chunk alone stores its own again when rerun
             if index in retained:
                 part, relays = self._retain(index, hidden)
             else:
@@ -166,7 +186,7 @@ class GroupRun:
                 if not for_backward:
                     relay.forget()
             if for_backward:
-                self.kept.send(index, hidden, retained)
+                self.saved.send(index, hidden, retained)
             if len(chunks) == 1:
                 output = part
                 break
@@ -183,26 +203,30 @@ class GroupRun:
         self.units.gather()
         self.parameters.restore()
         weights = self._chunk_weights(grad_output)
-        kept = [index for index, weight in enumerate(weights) if weight]
+        sampled = [index for index, weight in enumerate(weights) if weight]
+        kv = KVRebuild(self.stream, self.group.layers, self._rng, self._autocast, self._run_layers)
         zeros = grad_output.new_zeros
         grad_hidden = zeros(hidden.shape, dtype=hidden.dtype) if hidden.requires_grad else None
         with (
             undisturbed_rng(grad_output),
             self.group.context.attention_installed(),
-            self.kept.read_back(hidden, kept, rebuild=self.group.attends and self._sample is None),
+            self.saved.read_back(hidden, sampled, rebuild=self.group.is_decoder and self._sample is None),
         ):
             for run in reversed(self.stream.runs()):
-                self._stores = self.kept.take_stores(run)
+                self._stores = self.saved.take_stores(run)
                 if not self._stores:
-                    self._rebuild_kv(hidden, kept, run)
+                    self._begin_run(run)
+                    if self.group.is_decoder:
+                        kv.write(hidden, sampled, run, self._stores)
                 self._weigh_relays()
                 variates = {}
                 if self._sample is not None and self.group.context.config.uses_control_variate:
-                    parts = projected_parts(self.stream, run, kept, self._rng, between_kept=True)
+                    parts = rebuild_parts(self.stream, run, sampled, self._rng, between_sampled=True)
                     variates = {part[-1]: part for part in parts}
                 for index in reversed(run):
-                    if (part := variates.get(index)) is not None:
-                        self._add_control_variate(part, hidden)
+                    if (part := variates.get(index)) is not None and (store := self._stores[0]) is not None:
+                        with self.parameters.aliased():
+                            kv.add_control_variate(part, hidden, store)
                     self._backward_cell(index, hidden, grad_output, grad_hidden, weights[index])
         self._stores = []
         return grad_hidden, *self.parameters.take_grads(unused_as_zeros=self._sample is not None)
@@ -229,14 +253,14 @@ class GroupRun:
     def _chunk_weights(self, grad_output: Tensor) -> tuple[float, ...]:
         """SpaCO's weight of each chunk; all 1 without a sampler, and for modules that treat each token
         alone."""
-        if self._sample is None or not self.group.attends:
+        if self._sample is None or not self.group.is_decoder:
             return (1.0,) * len(self.stream.chunks)
         if self.group.is_last:
             self._sample.draw(grad_output)
         return self._sample.weights
 
     def _weigh_relays(self) -> None:
-        if self._sample is None or self._sample.relays is None or not self.group.attends:
+        if self._sample is None or self._sample.relays is None or not self.group.is_decoder:
             return
         for store in self._stores:
             if store is not None:
@@ -246,38 +270,19 @@ class GroupRun:
                     keep_unweighted=self.group.context.config.uses_control_variate,
                 )
 
-    def _add_control_variate(self, part: range, hidden: Hidden) -> None:
-        """What the weights have left out of the K/V gradient of these chunks reaches the parameters of the
-        norm and the k/v projections without a rerun. Its mean over the samples is 0."""
-        if (store := self._stores[0]) is None:
-            return
-        left_out = store.left_out_of(self._tokens_of(part))
-        if not left_out:
-            return
-        with torch.enable_grad(), self._autocast.apply(), self.parameters.aliased():
-            found = self._keys_and_values(part, hidden)
-        pairs = [(x, grads.to(x.dtype)) for x, grads in zip(found, left_out, strict=True) if x.requires_grad]
-        if pairs:
-            torch.autograd.backward([x for x, _ in pairs], [grads for _, grads in pairs])
-
-    def _tokens_of(self, part: range) -> Chunk:
-        return Chunk(self.stream.chunks[part[0]].start, self.stream.chunks[part[-1]].end)
-
     def _retain(self, index: int, hidden: Tensor) -> tuple[Tensor, list[StateRelay]]:
-        with torch.enable_grad(), self.parameters.saved_as_reference():
-            cell = self._retained[index] = self._run_with_graph(index, hidden)
+        chunk = self.stream.chunks[index]
+        leaf = self.saved.leaf(hidden, chunk)
+        cell = retain(leaf, lambda: self._run_layers(chunk, leaf), self.parameters)
+        self._retained[index] = cell
         return cell.output.detach(), cell.relays
 
     def _rerun(self, index: int, hidden: Hidden) -> CellGraph:
-        self._rng[index].restore()
-        with torch.enable_grad(), self._autocast.apply():
-            return self._run_with_graph(index, hidden)
-
-    def _run_with_graph(self, index: int, hidden: Hidden) -> CellGraph:
         chunk = self.stream.chunks[index]
-        leaf = self.kept.leaf(hidden, chunk)
-        with self.parameters.aliased():
-            return CellGraph(leaf, *self._run_layers(chunk, leaf))
+        self._rng[index].restore()
+        with self._autocast.apply():
+            leaf = self.saved.leaf(hidden, chunk)
+            return rerun(leaf, lambda: self._run_layers(chunk, leaf), self.parameters)
 
     def _run_layers(
         self, chunk: Chunk, hidden: Tensor, *, stop_at_kv: bool = False
@@ -285,7 +290,7 @@ class GroupRun:
         """The layers on one chunk, and the caches through which those with state have got theirs."""
         relays = []
         for layer, arguments, store, states in zip(
-            self.group.layers, self.arguments, self._stores, self.kept.states, strict=True
+            self.group.layers, self.arguments, self._stores, self.saved.states, strict=True
         ):
             cell = layer.cell(chunk, self.stream, store, states, stop_at_kv=stop_at_kv)
             hidden = layer.run(cell, hidden, slice_tokens(arguments, chunk, self.stream.num_tokens))
@@ -293,40 +298,10 @@ class GroupRun:
                 relays.append(cell.relay)
         return hidden, relays
 
-    def _keys_and_values(self, part: range, hidden: Hidden) -> tuple[Tensor, Tensor]:
-        """Of a one-layer group: runs chunks up to their attention."""
-        tokens = self._tokens_of(part)
-        self._rng[part[0]].restore()
-        try:
-            self._run_layers(tokens, tokens_of(hidden, tokens).detach(), stop_at_kv=True)
-        except KeysAndValues as found:
-            return found.k_BTKD, found.v_BTKD
-        raise AssertionError("the layer ran to its end without attending")
-
     def _begin_run(self, run: range) -> None:
         """New stores, for the keys and values of a dependent run: no other chunk reads them."""
-        tokens = self._tokens_of(run)
+        tokens = self.stream.tokens_of(run)
         self._stores = [self._new_store(layer, tokens) for layer in self.group.layers]
-
-    def _rebuild_kv(self, hidden: Hidden, kept: list[int], run: range) -> None:
-        """Stores the keys and values that the run's chunks to be rerun read of other chunks; they store their
-        own."""
-        self._begin_run(run)
-        if not self.group.attends:
-            return
-        one_layer = len(self.group.layers) == 1
-        drops = len(kept) < len(self.stream.chunks)
-        if one_layer and drops:  # else sizes stay those of the forward, and so does each bit
-            parts = projected_parts(self.stream, run, kept, self._rng, between_kept=False)
-        else:
-            parts = [range(i, i + 1) for i in run if self.stream.is_read_later(i, kept)]
-        with torch.no_grad(), self._autocast.apply():
-            for part in parts:
-                if not one_layer:
-                    self._rng[part[0]].restore()
-                    self._run_layers(chunk := self._tokens_of(part), tokens_of(hidden, chunk))
-                elif (store := self._stores[0]) is not None and self.group.layers[0].attends:
-                    store.write(self._tokens_of(part), *self._keys_and_values(part, hidden))
 
     def _new_store(self, layer: GroupLayer, tokens: Chunk) -> KVStore | None:
         return None if layer.state is None else KVStore(tokens, self.group.context.config.kv_grad_dtype)

@@ -1,38 +1,113 @@
-"""Which chunks of a one-layer group go through its norm and k/v projections together."""
+"""Keys and values that the backward makes again, by a layer's norm and k/v projections."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from chunkdist.replay import RngState
+import torch
+from torch import Tensor
+
+from chunkdist.attention.function import KeysAndValues
+from chunkdist.engine.group_input import Hidden, tokens_of
+from chunkdist.engine.layer import GroupLayer
+from chunkdist.replay import AutocastState, RngState
+from chunkdist.stores.kv_store import KVStore
 from chunkdist.stream.stream import Stream
 
 _MAX_TOKENS = 1024
 """Of several chunks together: small ones keep no processor busy, and large ones need no company."""
 
 
-def projected_parts(
-    stream: Stream, run: range, kept: Sequence[int], rng: Sequence[RngState], *, between_kept: bool
+def rebuild_parts(
+    stream: Stream, run: range, sampled: Sequence[int], rng: Sequence[RngState], *, between_sampled: bool
 ) -> list[range]:
-    """The chunks of a dependent run whose keys and values others of the `kept` read, by index, in consecutive
+    """The chunks of a dependent run whose keys and values others of the `sampled` read, by index, in
+    consecutive
     parts.
 
     Args:
         rng: By chunk, what its forward began with. Where random numbers were drawn, each chunk is a part.
-        between_kept: Kept chunks are in no part but as the first, so that all that later chunks leave for a
-            part is complete when the chunk behind it has been backpropagated.
+        between_sampled: A sampled chunk always starts a new part, so a part's K/V gradient is complete once
+            the next chunk has run backward.
     """
     parts: list[range] = []
-    for index in (index for index in run if stream.is_read_later(index, kept)):
+    for index in (index for index in run if stream.is_read_later(index, sampled)):
         last = parts[-1] if parts else range(0)
         if (
             index == last.stop
             and last
             and stream.chunks[index].end - stream.chunks[last.start].start <= _MAX_TOKENS
-            and not (between_kept and index in kept)
+            and not (between_sampled and index in sampled)
             and rng[index].equals(rng[index - 1])
         ):
             parts[-1] = range(last.start, index + 1)
         else:
             parts.append(range(index, index + 1))
     return parts
+
+
+class KVRebuild:
+    """Makes the keys and values of one group's forward again.
+
+    Args:
+        rng, autocast: What the forward of each chunk, and of the group, began with.
+        run_layers: Runs the group's layers on consecutive tokens: `run_layers(tokens, hidden,
+            stop_at_kv=...)`.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        layers: Sequence[GroupLayer],
+        rng: Sequence[RngState],
+        autocast: AutocastState,
+        run_layers: Callable[..., Any],
+    ) -> None:
+        self._stream, self._layers, self._run_layers = stream, layers, run_layers
+        self._rng, self._autocast = rng, autocast
+
+    @torch.no_grad()
+    def write(
+        self, hidden: Hidden, sampled: Sequence[int], run: range, stores: Sequence[KVStore | None]
+    ) -> None:
+        """Stores the keys and values that the run's chunks to be rerun read of other chunks; they store their
+        own."""
+        one_layer = len(self._layers) == 1
+        drops = len(sampled) < len(self._stream.chunks)
+        if one_layer and drops:  # else sizes stay those of the forward, and so does each bit
+            parts = rebuild_parts(self._stream, run, sampled, self._rng, between_sampled=False)
+        else:
+            parts = [range(i, i + 1) for i in run if self._stream.is_read_later(i, sampled)]
+        for part in parts:
+            tokens = self._stream.tokens_of(part)
+            if not one_layer:
+                self._rng[part[0]].restore()
+                with self._autocast.apply():
+                    self._run_layers(tokens, tokens_of(hidden, tokens))
+            elif (store := stores[0]) is not None and self._layers[0].calls_attention:
+                store.write(tokens, *self.keys_and_values(part, hidden))
+
+    def keys_and_values(self, part: range, hidden: Hidden) -> tuple[Tensor, Tensor]:
+        """Runs consecutive chunks of a one-layer group up to their attention: K and V, (B, T, K, D) each."""
+        tokens = self._stream.tokens_of(part)
+        self._rng[part[0]].restore()
+        try:
+            with self._autocast.apply():
+                self._run_layers(tokens, tokens_of(hidden, tokens).detach(), stop_at_kv=True)
+        except KeysAndValues as found:
+            return found.k_BTKD, found.v_BTKD
+        raise AssertionError("the layer ran to its end without attending")
+
+    def add_control_variate(self, part: range, hidden: Hidden, store: KVStore) -> None:
+        """Unweighted minus weighted K/V gradient of these chunks reaches the parameters of the norm and the
+        k/v
+        projections without a rerun. Its mean over the samples is 0. Parameters are aliased by the caller."""
+        left_out = store.left_out_of(self._stream.tokens_of(part))
+        if not left_out:
+            return
+        with torch.enable_grad():
+            found = self.keys_and_values(part, hidden)
+        pairs = [(x, grads.to(x.dtype)) for x, grads in zip(found, left_out, strict=True) if x.requires_grad]
+        if pairs:
+            torch.autograd.backward([x for x, _ in pairs], [grads for _, grads in pairs])

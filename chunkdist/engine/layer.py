@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from chunkdist.attention import AttentionChoice
 from chunkdist.attention.function import Cell, LayerState
+from chunkdist.engine.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.models.arguments import SEGMENT_ARGUMENTS, LayerSignature
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateKey, StateStore
 from chunkdist.stream.stream import Chunk, Stream
 
-if TYPE_CHECKING:
-    from chunkdist.engine.group import LayerGroup
-
 
 class GroupLayer:
     """Stands in for one layer's `forward`, set on the instance: hooks around its call run as before."""
 
-    def __init__(self, layer: nn.Module, state: LayerState | None) -> None:
+    def __init__(self, layer: nn.Module, state: LayerState | None, context: ChunkContext) -> None:
         self.layer = layer
         self.state = state
+        self.context = context
         self.original_forward: Callable[..., Any] = layer.forward
         self.signature = LayerSignature(layer)
         self.cache_argument = self.signature.cache if state is not None and state.relays else None
         self.tuple_length: int | None = None
         """Of what the layer returns, 0 for a tensor; known once it has run."""
-        self.attends = True
+        self.calls_attention = True
         """Whether the layer calls the attention function; known once it has run."""
         self.state_shapes: dict[StateKey, tuple[torch.Size, torch.dtype]] = {}
         """Of the state that it hands on; known once it has run."""
-        self.group: LayerGroup
+        self.on_call: Callable[[GroupLayer, Tensor, dict[str, Any]], Any]
+        """What the layer's group makes of a call, set by it."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over chunks is not to be unrolled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        context = self.group.context
-        if context.stream is None:
-            if self.state is not None and not context.bypassed and torch.is_grad_enabled():
+        if self.context.stream is None:
+            if self.state is not None and not self.context.bypassed and torch.is_grad_enabled():
                 raise UnsupportedModelError(
                     f"{self.state.name} was called by something else than the forward of its decoder"
                 )
@@ -48,7 +48,7 @@ class GroupLayer:
         hidden, arguments = self.signature.bind(args, kwargs)
         if self.state is None and (arguments or hidden.ndim != 3):
             return self.original_forward(*args, **kwargs)
-        return self.group.call(self, hidden, arguments)
+        return self.on_call(self, hidden, arguments)
 
     def cell(
         self,
@@ -58,12 +58,17 @@ class GroupLayer:
         states: StateStore,
         *,
         stop_at_kv: bool = False,
+        attention: AttentionChoice | None = None,
     ) -> Cell | None:
-        """The layer's part of a cell; `None` for modules that treat each token alone."""
+        """The layer's part of a cell; `None` for modules that treat each token alone.
+
+        Args:
+            attention: `None`: the model's own choice.
+        """
         if self.state is None:
             return None
         relay = None if self.cache_argument is None else states.relay(chunk)
-        return Cell(chunk, stream, store, self.group.context.attention, stop_at_kv, relay)
+        return Cell(chunk, stream, store, attention or self.context.attention, stop_at_kv, relay)
 
     def run(self, cell: Cell | None, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The layer itself on one chunk (B, T, H)."""
@@ -94,10 +99,10 @@ class GroupLayer:
         """Raises where a pass has connected tokens in a way that is not seen."""
         assert self.state is not None
         name, relayed = type(self.layer).__name__, cell.relay is not None and cell.relay.used
-        self.attends = cell.num_calls == 1
+        self.calls_attention = cell.num_calls == 1
         if cell.relay is not None:
             self.state_shapes = {key: (x.shape, dtype) for key, (x, dtype) in cell.relay.ends.items()}
-        if cell.num_calls > 1 or not (self.attends or relayed or self.state.tokenwise):
+        if cell.num_calls > 1 or not (self.calls_attention or relayed or self.state.tokenwise):
             raise UnsupportedModelError(
                 f"{name} called the attention function {cell.num_calls} times in a "
                 "pass, not once: it keeps state between tokens that is not in its keys and values"

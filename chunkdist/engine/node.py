@@ -2,53 +2,66 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from chunkdist.engine.parameters import GroupParameters
 from chunkdist.recovery import attempt, zeros
 
-if TYPE_CHECKING:
-    from chunkdist.engine.group import GroupRun
+
+class NodeWork(Protocol):
+    """What a group computes inside its node, and how it gives up where memory is not enough."""
+
+    parameters: GroupParameters
+
+    def forward_and_save(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output (B, T, H), and what autograd is to keep for the backward."""
+        ...
+
+    def backward_from(self, saved: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the hidden states and of each trainable parameter."""
+        ...
+
+    def give_up(self) -> None:
+        """Lets go of what was saved for the backward."""
+        ...
+
+    def give_up_backward(self) -> None:
+        """Lets go likewise, and takes part in the collectives that the backward begins with."""
+        ...
 
 
-def as_node(run: GroupRun, hidden: Tensor) -> Tensor:
+def as_node(work: NodeWork, hidden: Tensor) -> Tensor:
     """What the group makes of `hidden`, (B, T, H) to (B, T, H)."""
-    output: Tensor = _GroupNode.apply(run, hidden, *run.parameters.trainable)  # type: ignore[no-untyped-call]
+    output: Tensor = _GroupNode.apply(work, hidden, *work.parameters.trainable)  # type: ignore[no-untyped-call]
     return output
 
 
 class _GroupNode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: GroupRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.run = run
+    def forward(ctx: Any, work: NodeWork, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.work = work
         ctx.wants_grad = hidden.requires_grad
 
-        def compute() -> tuple[Tensor, tuple[Tensor, ...]]:
-            output = run.forward(hidden, run.group.context.retained_chunks(run.stream))
-            return output, run.kept.leave_device(hidden)
-
         def instead() -> tuple[Tensor, tuple[Tensor, ...]]:
-            run.drop()
+            work.give_up()
             return hidden.detach(), ()
 
-        output, saved = attempt(compute, instead)
+        output, saved = attempt(lambda: work.forward_and_save(hidden), instead)
         ctx.save_for_backward(*saved)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        run: GroupRun = ctx.run
-
-        def compute() -> tuple[Tensor | None, ...]:
-            return run.backward(run.kept.come_back(ctx.saved_tensors), grad_output)
+        work: NodeWork = ctx.work
 
         def instead() -> tuple[Tensor | None, ...]:
-            run.drop()
-            run.units.gather()  # as the other ranks do
-            return grad_output if ctx.wants_grad else None, *map(zeros, run.parameters.trainable)
+            work.give_up_backward()
+            return grad_output if ctx.wants_grad else None, *map(zeros, work.parameters.trainable)
 
-        return None, *attempt(compute, instead)
+        return None, *attempt(lambda: work.backward_from(ctx.saved_tensors, grad_output), instead)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.function import Cell
-from chunkdist.engine.cell import CellGraph
+from chunkdist.engine.cell import rerun
 from chunkdist.engine.layer import GroupLayer
 from chunkdist.engine.parameters import GroupParameters
 from chunkdist.errors import UnsupportedModelError
@@ -30,7 +31,7 @@ from chunkdist.models.arguments import SEGMENT_ARGUMENTS, slice_tokens
 from chunkdist.models.exact_classes import CLASSES, TRANSFORMERS_VERSION
 from chunkdist.replay import undisturbed_rng
 from chunkdist.stores.kv_store import KVStore
-from chunkdist.stores.state_relay import StateStore
+from chunkdist.stores.state_relay import StateRelay, StateStore
 from chunkdist.stream.stream import Chunk, Stream
 
 NUM_TOKENS = 150
@@ -118,7 +119,7 @@ def _whole(
     tokens = Chunk(0, x_BTH.shape[1])
     stream = _stream(x_BTH, (tokens,))
     assert layer.state is not None
-    layer.state.cell = Cell(tokens, stream, KVStore(tokens, None), AttentionChoice("math"))
+    layer.state.cell = Cell(tokens, stream, KVStore(tokens, None), AttentionChoice("math"))  # and no cache
     try:
         output = layer.original_forward(x_BTH, **arguments)
     finally:
@@ -136,28 +137,28 @@ def _chunked(
     stream = _stream(x_BTH, _chunks(num_tokens))
     store, states, choice = KVStore(Chunk(0, num_tokens), None), StateStore(), AttentionChoice("math")
 
-    def run(chunk: Chunk, x: Tensor) -> CellGraph:
-        relay = None if layer.cache_argument is None else states.relay(chunk)
-        cell = Cell(chunk, stream, store, choice, relay=relay)
+    def run(chunk: Chunk, x: Tensor) -> tuple[Tensor, list[StateRelay]]:
+        cell = layer.cell(chunk, stream, store, states, attention=choice)
+        assert cell is not None
         output = layer.run(cell, x, slice_tokens(arguments, chunk, num_tokens))
-        return CellGraph(x, output, [] if relay is None else [relay])
+        return output, [] if cell.relay is None else [cell.relay]
 
     outputs = []
     with torch.no_grad():
         for chunk in stream.chunks:
-            graph = run(chunk, x_BTH[:, chunk.start : chunk.end].contiguous())
-            for relay in graph.relays:
+            output, relays = run(chunk, x_BTH[:, chunk.start : chunk.end].contiguous())
+            for relay in relays:
                 relay.hand_on()
-            outputs.append(graph.output)
+            outputs.append(output)
     output = torch.cat(outputs, dim=1)
     grad_output, grad_x = _grad(output), torch.zeros_like(x_BTH)
-    with parameters.aliased():
-        for chunk in reversed(stream.chunks):
-            tokens = slice(chunk.start, chunk.end)
-            graph = run(chunk, x_BTH[:, tokens].contiguous().requires_grad_())
-            found = graph.backward(grad_output[:, tokens])
-            if found is not None:
-                grad_x[:, tokens] = found
+    for chunk in reversed(stream.chunks):
+        tokens = slice(chunk.start, chunk.end)
+        leaf = x_BTH[:, tokens].contiguous().requires_grad_()
+        graph = rerun(leaf, partial(run, chunk, leaf), parameters)
+        found = graph.backward(grad_output[:, tokens])
+        if found is not None:
+            grad_x[:, tokens] = found
     return [output, grad_x, *parameters.take_grads()]
 
 

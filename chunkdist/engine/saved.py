@@ -5,44 +5,51 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from chunkdist.engine.group_input import Hidden, HostInput, tokens_of
+from chunkdist.stores.host_memory import HostMemory
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateKey, StateStore
 from chunkdist.stream.stream import Chunk, Stream
-
-if TYPE_CHECKING:
-    from chunkdist.engine.context import ChunkContext
 
 Stores = list[KVStore | None]
 """Of a group's layers."""
 
 
-class Kept:
+class Saved:
     """Of one forward.
 
     Args:
+        host: Where it waits; `None`: on the device.
+        reads_retained: Whether the backward reads the input of retained chunks, too.
         num_above: Groups that run after this one. The last keeps everything on the device, since the backward
             begins with it.
     """
 
-    def __init__(self, stream: Stream, num_layers: int, context: ChunkContext, num_above: int) -> None:
-        self.host = context.host if num_above else None
+    def __init__(
+        self,
+        stream: Stream,
+        num_layers: int,
+        host: HostMemory | None,
+        num_above: int,
+        *,
+        reads_retained: bool,
+    ) -> None:
+        self.host = host if num_above else None
         """`None`: all stays on the device, and the node keeps the input."""
         self.states = [StateStore() for _ in range(num_layers)]
         self.input: HostInput | None = None
         self._stream = stream
         self._num_groups_on_host = num_above
-        self._reads_retained = context.config.uses_control_variate
+        self._reads_retained = reads_retained
         self._stores: dict[range, Stores] = {}
         self._places: list[tuple[int, int, StateKey]] = []
         """Of the states that the node keeps: their layer in the group, the token before which they are, their
         key."""
 
-    def keep(self, run: range, stores: Stores) -> None:
+    def keep_kv(self, run: range, stores: Stores) -> None:
         """The keys and values of a dependent run, which are not rebuilt."""
         self._stores[run] = stores
 
@@ -132,19 +139,19 @@ class Kept:
         return taken
 
     @contextmanager
-    def read_back(self, hidden: Hidden, kept: Sequence[int], *, rebuild: bool) -> Iterator[None]:
+    def read_back(self, hidden: Hidden, sampled: Sequence[int], *, rebuild: bool) -> Iterator[None]:
         """Around the backward; afterwards no state is held, and nothing waits on the host.
 
         Args:
             hidden: The group's input.
-            kept: The chunks that are backpropagated, ascending.
+            sampled: The chunks that are backpropagated, ascending.
             rebuild: Whether those that they read are run before them, one by one, where K/V were not kept.
 
         Raises:
             RuntimeError: something has not come back as it went.
         """
         if isinstance(hidden, HostInput):
-            hidden.expect(self._reading_order(kept, rebuild))
+            hidden.expect(self._reading_order(sampled, rebuild))
         try:
             yield
             if self.host is not None:
@@ -156,10 +163,10 @@ class Kept:
                 self.host.forget_comparisons()
                 self._stores = {}
 
-    def _reading_order(self, kept: Sequence[int], rebuild: bool) -> Iterator[Chunk]:
+    def _reading_order(self, sampled: Sequence[int], rebuild: bool) -> Iterator[Chunk]:
         for run in reversed(self._stream.runs()):
             if rebuild and run not in self._stores:
                 yield from (
-                    self._stream.chunks[index] for index in run if self._stream.is_read_later(index, kept)
+                    self._stream.chunks[index] for index in run if self._stream.is_read_later(index, sampled)
                 )
-            yield from (self._stream.chunks[index] for index in reversed(run) if index in kept)
+            yield from (self._stream.chunks[index] for index in reversed(run) if index in sampled)

@@ -21,6 +21,7 @@ from chunkdist.attention import AttentionChoice
 from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, RowGradient
 from chunkdist.attention.varlen import SCRATCH_BYTES, VarlenBackend, why_no_kernel
 from chunkdist.config import AttentionName, ChunkConfig
+from chunkdist.engine.chunked_model import ChunkedModel
 from chunkdist.memory.fake_model import layer_kinds, twin_of, without_triton_kernels
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.models.layers import causal_lm_of, find_layers, mixer_of
@@ -286,8 +287,6 @@ def _run(
     weights_dtype: torch.dtype | None,
 ) -> _Watch:
     """One step of a twin over two chunks."""
-    from chunkdist.chunking import chunk_model, layers_of
-
     with (
         _disable_current_modes(),
         undisturbed_rng(torch.empty(0)),
@@ -296,14 +295,14 @@ def _run(
     ):
         twin: Any = twin_of(model, num_layers, weights_dtype)
         twin.train()
-        chunk_model(twin, replace(config, chunk_size=chunk_tokens))
+        chunked = ChunkedModel(causal_lm_of(twin), replace(config, chunk_size=chunk_tokens))
         ids = torch.zeros(1, 2 * chunk_tokens, dtype=torch.long)
         live = LiveBytes(exclude=[*twin.parameters(), *twin.buffers(), ids])
         choice = GpuAttention if device_type == "cuda" else AttentionChoice
         watch = _Watch(live, choice(config.attention))
-        layers = layers_of(twin)
-        layers[0].group.context.attention = watch  # type: ignore[assignment]
-        layers[0].group.context.probe = None
+        layers = chunked.layers
+        chunked.context.attention = watch  # type: ignore[assignment]
+        chunked.context.check_layer = None
         for number, layer in enumerate(layers):
             layer.original_forward = watch.around(number, layer.original_forward, chunk_tokens)
         twin.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())

@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
 from chunkdist.config import ChunkConfig
+from chunkdist.engine.chunked_model import ChunkedModel
 from chunkdist.memory.cell_sizes import GpuAttention
 from chunkdist.memory.fake_model import layer_kinds, twin_of, without_triton_kernels
 from chunkdist.memory.live_bytes import LiveBytes
@@ -110,8 +111,6 @@ def _run(
     autocast: torch.dtype | None,
     engine: Engine,
 ) -> tuple[int, int]:
-    from chunkdist.chunking import chunk_model, host_memory, layers_of
-
     with ExitStack() as stack:
         mesh = stack.enter_context(_fake_ranks(engine.num_ranks)) if engine.name == "fsdp2" else None
         stack.enter_context(_disable_current_modes())
@@ -119,17 +118,16 @@ def _run(
         stack.enter_context(FakeTensorMode())
         stack.enter_context(without_triton_kernels())
         twin: Any = twin_of(model, num_layers)
-        chunk_model(twin.train(), config)
-        context = layers_of(twin)[0].group.context
-        context.attention = GpuAttention(config.attention)
-        context.probe = None
+        chunked = ChunkedModel(causal_lm_of(twin.train()), config)
+        chunked.context.attention = GpuAttention(config.attention)
+        chunked.context.check_layer = None
         if num_layers < len(find_layers(causal_lm_of(model))[2]):
             twin.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
         if mesh is not None:
-            layers = [layer.layer for layer in layers_of(twin)]
+            layers = [layer.layer for layer in chunked.layers]
             _shard_as_accelerate(twin, layers, mesh, autocast)
         ids = torch.zeros(num_rows, num_tokens, dtype=torch.long)
-        host = host_memory(twin)
+        host = chunked.context.host
         with LiveBytes(exclude=[*twin.parameters(), *twin.buffers(), ids], host=host) as live:
             with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
                 loss = twin(input_ids=ids, labels=ids, use_cache=False).loss

@@ -139,6 +139,15 @@ def _counts_tokens(kind: type[nn.Module]) -> bool:
     return "arange(" in source and "get_seq_length(" in source
 
 
+def norms_of(decoder: nn.Module) -> list[nn.Module]:
+    """The norms beside the decoder's layers, which treat each token alone."""
+    return [
+        module
+        for name, module in decoder.named_children()
+        if "norm" in type(module).__name__.lower() or "norm" in name.lower()
+    ]
+
+
 def configs_of(modules: list[nn.Module]) -> list[PreTrainedConfig]:
     """The config objects, each once, from which masks and attention modules read their implementation."""
     found = [getattr(submodule, "config", None) for module in modules for submodule in module.modules()]

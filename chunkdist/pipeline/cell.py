@@ -13,54 +13,30 @@ logits nor their gradients exist, however many chunks wait.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from chunkdist.engine.cell import CellGraph
+from chunkdist.engine.cell import CellGraph, rerun, retain
+from chunkdist.pipeline.cell_inputs import CellInputs
+from chunkdist.pipeline.stage import ModelStage
 from chunkdist.replay import AutocastState, RngState, undisturbed_rng
-from chunkdist.stores.kv_store import KVStore
-from chunkdist.stores.state_relay import StateRelay, StateStore
-from chunkdist.stream.stream import Chunk, Stream
-
-if TYPE_CHECKING:
-    from chunkdist.pipeline.stage import ModelStage
-
-
-@dataclass(frozen=True)
-class LayerStores:
-    """What one layer of a stage keeps of a dependent run: keys and values, and state other than these."""
-
-    kv: KVStore
-    states: StateStore
+from chunkdist.stores.state_relay import StateRelay
 
 
 @dataclass(kw_only=True)
-class StageCell:
-    """One micro-batch on one stage, from its forward to its backward.
+class StageCell(CellInputs):
+    """A micro-batch from its forward to its backward.
 
     Args:
-        chunk: Its tokens, in the stream of its run.
-        stores: Of the run, by layer of the stage.
-        model_inputs: (1, C) each: `input_ids`, `position_ids`, `shift_labels`.
         is_last_backward: Whether the gradients of parameters come out with its own.
     """
 
     stage: ModelStage
-    chunk: Chunk
-    stream: Stream
-    stores: list[LayerStores]
-    model_inputs: dict[str, Tensor]
     retained: bool
     is_last_backward: bool
-    hidden: Tensor | None = None
-    """(1, C, H), what the layers begin with in the running pass; `None`: what the model makes of tokens."""
-    result: Tensor | None = None
-    """(1, C, H), what the layers end with in a pass that runs the head alone."""
-    relays: list[StateRelay] = field(default_factory=list, init=False)
-    """In the running pass, of the layers that get their state through one."""
     _graph: CellGraph | None = field(default=None, init=False)
     _rng: RngState = field(init=False)
     _autocast: AutocastState = field(init=False)
@@ -80,8 +56,8 @@ class StageCell:
         like = self.model_inputs["input_ids"] if received is None else received
         self._rng, self._autocast = RngState.capture(like), AutocastState.capture(like.device.type)
         if self.retained:
-            with torch.enable_grad(), self.stage.parameters_of_step.saved_as_reference():
-                self._graph = self._run_layers(received)
+            leaf = self._leaf(received)
+            self._graph = retain(leaf, self._run_layers, self.stage.parameters_of_step)
             output = self._graph.output.detach()
         else:
             output = self._run_plainly(received)
@@ -116,7 +92,8 @@ class StageCell:
         with undisturbed_rng(like), torch.enable_grad(), self._autocast.apply():
             if graph is None:
                 self._rng.restore()
-                graph = self._run_layers(received)
+                leaf = self._leaf(received)
+                graph = rerun(leaf, self._run_layers, self.stage.parameters_of_step)
             if self.stage.is_last:
                 grad_output = self._backward_of_loss(graph.output)
             grad = graph.backward(grad_output)
@@ -125,11 +102,12 @@ class StageCell:
         self.stores = []  # of a pipeline of one stage, torch keeps the node until the step ends
         return grad
 
-    def _run_layers(self, received: Tensor | None) -> CellGraph:
-        leaf = self.hidden = None if received is None else received.detach().requires_grad_()
-        self.relays = []
-        with self.stage.parameters_of_step.aliased():
-            return CellGraph(leaf, self.stage.run_layers(self), self.relays)
+    def _leaf(self, received: Tensor | None) -> Tensor | None:
+        self.hidden, self.relays = None if received is None else received.detach().requires_grad_(), []
+        return self.hidden
+
+    def _run_layers(self) -> tuple[Tensor, list[StateRelay]]:
+        return self.stage.run_layers(self), self.relays
 
     def _backward_of_loss(self, output: Tensor) -> Tensor:
         """The gradient of what the layers end with. The head's graph is gone when theirs is needed."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chunkdist.attention.function import LAYER_ATTRIBUTE, Cell, LayerState
-from chunkdist.chunking import _HANDLE
+from chunkdist.attention.function import LAYER_ATTRIBUTE, LayerState
 from chunkdist.config import ChunkConfig
+from chunkdist.engine.chunked_model import HANDLE
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.layer import GroupLayer
 from chunkdist.engine.parameters import GroupParameters
@@ -24,8 +24,8 @@ from chunkdist.engine.probe import LayerProbe, needs_probe
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.loss.lazy_logits import lazy_logits
 from chunkdist.models.arguments import LayerSignature, refuse_arguments
-from chunkdist.models.layers import configs_of, find_layers, layer_states, refuse_known
-from chunkdist.pipeline.cell import LayerStores, StageCell
+from chunkdist.models.layers import configs_of, find_layers, layer_states, norms_of, refuse_known
+from chunkdist.pipeline.cell_inputs import CellInputs, LayerStores
 from chunkdist.replay import undisturbed_rng
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateStore
@@ -55,7 +55,7 @@ class ModelStage(nn.Module):
                 f"{type(model).__name__} is not a transformers model: pass the causal LM itself, of PEFT "
                 "its get_base_model()"
             )
-        if _HANDLE in model.__dict__:
+        if HANDLE in model.__dict__:
             raise ValueError("the model is chunked already: call unchunk_model(model) first")
         entries, decoder, all_layers = find_layers(model)
         refuse_known(model, entries[-1], all_layers)
@@ -79,7 +79,7 @@ class ModelStage(nn.Module):
             )
         self._probe = LayerProbe() if needs_probe(model, has_state=self.has_state) else None
         self._context = ChunkContext(config, configs_of([*entries, decoder, *all_layers]))
-        self._cell: StageCell | None = None
+        self._cell: CellInputs | None = None
         self._layers: list[GroupLayer] = []
         self._knows_arguments = self.is_first
         self._seen: list[dict[str, Any]] | None = None
@@ -89,11 +89,7 @@ class ModelStage(nn.Module):
         self._num_called = 0
         """Layers of the stage, in the running pass."""
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-        norms = [
-            module
-            for name, module in decoder.named_children()
-            if "norm" in type(module).__name__.lower() or "norm" in name.lower()
-        ]
+        norms = norms_of(decoder)
         _refuse_other_parameters(model, [embeddings, head, *norms, *all_layers])
         self.is_tied = head.weight is embeddings.weight
         self.hidden_dtype: torch.dtype = embeddings.weight.dtype  # type: ignore[assignment]
@@ -129,7 +125,7 @@ class ModelStage(nn.Module):
         self.losses = []
         self.parameters_of_step = GroupParameters([self.model])
 
-    def run_layers(self, cell: StageCell) -> Tensor:
+    def run_layers(self, cell: CellInputs) -> Tensor:
         """The stage's layers on a chunk; on the first stage, what comes before them as well."""
         if not self._knows_arguments:
             self._look_at_arguments(cell)
@@ -142,7 +138,7 @@ class ModelStage(nn.Module):
             return output.hidden
         raise self._skipped()
 
-    def run_head(self, cell: StageCell) -> Tensor:
+    def run_head(self, cell: CellInputs) -> Tensor:
         """The loss of a chunk whose layers have run: what comes behind them, from `cell.result`."""
         assert cell.result is not None
         labels = cell.model_inputs["shift_labels"]
@@ -157,7 +153,7 @@ class ModelStage(nn.Module):
         loss: Tensor = output.loss
         return loss
 
-    def _look_at_arguments(self, cell: StageCell) -> None:
+    def _look_at_arguments(self, cell: CellInputs) -> None:
         """Once, before the stage's first pass: in which form layers return, and with what they are called.
 
         Raises where layers are given something made of the tokens beside the hidden states: no stage but the
@@ -176,7 +172,7 @@ class ModelStage(nn.Module):
                 )
         self._knows_arguments = True
 
-    def _arguments(self, cell: StageCell, *, of_first: bool = False) -> list[dict[str, Any]]:
+    def _arguments(self, cell: CellInputs, *, of_first: bool = False) -> list[dict[str, Any]]:
         """What the stage's layers are called with, or the first one alone, where tokens are noise."""
         assert cell.hidden is not None
         self._seen, self._sees_first = [], of_first
@@ -188,7 +184,7 @@ class ModelStage(nn.Module):
             self._seen = None
         raise self._skipped()
 
-    def _learn_form(self, cell: StageCell) -> None:
+    def _learn_form(self, cell: CellInputs) -> None:
         """Runs the stage's first layer, to see whether layers return a tensor or a tuple: with what it is
         called with itself, since layers of other kinds are called with other things."""
         assert cell.hidden is not None
@@ -201,11 +197,12 @@ class ModelStage(nn.Module):
                 raise
             layer.tuple_length = 2
             (arguments,) = self._arguments(cell, of_first=True)
-        own = self._cell_of(layer, stream.chunks[0], stream, self._new_store(stream.chunks[0]))
+        stores = self._new_store(stream.chunks[0])
+        own = layer.cell(stream.chunks[0], stream, stores.kv, stores.states)
         with self._context.attention_installed():
             layer.run(own, cell.hidden, arguments)
 
-    def _call(self, cell: StageCell, **arguments: Any) -> Any:
+    def _call(self, cell: CellInputs, **arguments: Any) -> Any:
         before, self._cell, self._num_called = self._cell, cell, 0
         try:
             with self._context.attention_installed():
@@ -217,7 +214,7 @@ class ModelStage(nn.Module):
     def _take(self, layer: nn.Module, state: LayerState, is_last: bool) -> None:
         for submodule in layer.modules():
             submodule.__dict__[LAYER_ATTRIBUTE] = state
-        own = GroupLayer(layer, state)
+        own = GroupLayer(layer, state, self._context)
         layer.__dict__["forward"] = partial(self._run, own, len(self._layers), is_last)
         self._layers.append(own)
 
@@ -240,9 +237,9 @@ class ModelStage(nn.Module):
             hidden = cell.hidden  # some decoders scale what they get as embeddings
         if self._probe is not None:
             self._probe.check(layer, hidden, arguments, _alone(cell.chunk))
-        own = self._cell_of(layer, cell.chunk, cell.stream, cell.stores[position])
+        own = layer.cell(cell.chunk, cell.stream, cell.stores[position].kv, cell.stores[position].states)
         output = layer.run(own, hidden, arguments)
-        if own.relay is not None:
+        if own is not None and own.relay is not None:
             cell.relays.append(own.relay)
         if is_last:
             raise StageOutput(output)
@@ -264,11 +261,7 @@ class ModelStage(nn.Module):
         """The forward of a layer of a later stage: the stage's last one ends the pass before."""
         raise self._skipped()
 
-    def _cell_of(self, layer: GroupLayer, chunk: Chunk, stream: Stream, stores: LayerStores) -> Cell:
-        relay = None if layer.cache_argument is None else stores.states.relay(chunk)
-        return Cell(chunk, stream, stores.kv, self._context.attention, relay=relay)
-
-    def _running(self) -> StageCell:
+    def _running(self) -> CellInputs:
         if self._cell is None:
             raise UnsupportedModelError("a layer was called by something else than its stage of the pipeline")
         return self._cell

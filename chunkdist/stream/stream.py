@@ -69,12 +69,13 @@ class Stream:
         """The first token, of any row, that a query of the chunk sees: where its first segment starts."""
         return min(starts[bisect_right(starts, chunk.start) - 1] for starts in self.segment_starts)
 
-    def is_read_later(self, index: int, kept: Sequence[int]) -> bool:
-        """Whether a later chunk, of those kept (ascending), sees a token of chunk `index`: the next one, if
+    def is_read_later(self, index: int, chunks: Sequence[int]) -> bool:
+        """Whether a later chunk, among `chunks` (ascending), sees a token of chunk `index`: the next one, if
         any does."""
-        position = bisect_right(kept, index)
+        position = bisect_right(chunks, index)
         return (
-            position < len(kept) and self.first_visible(self.chunks[kept[position]]) < self.chunks[index].end
+            position < len(chunks)
+            and self.first_visible(self.chunks[chunks[position]]) < self.chunks[index].end
         )
 
     def runs(self) -> tuple[range, ...]:
@@ -82,6 +83,10 @@ class Stream:
         every = range(len(self.chunks))
         ends = [index + 1 for index in every if not self.is_read_later(index, every)]
         return tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False))
+
+    def tokens_of(self, chunks: range) -> Chunk:
+        """The tokens of consecutive chunks, by index."""
+        return Chunk(self.chunks[chunks[0]].start, self.chunks[chunks[-1]].end)
 
     def retained(self, num_chunks: int) -> range:
         """The last `num_chunks` chunks, by index: the first that the backward needs, and lets go."""

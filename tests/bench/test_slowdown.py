@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from chunkdist.bench import compare, step
-from chunkdist.engine.group import GroupRun
+from chunkdist.engine.group import GroupCall
 
 BASELINE = Path(__file__).with_name("step-ci.json")
 LIMITS = {"cpu_ratio_of_fastest": 1.3, "wall_ratio_of_fastest": 1.6}
@@ -52,23 +52,23 @@ DEFAULT_ONLY = ("--repetitions", "2", "--without", "plain", "paper", "host", "ke
 
 
 def test_cells_that_run_again_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = GroupRun._run_layers
+    real = GroupCall._run_layers
 
     def again(*args: Any, **kwargs: Any) -> Any:
         for _ in range(3):  # one would be a third of a step: near what the limits leave to noise
             real(*args, **kwargs)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(GroupRun, "_run_layers", again)
+    monkeypatch.setattr(GroupCall, "_run_layers", again)
     assert any("cpu_ratio" in name for name in slowdowns(tmp_path, *DEFAULT_ONLY))
 
 
 def test_cells_that_wait_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = GroupRun._run_layers
+    real = GroupCall._run_layers
 
     def late(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.02)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(GroupRun, "_run_layers", late)
+    monkeypatch.setattr(GroupCall, "_run_layers", late)
     assert any("wall_ratio" in name for name in slowdowns(tmp_path, *DEFAULT_ONLY))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import distributed, nn
 
 from chunkdist import chunk_model
-from chunkdist.chunking import layers_of
+from chunkdist.chunking import chunk_report, reschedule
 from chunkdist.recovery import recovering
 from chunkdist.train.build import build_trainer, chunk_trainer
 from chunkdist.train.callback import ChunkCallback
@@ -29,7 +28,7 @@ def largest_error_of_retry(case: Case, place: Place) -> float:
     model = build(case, torch.float64)
     expected = reference_step(copy.deepcopy(model), case).gradients
     config = chunk_config(case)
-    context = layers_of(chunk_model(model, config))[0].group.context
+    chunk_model(model, config)
     rank = distributed.get_rank()
     wrapped: Any = model
     if case.engine == "ddp":
@@ -43,7 +42,7 @@ def largest_error_of_retry(case: Case, place: Place) -> float:
             wrapped(**inputs).loss.backward()
         assert (recovery.error is not None) == (rank == 1)
         wrapped.zero_grad(set_to_none=True)
-        context.resolve(replace(config, chunk_size=config.chunk_size // 2, retained_chunks=0), "halved")  # type: ignore[operator]
+        reschedule(model, chunk_size=int(config.chunk_size) // 2, reason="halved")
         with recovering() as recovery:
             wrapped(**inputs).loss.backward()
         assert recovery.error is None, recovery.error
@@ -83,4 +82,4 @@ def weights_and_chunk_size(
     weights: list[float] = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).tolist()
     counts = [row["num_tokens_seen"] for row in trainer.state.log_history if "num_tokens_seen" in row]
     assert len(counts) == 2
-    return weights, int(layers_of(trainer.model)[0].group.context.config.chunk_size), counts
+    return weights, chunk_report(trainer.model).chunk_size, counts

@@ -16,7 +16,7 @@ from chunkdist.data.assignment import plan_batch
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.long_tail import long_tailed_lengths
 from chunkdist.data.streams import join_sequences, stream_of
-from chunkdist.engine.group import GroupRun
+from chunkdist.engine.group import GroupCall
 from chunkdist.memory.auto import USABLE_SHARE, resolve_auto
 from chunkdist.memory.live_bytes import LiveBytes
 from tests.helpers.models import batch, gradients, largest_difference, packed_batch, tiny_llama, with_lora
@@ -46,14 +46,14 @@ class TestRuns:
 def reruns_of(model: Any, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The chunks that the backward of the last layer runs again."""
     seen: list[int] = []
-    rerun: Callable[..., Any] = GroupRun._rerun
+    rerun: Callable[..., Any] = GroupCall._rerun
 
-    def noted(self: GroupRun, index: int, hidden: Tensor) -> Any:
+    def noted(self: GroupCall, index: int, hidden: Tensor) -> Any:
         if self.group.is_last:
             seen.append(index)
         return rerun(self, index, hidden)
 
-    monkeypatch.setattr(GroupRun, "_rerun", noted)
+    monkeypatch.setattr(GroupCall, "_rerun", noted)
     gradients(model, inputs)
     return seen
 
@@ -212,5 +212,5 @@ class TestAuto:
     def test_without_room_keys_and_values_are_rebuilt(self) -> None:
         model: Any = chunk_model(tiny_llama(), ChunkConfig(chunk_size=8, retained_chunks="auto"))
         context = model._chunkdist_model.context
-        context.resolve(replace(context.asked, retained_chunks=0), "no room")
+        context.resolve(replace(context.requested, retained_chunks=0), "no room")
         assert chunk_report(model).rebuilds_kv

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from chunkdist.engine.group import GroupRun
+from chunkdist.engine.group import GroupCall
 from chunkdist.loss import lazy_logits
 
 Place = Literal["forward", "backward", "loss"]
@@ -26,7 +26,7 @@ def memory_for(num_tokens: int, place: Place, group: int = 1) -> Iterator[list[i
         The numbers of tokens that did not fit.
     """
     refused: list[int] = []
-    run_layers, loss = GroupRun._run_layers, lazy_logits.linear_cross_entropy
+    run_layers, loss = GroupCall._run_layers, lazy_logits.linear_cross_entropy
 
     def limited(run: Any, chunk: Any, hidden: Any, **kwargs: Any) -> Any:
         here = run.group.num_above == group and torch.is_grad_enabled() == (place == "backward")
@@ -42,7 +42,7 @@ def memory_for(num_tokens: int, place: Place, group: int = 1) -> Iterator[list[i
         return loss(hidden, *args, **kwargs)
 
     with (
-        mock.patch.object(GroupRun, "_run_layers", limited),
+        mock.patch.object(GroupCall, "_run_layers", limited),
         mock.patch.object(lazy_logits, "linear_cross_entropy", limited_loss),
     ):
         yield refused

@@ -129,7 +129,7 @@ def chunked_step(model: PreTrainedModel, inputs: dict[str, Tensor], config: Chun
     chunk_model(model, config)
     try:
         step = plain_step(model, [inputs])
-        if any(layer.attends for group in model._chunkdist_model.groups for layer in group.layers):
+        if any(layer.calls_attention for group in model._chunkdist_model.groups for layer in group.layers):
             assert chunk_report(model).attention == "math", "nothing ran in chunks"
             assert chunk_report(model).attention_reason == "as configured", "nothing ran in chunks"
         return step

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.chunking import host_memory
-from chunkdist.engine.group import GroupRun
+from chunkdist.engine.group import GroupCall
 from chunkdist.memory.fake_model import fake_model
 from chunkdist.memory.live_bytes import LiveBytes
 
@@ -42,9 +42,9 @@ def llama3_8b(num_layers: int, vocab_size: int = 128256) -> nn.Module:
 def peak_bytes(num_layers: int, num_tokens: int, chunk_size: int = CHUNK_SIZE) -> tuple[int, tuple[int, ...]]:
     """Peak live bytes of a step over the weights, and the bytes that the graph of each rerun cell holds."""
     graphs: list[int] = []
-    real_rerun = GroupRun._rerun
+    real_rerun = GroupCall._rerun
 
-    def rerun(self: GroupRun, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rerun(self: GroupCall, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         before = live.current_bytes
         cell = real_rerun(self, index, hidden)
         if index == len(self.stream.chunks) - 2:  # a full chunk whose K/V are there already
@@ -58,7 +58,7 @@ def peak_bytes(num_layers: int, num_tokens: int, chunk_size: int = CHUNK_SIZE) -
     )
     model.train()
     with mode, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GroupRun, "_rerun", rerun)
+        patch.setattr(GroupCall, "_rerun", rerun)
         ids = torch.zeros((1, num_tokens), dtype=torch.long)
         with LiveBytes(exclude=[*model.parameters(), *model.buffers()]) as live:
             model(input_ids=ids, labels=ids).loss.backward()

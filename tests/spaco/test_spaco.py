@@ -22,7 +22,7 @@ from chunkdist import (
     projected,
 )
 from chunkdist.chunking import chunk_report
-from chunkdist.engine.group import GroupRun
+from chunkdist.engine.group import GroupCall
 from chunkdist.engine.kv_rebuild import projected_parts
 from chunkdist.replay import RngState
 from chunkdist.stores.kv_store import KVStore
@@ -369,9 +369,9 @@ def test_dropped_chunks_cost_nothing(control_variate: bool, monkeypatch: pytest.
     model = make_model(sampler, 1, control_variate=control_variate)
     model.train()
     loss = model(**batch(num_tokens=24)).loss
-    real_rerun, real_write = GroupRun._rerun, KVStore.write
+    real_rerun, real_write = GroupCall._rerun, KVStore.write
     monkeypatch.setattr(
-        GroupRun, "_rerun", lambda run, index, hidden: reruns.append(index) or real_rerun(run, index, hidden)
+        GroupCall, "_rerun", lambda run, index, hidden: reruns.append(index) or real_rerun(run, index, hidden)
     )
     monkeypatch.setattr(
         KVStore,

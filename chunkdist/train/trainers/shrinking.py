@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 from trl import SFTTrainer
 
-from chunkdist.chunking import layers_of
-from chunkdist.engine.context import ChunkContext
+from chunkdist.chunking import chunk_report, reschedule
 from chunkdist.recovery import recovering
 from chunkdist.train.callback import ChunkCallback
 from chunkdist.train.token_counter import TokenCounter
@@ -116,11 +114,9 @@ class ShrinkingTrainer(SFTTrainer):
             torch.OutOfMemoryError: chunks are as small as they get.
         """
         assert self.model is not None
-        context: ChunkContext = layers_of(self.model)[0].group.context
-        before = int(context.config.chunk_size)
+        before = chunk_report(self.model).chunk_size
         told = f"out of memory on {num_failed} rank(s) in step {self.state.global_step + 1}"
         if before // 2 < SMALLEST:
             raise self._error or torch.OutOfMemoryError(f"{told}, with chunks of {before} tokens")
-        config = replace(context.config, chunk_size=before // 2, retained_chunks=0)
-        context.resolve(config, f"as configured, and halved: {told}")
+        reschedule(self.model, chunk_size=before // 2, reason=f"as configured, and halved: {told}")
         print_once(f"{told}: chunk_size {before} -> {before // 2}, and the step runs again")

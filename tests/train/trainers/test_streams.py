@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from chunkdist.engine.group import GroupRun
+from chunkdist.engine.group import GroupCall
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.train.build import ChunkSFTTrainer, build_trainer, chunk_trainer
 from chunkdist.train.callback import ChunkCallback
@@ -160,14 +160,14 @@ def test_what_a_sampler_drops_is_not_recomputed(tiny_model: Path, monkeypatch: p
         retained_chunks=1,
         max_steps=1,
     )
-    rerun, num_tokens = GroupRun._rerun, []
+    rerun, num_tokens = GroupCall._rerun, []
 
-    def noted(self: GroupRun, index: int, hidden: torch.Tensor) -> Any:
+    def noted(self: GroupCall, index: int, hidden: torch.Tensor) -> Any:
         if self.group.is_last and not isinstance(hidden, FakeTensor):  # the estimate counts with those
             num_tokens.append(self.stream.chunks[index].num_tokens)
         return rerun(self, index, hidden)
 
-    monkeypatch.setattr(GroupRun, "_rerun", noted)
+    monkeypatch.setattr(GroupCall, "_rerun", noted)
     trainer.train()
     figures = json.loads((tiny_model.parent / "out" / "metrics.jsonl").read_text())
     assert 0 < sum(num_tokens) < sum(LENGTHS) / 2

@@ -1,0 +1,193 @@
+"""A chunked model: finds a causal LM's decoder layers, forms groups, and puts the chunked forward in their
+place.
+
+No code for any particular model: layers are the elements of the decoder's one list of layers, their attention
+is whatever calls transformers' `AttentionInterface`. What cannot be computed exactly is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial, wraps
+from types import MethodType
+from typing import Any, NoReturn, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, attend
+from chunkdist.attention.mask import chunk_mask
+from chunkdist.config import ChunkConfig
+from chunkdist.engine.context import ChunkContext
+from chunkdist.engine.forward import running
+from chunkdist.engine.group import LayerGroup
+from chunkdist.engine.layer import GroupLayer
+from chunkdist.engine.probe import LayerProbe, needs_probe
+from chunkdist.loss.lazy_logits import lazy_logits, tiled_head
+from chunkdist.models.layers import configs_of, find_layers, layer_states, norms_of, refuse_known
+from chunkdist.sharding.zero3 import Zero3Layers
+
+logger = logging.getLogger(__name__)
+
+HANDLE = "_chunkdist_model"
+"""Where a causal LM holds its `ChunkedModel`."""
+_CONTEXT = "_chunkdist_context"
+_ORIGINAL_FORWARD = "_chunkdist_original_forward"
+
+AttentionInterface.register(ATTENTION_NAME, attend)
+AttentionMaskInterface.register(ATTENTION_NAME, chunk_mask)
+
+
+class ChunkedModel:
+    """Everything that `chunk_model` puts into a model.
+
+    Args:
+        choose: Called before a training forward with the model, and the number of its rows, tokens, and bytes
+            of an activation under autocast (else `None`): puts values in the place of `"auto"`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: ChunkConfig, choose: Callable[..., None] | None = None
+    ) -> None:
+        entries, decoder, layers = find_layers(model)
+        refuse_known(model, entries[-1], layers)
+        num_layers = len(layers)
+        height = self._height(config.without_auto().layers_per_group, num_layers)
+        self.model = model
+        self.choose = choose
+        self.sizes: dict[object, Any] = {}
+        """What has been counted of the model for estimates, by the settings it was counted with."""
+        self.entries = entries
+        self._states = layer_states(model.config.get_text_config(), layers)
+        relays = any(state.relays for state in self._states)
+        if relays and config.sampler is not None:
+            raise ValueError(
+                f"sampler={config.sampler!r}, but {type(model).__name__} has layers with state between "
+                "tokens: a dropped chunk cuts the chain of states, and weights for it grow with every "
+                "chunk; write sampler=None"
+            )
+        check_layer = LayerProbe().check if needs_probe(model, has_state=relays) else None
+        configs = configs_of([*entries, decoder, *layers])
+        self.context = ChunkContext(config, configs, has_state=relays, check_layer=check_layer)
+        self._zero3 = Zero3Layers(layers, height)
+        self.groups: list[LayerGroup] = []
+        self._forwards: list[tuple[nn.Module, Any, Any]] = []
+        for start in range(0, num_layers, height):
+            self.groups.append(self._group(layers[start : start + height], start))
+        self._number_groups()
+        if tiled_head(model) is None:
+            logger.warning(
+                "chunkdist: the logits of the whole sequence will be made: the output layer, %s, is no plain "
+                "linear layer, or the loss is not the usual one",
+                type(model.get_output_embeddings()).__name__,
+            )
+        for module in norms_of(decoder):
+            self._group([module], None)
+        for entry in entries:
+            entry.__dict__[_CONTEXT] = self.context
+            self._replace_forward(entry, _method(_decoder_forward, entry))
+        self._replace_forward(model, _method(_causal_lm_forward, model))
+
+    @property
+    def layers(self) -> list[GroupLayer]:
+        """The decoder's layers, as they stand in their groups."""
+        return [layer for group in self.groups for layer in group.layers]
+
+    def remove(self) -> None:
+        """Puts the forwards back; where others have wrapped ours, ours only passes on from now."""
+        self.context.bypassed = True
+        if self.context.host is not None:
+            self.context.host.close()
+        self._zero3.remove()
+        for entry in self.entries:
+            entry.__dict__.pop(_CONTEXT)
+        for module, forward, before in self._forwards:
+            if module.__dict__.get("forward") != forward:
+                continue
+            module.__dict__.pop(_ORIGINAL_FORWARD, None)
+            del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
+        for group in self.groups:
+            for layer in group.layers:
+                for module in layer.layer.modules():
+                    module.__dict__.pop(LAYER_ATTRIBUTE, None)
+
+    def regroup(self, layers_per_group: Any) -> None:
+        """Other groups of the same layers."""
+        layers = self.layers
+        height = self._height(layers_per_group, len(layers))
+        if height == max(len(group.layers) for group in self.groups):
+            return
+        self._zero3.check_height(height)
+        starts = range(0, len(layers), height)
+        self.groups = [LayerGroup(layers[start : start + height], self.context) for start in starts]
+        self._number_groups()
+
+    def _number_groups(self) -> None:
+        for num_above, group in enumerate(reversed(self.groups)):
+            group.num_above, group.is_last = num_above, num_above == 0
+
+    @staticmethod
+    def _height(layers_per_group: int | str, num_layers: int) -> int:
+        height = num_layers if layers_per_group == "all" else int(layers_per_group)
+        if height > num_layers:
+            raise ValueError(f"layers_per_group={height}, but the model has {num_layers} layers: write 'all'")
+        return height
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChunkedModel:
+        memo[id(self)] = twin = object.__new__(type(self))
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError("a chunked model cannot be pickled: call unchunk_model first, or save_pretrained")
+
+    def _group(self, modules: list[nn.Module], first_index: int | None) -> LayerGroup:
+        """A group of decoder layers, or, without an index, of modules that treat each token alone."""
+        layers = []
+        for offset, module in enumerate(modules):
+            state = None
+            if first_index is not None:
+                state = self._states[first_index + offset]
+                for submodule in module.modules():
+                    submodule.__dict__[LAYER_ATTRIBUTE] = state
+            layer = GroupLayer(module, state, self.context)
+            self._replace_forward(module, layer.forward)
+            layers.append(layer)
+        return LayerGroup(layers, self.context)
+
+    def _replace_forward(self, module: nn.Module, forward: Any) -> None:
+        self._forwards.append((module, forward, module.__dict__.get("forward")))
+        module.__dict__["forward"] = forward
+
+
+def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A causal LM's forward; with labels, without ever making the logits of the whole sequence."""
+    handle = model.__dict__.get(HANDLE)
+    if handle is not None and handle.choose is not None and model.training and torch.is_grad_enabled():
+        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
+        for tokens in [x for x in given if isinstance(x, Tensor)][:1]:
+            mixed = 2 if torch.is_autocast_enabled(tokens.device.type) else None
+            num_rows, num_tokens = tokens.shape[:2]
+            handle.choose(model, num_tokens=num_tokens, num_rows=num_rows, activation_bytes=mixed)
+    with nullcontext() if handle is None or kwargs.get("labels") is None else lazy_logits(handle.model):
+        return model.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
+
+
+def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A decoder's forward, in chunks unless it uses a cache."""
+    context = decoder.__dict__.get(_CONTEXT)
+    with nullcontext(kwargs) if context is None else running(context, decoder, args, kwargs) as kwargs:
+        return decoder.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
+
+
+def _method(forward: Callable[..., Any], module: nn.Module) -> MethodType:
+    """`forward` as a method with `module`'s signature, which trainers read; torch.compile leaves it alone."""
+    module.__dict__[_ORIGINAL_FORWARD] = module.forward
+    own: Any = getattr(module.forward, "__func__", module.forward)
+    return MethodType(wraps(own)(torch.compiler.disable(partial(forward))), module)

@@ -1,0 +1,81 @@
+"""How a chunked forward of a decoder begins and ends."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from chunkdist.config import AUTO_FIELDS
+from chunkdist.engine.context import ChunkContext
+from chunkdist.errors import UnsupportedModelError
+from chunkdist.spaco.sample import ChunkSample
+from chunkdist.stream.from_inputs import read_stream
+from chunkdist.stream.packed import refuse_segments
+
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+@contextmanager
+def running(
+    context: ChunkContext, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Inside, the decoder's layers run in chunks. Reads the stream from what the caller passed, and gives
+    the keyword arguments to go on with."""
+    if context.stream is not None:  # inside another module that takes token ids
+        yield kwargs
+        return
+    signature = inspect.signature(decoder.forward)
+    arguments = signature.bind(*args, **kwargs).arguments
+    arguments = {**arguments, **arguments.get("kwargs", {})}
+    caches = [key for key in ("past_key_values", "cache_params") if arguments.get(key) is not None]
+    caches += ["use_cache=True"] if arguments.get("use_cache") else []
+    if caches and decoder.training:
+        raise ValueError(
+            f"{caches[0]} was passed while training, and a chunked model makes no cache: leave it out"
+        )
+    if caches:  # generation
+        before, context.bypassed = context.bypassed, True
+        try:
+            yield kwargs
+        finally:
+            context.bypassed = before
+        return
+    for name in _OUTPUTS:
+        if arguments.get(name, getattr(decoder.config, name, False)):
+            raise ValueError(
+                f"{name}=True, but a chunked forward has no such outputs of the whole sequence: write "
+                f"{name}=False"
+                + ("; in TRL, router_aux_loss_coef: 0" if name == "output_router_logits" else "")
+            )
+    if not context.reason and decoder.training and torch.is_grad_enabled():
+        asked = ", ".join(
+            f'{name}="auto"' for name in AUTO_FIELDS if getattr(context.requested, name) == "auto"
+        )
+        raise ValueError(
+            f"{asked} is chosen in the forward of the causal LM, which did not run: it has been replaced "
+            "since chunk_model (Liger's fused loss does that: write fused_linear_cross_entropy=False, "
+            "the chunked loss makes no logits either), or the decoder was called alone; else write values"
+        )
+    if "use_cache" in signature.parameters and "use_cache" not in list(signature.parameters)[: len(args)]:
+        kwargs = {**kwargs, "use_cache": False}
+    try:
+        context.stream = read_stream(
+            arguments, int(context.config.chunk_size), cut_at_segments=context.has_state
+        )
+        if context.stream.longest_segment < context.stream.num_tokens:
+            refuse_segments(decoder, context.stream.longest_segment)
+        sampler = context.config.sampler
+        context.sample = None if sampler is None else ChunkSample(sampler, context.stream)
+        with context.attention_installed():
+            yield kwargs
+        if context.open_call is not None:
+            raise UnsupportedModelError("the decoder skips layers: write layers_per_group=1")
+    finally:
+        if context.open_call is not None:
+            context.open_call.abandon()
+        context.stream = context.open_call = None
