@@ -192,11 +192,14 @@ class ModelStage(nn.Module):
         layer.tuple_length = 0
         try:
             (arguments,) = self._arguments(cell, of_first=True)
-        except ValueError as error:
-            if "unpack" not in str(error):  # the decoder takes apart what its layers return
-                raise
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # the decoder may take apart what its layers return
             layer.tuple_length = 2
-            (arguments,) = self._arguments(cell, of_first=True)
+            try:
+                (arguments,) = self._arguments(cell, of_first=True)
+            except Exception:
+                raise error from None
         stores = self._new_store(stream.chunks[0])
         own = layer.cell(stream.chunks[0], stream, stores.kv, stores.states)
         with self._context.attention_installed():

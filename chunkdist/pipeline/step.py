@@ -154,7 +154,7 @@ class Pipeline:
         try:
             runtime.step(*args, index=indices, target=indices, return_outputs=False)
         except RuntimeError as error:
-            if error.__cause__ is not None and "failed to run" in str(error).lower():  # torch's own wrapper
+            if type(error) is RuntimeError and error.__cause__ is not None:  # torch wraps what a stage raises
                 raise error.__cause__ from error.__cause__.__cause__
             raise
         self._add_tied_grads()

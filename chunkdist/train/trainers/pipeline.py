@@ -34,7 +34,7 @@ from chunkdist.data.samples import sample_lengths
 from chunkdist.data.streams import NO_LABEL
 from chunkdist.models.flops import StepFlops
 from chunkdist.models.layers import causal_lm_of
-from chunkdist.pipeline.collective import clip_grad_norm, evaluate, whole_state_dict
+from chunkdist.pipeline.collective import clip_grad_norm, evaluate, local_part, whole_state_dict
 from chunkdist.pipeline.plan import PipelinePlan
 from chunkdist.pipeline.step import Pipeline
 from chunkdist.train.pipeline_plan import MOST_BATCHES, PipelineQuestion, least_room
@@ -232,7 +232,7 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
         os.makedirs(output_dir, exist_ok=True)
         state = self.optimizer.state_dict()
         local = {
-            number: {name: _local(x) for name, x in values.items()}
+            number: {name: local_part(x) for name, x in values.items()}
             for number, values in state["state"].items()
         }
         torch.save({**state, "state": local}, self._optimizer_file(output_dir))
@@ -265,10 +265,6 @@ def _only(items: list[Samples]) -> Samples:
 def _tokens(samples: Samples) -> dict[str, Tensor]:
     ids = torch.tensor([token for sample in samples for token in sample["input_ids"]], dtype=torch.long)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _local(x: Any) -> Any:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _like(x: Any, parameter: Tensor) -> Any:
