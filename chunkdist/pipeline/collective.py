@@ -4,6 +4,7 @@ whole model in one place. All of it is collective."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
