@@ -7,11 +7,12 @@ is whatever calls transformers' `AttentionInterface`. What cannot be computed ex
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from types import MethodType
 from typing import Any, NoReturn, SupportsIndex, TypeVar
 
@@ -22,16 +23,21 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, attend
 from chunkdist.attention.mask import chunk_mask
 from chunkdist.config import ChunkConfig
+from chunkdist.engine.as_run import refuse_offset_adapters
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.group import LayerGroup
 from chunkdist.engine.layer import GroupLayer
+from chunkdist.engine.method import method_like
+from chunkdist.engine.neftune import noise_by_segment
 from chunkdist.engine.probe import LayerProbe, needs_probe
 from chunkdist.loss.cross_entropy import tile_tokens
-from chunkdist.loss.lazy_logits import lazy_logits, tiled_head
+from chunkdist.loss.lazy_logits import lazy_logits, tiled_head, untiled_reason
 from chunkdist.memory.auto import resolve_auto
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.sharded import SINGLE
+from chunkdist.models.known_code import is_known_class
 from chunkdist.models.layers import causal_lm_of, configs_of, find_layers, layer_states, refuse_known
+from chunkdist.sharding.sequence import refuse_sequence_parallelism
 from chunkdist.sharding.zero3 import Zero3Layers
 from chunkdist.spaco.sample import SampleReport
 from chunkdist.stores.host_memory import HostMemory
@@ -166,7 +172,9 @@ class ChunkedModel:
 
     def __init__(self, model: PreTrainedModel, config: ChunkConfig) -> None:
         entries, decoder, layers = find_layers(model)
+        refuse_sequence_parallelism(configs_of([*entries, decoder, *layers]), [model])
         refuse_known(model, entries[-1], layers)
+        refuse_offset_adapters([module for layer in layers for module in layer.modules()])
         num_layers = len(layers)
         height = self._height(config.without_auto().layers_per_group, num_layers)
         self.model = model
@@ -191,12 +199,12 @@ class ChunkedModel:
         self._number_groups()
         if tiled_head(model) is None:
             logger.warning(
-                "chunkdist: the logits of the whole sequence will be made: the output layer, %s, is no plain "
-                "linear layer, or the loss is not the usual one",
-                type(model.get_output_embeddings()).__name__,
+                "chunkdist: the logits of the whole sequence will be made: %s", untiled_reason(model)
             )
         for name, module in decoder.named_children():
-            if "norm" in type(module).__name__.lower() or "norm" in name.lower():
+            is_own = type(module).__module__ == type(decoder).__module__
+            is_norm = "norm" in type(module).__name__.lower() or "norm" in name.lower()
+            if is_norm and (is_own or is_known_class(type(module), layers[0], mixes=False)):
                 self._group([module], None)
         for entry in entries:
             entry.__dict__[_CONTEXT] = self.context
@@ -308,22 +316,27 @@ def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             mixed = 2 if torch.is_autocast_enabled(tokens.device.type) else None
             num_rows, num_tokens = tokens.shape[:2]
             resolve_auto_values(model, num_tokens=num_tokens, num_rows=num_rows, activation_bytes=mixed)
-    with nullcontext() if handle is None or kwargs.get("labels") is None else lazy_logits(handle.model):
+    names = list(inspect.signature(model.forward).parameters) if len(args) > 1 else ["input_ids"]
+    noted = nullcontext() if handle is None else handle.context.labels.noted(names, args, kwargs)
+    with (
+        noted,
+        nullcontext() if handle is None or kwargs.get("labels") is None else lazy_logits(handle.model),
+    ):
         return model.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
 
 
 def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A decoder's forward, in chunks unless it uses a cache."""
     context = decoder.__dict__.get(_CONTEXT)
-    with nullcontext(kwargs) if context is None else context.running(decoder, args, kwargs) as kwargs:
+    running = nullcontext(kwargs) if context is None else context.running(decoder, args, kwargs)
+    with running as kwargs, noise_by_segment(decoder, context):
         return decoder.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
 
 
 def _method(forward: Callable[..., Any], module: nn.Module) -> MethodType:
     """`forward` as a method with `module`'s signature, which trainers read; torch.compile leaves it alone."""
     module.__dict__[_ORIGINAL_FORWARD] = module.forward
-    own: Any = getattr(module.forward, "__func__", module.forward)
-    return MethodType(wraps(own)(torch.compiler.disable(partial(forward))), module)
+    return method_like(module.forward, torch.compiler.disable(partial(forward)), module)
 
 
 def _causal_lm(model: nn.Module) -> PreTrainedModel:

@@ -17,18 +17,22 @@ from transformers import PreTrainedConfig
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.function import ATTENTION_NAME
 from chunkdist.config import AUTO_FIELDS, ChunkConfig
+from chunkdist.engine.additions import Additions
+from chunkdist.engine.hidden_states import ARGUMENT, refuse_hidden_states
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.sharding.sequence import refuse_sequence_parallelism
 from chunkdist.spaco.sample import ChunkSample
 from chunkdist.stores.host_memory import HostMemory
 from chunkdist.stream.from_inputs import read_stream
 from chunkdist.stream.packed import refuse_segments
+from chunkdist.stream.padding import ForwardLabels
 from chunkdist.stream.stream import Stream
 
 if TYPE_CHECKING:
     from chunkdist.engine.group import GroupRun
     from chunkdist.engine.probe import LayerProbe
 
-_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+_OUTPUTS = ("output_attentions", "output_router_logits")
 
 
 class ChunkContext:
@@ -53,6 +57,7 @@ class ChunkContext:
         """The config that was given; `config` has values in the place of `"auto"`."""
         self.has_state = has_state
         self.probe = probe
+        self.additions = Additions(asks_classes=probe is None)
         self.attention = AttentionChoice(config.attention)
         self.host = HostMemory() if self.config.offload == "host" else None
         """Where group inputs, K/V and states wait for the backward."""
@@ -62,6 +67,9 @@ class ChunkContext:
         """A group of which some layers, not all, have been called."""
         self.bypassed = False
         """Layers run as they are: in a forward with a cache, and once the model is no longer chunked."""
+        self.labels = ForwardLabels()
+        self.layer_by_layer = False
+        """Whether each layer of the forward that runs is a group of its own: what it returns is wanted."""
         self.sample: ChunkSample | None = None
         """SpaCO's sample of the forward that runs, or ran last; `None`: every chunk is backpropagated."""
         self._model_configs = model_configs
@@ -107,9 +115,15 @@ class ChunkContext:
         arguments = {**arguments, **arguments.get("kwargs", {})}
         caches = [key for key in ("past_key_values", "cache_params") if arguments.get(key) is not None]
         caches += ["use_cache=True"] if arguments.get("use_cache") else []
-        if caches and decoder.training:
+        if caches and decoder.training and torch.is_grad_enabled():  # without a graph: `generate`
+            peft = caches[0] == "past_key_values"
             raise ValueError(
                 f"{caches[0]} was passed while training, and a chunked model makes no cache: leave it out"
+                + (
+                    "; PEFT's prefix tuning and cartridges pass one: take LoRA or prompt tuning"
+                    if peft
+                    else ""
+                )
             )
         if caches:  # generation
             before, self.bypassed = self.bypassed, True
@@ -118,6 +132,13 @@ class ChunkContext:
             finally:
                 self.bypassed = before
             return
+        refuse_sequence_parallelism(self._model_configs)
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch 2.13
+            raise ValueError(
+                "a chunked model was called inside a transform of torch.func (grad, vjp, jvp, vmap), and its "
+                "layer groups are nodes of the ordinary autograd: call torch.autograd.grad or backward, "
+                "with torch.func.functional_call for other weights, and loop instead of vmap"
+            )
         for name in _OUTPUTS:
             if arguments.get(name, getattr(decoder.config, name, False)):
                 raise ValueError(
@@ -125,6 +146,10 @@ class ChunkContext:
                     f"{name}=False"
                     + ("; in TRL, router_aux_loss_coef: 0" if name == "output_router_logits" else "")
                 )
+        if hidden_states := arguments.get(ARGUMENT, getattr(decoder.config, ARGUMENT, False)):
+            self.layer_by_layer = not torch.is_grad_enabled()
+            if not self.layer_by_layer:
+                refuse_hidden_states(hidden_states, decoder, self.config)
         if not self.reason and decoder.training and torch.is_grad_enabled():
             asked = ", ".join(f'{name}="auto"' for name in AUTO_FIELDS if getattr(self.asked, name) == "auto")
             raise ValueError(
@@ -135,7 +160,12 @@ class ChunkContext:
         if "use_cache" in signature.parameters and "use_cache" not in list(signature.parameters)[: len(args)]:
             kwargs = {**kwargs, "use_cache": False}
         try:
-            self.stream = read_stream(arguments, int(self.config.chunk_size), cut_at_segments=self.has_state)
+            self.stream = read_stream(
+                arguments,
+                int(self.config.chunk_size),
+                cut_at_segments=self.has_state,
+                labels=self.labels,
+            )
             if self.stream.longest_segment < self.stream.num_tokens:
                 refuse_segments(decoder, self.stream.longest_segment)
             sampler = self.config.sampler
@@ -146,3 +176,4 @@ class ChunkContext:
                 raise UnsupportedModelError("the decoder skips layers: write layers_per_group=1")
         finally:
             self.stream = self.open_run = None
+            self.layer_by_layer = False

@@ -15,6 +15,7 @@ comes out once, summed over the chunks in at least fp32.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -22,12 +23,13 @@ import torch
 from torch import Tensor
 
 from chunkdist.attention.function import KeysAndValues
+from chunkdist.engine.as_run import LayersAsRun, Notes
 from chunkdist.engine.cell import CellGraph
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.group_input import GroupInput, Hidden, tokens_of
 from chunkdist.engine.kv_rebuild import projected_parts
 from chunkdist.engine.layer import GroupLayer
-from chunkdist.engine.node import as_node
+from chunkdist.engine.node import as_node, passed_on
 from chunkdist.engine.parameters import GroupParameters
 from chunkdist.engine.saved import Kept
 from chunkdist.errors import UnsupportedModelError
@@ -53,8 +55,17 @@ class LayerGroup:
         """Whether these are the last decoder layers."""
         self.num_above = 0
         """Groups of decoder layers that run after this one."""
+        self.is_cut = False
+        """Whether this is a part of a group; a unit of FSDP2 may then hold layers of several groups."""
+        self.notes = Notes()
         for layer in layers:
             layer.group = self
+
+    def alone(self, layer: GroupLayer) -> LayerGroup:
+        """A group of one of these layers, for a forward without a graph."""
+        group = copy.copy(self)
+        group.layers, group.attends, group.is_cut = (layer,), layer.state is not None, True
+        return group
 
     def call(self, layer: GroupLayer, hidden: Tensor, arguments: dict[str, Any]) -> Any:
         """What `layer.forward(hidden, **arguments)` returns in a chunked step."""
@@ -76,7 +87,7 @@ class LayerGroup:
         if layer is not self.layers[-1]:
             if layer.tuple_length is None:
                 run.learn_output_form(layer)
-            return layer.wrap(hidden)
+            return layer.wrap(passed_on(hidden))
         self.context.open_run = None
         return layer.wrap(run(hidden))
 
@@ -91,12 +102,13 @@ class GroupRun:
         modules = [layer.layer for layer in group.layers]
         if group.layers[0].state is not None:
             zero3.check_group(modules)
-        self.units = GroupUnits(modules)
+        self.units = GroupUnits(modules, may_be_larger=group.is_cut)
         self.units.keep()
         self._input = GroupInput(len(modules))
         self._stores: list[KVStore | None] = []
         """By layer, of the dependent run at hand."""
         self._rng: list[RngState] = []
+        self._as_run: LayersAsRun
         self._autocast: AutocastState
         self._sample = group.context.sample
         self._retained: dict[int, CellGraph] = {}
@@ -113,8 +125,12 @@ class GroupRun:
         self.arguments.append(arguments)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        context = self.group.context
         try:
-            return self._call(hidden)
+            with context.additions.asked(
+                self.group.layers, self.arguments, hidden, self.stream, context.probe
+            ):
+                return self._call(hidden)
         finally:
             self.units.release()
             self.kept.settle()
@@ -176,11 +192,17 @@ class GroupRun:
         assert output is not None
         self._stores = []
         self.parameters.release()
+        if for_backward:
+            self._as_run = self.group.notes.take([layer.layer for layer in self.group.layers])
         return output
 
     def backward(self, hidden: Hidden, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states and of each trainable parameter."""
         self.units.gather()
+        with self._as_run.restored():
+            return self._backward(hidden, grad_output)
+
+    def _backward(self, hidden: Hidden, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         self.parameters.restore()
         weights = self._chunk_weights(grad_output)
         kept = [index for index, weight in enumerate(weights) if weight]

@@ -27,6 +27,7 @@ from chunkdist.models.arguments import LayerSignature, refuse_arguments
 from chunkdist.models.layers import configs_of, find_layers, layer_states, refuse_known
 from chunkdist.pipeline.cell import LayerStores, StageCell
 from chunkdist.replay import undisturbed_rng
+from chunkdist.sharding.sequence import refuse_sequence_parallelism
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateStore
 from chunkdist.stream.stream import Chunk, Stream
@@ -58,6 +59,7 @@ class ModelStage(nn.Module):
         if _HANDLE in model.__dict__:
             raise ValueError("the model is chunked already: call unchunk_model(model) first")
         entries, decoder, all_layers = find_layers(model)
+        refuse_sequence_parallelism(configs_of([*entries, decoder, *all_layers]), [model])
         refuse_known(model, entries[-1], all_layers)
         if not layers or layers.start < 0 or layers.stop > len(all_layers):
             raise ValueError(
@@ -78,7 +80,7 @@ class ModelStage(nn.Module):
                 "one token as generation does: write at least 2"
             )
         self._probe = LayerProbe() if needs_probe(model, has_state=self.has_state) else None
-        self._context = ChunkContext(config, configs_of([*entries, decoder, *all_layers]))
+        self._context = ChunkContext(config, configs_of([*entries, decoder, *all_layers]), probe=self._probe)
         self._cell: StageCell | None = None
         self._layers: list[GroupLayer] = []
         self._knows_arguments = self.is_first
@@ -241,7 +243,9 @@ class ModelStage(nn.Module):
         if self._probe is not None:
             self._probe.check(layer, hidden, arguments, _alone(cell.chunk))
         own = self._cell_of(layer, cell.chunk, cell.stream, cell.stores[position])
-        output = layer.run(own, hidden, arguments)
+        additions, stream = self._context.additions, _alone(cell.chunk)
+        with additions.asked((layer,), (arguments,), hidden, stream, self._probe):
+            output = layer.run(own, hidden, arguments)
         if own.relay is not None:
             cell.relays.append(own.relay)
         if is_last:
