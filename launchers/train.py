@@ -3,64 +3,72 @@
     accelerate launch launchers/train.py --config configs/quickstart.yaml [--option value ...]
 
 Runs under `python`, `accelerate launch`, `deepspeed` and `torchrun` alike. Exit status 2: the input is at
-fault, and one line says how; 1: the gradient check or another rank failed.
+fault, and one line says how; 1: the gradient check or another rank failed; 1 with a traceback: the fault is
+our own; 75: a signal has stopped it, and a checkpoint is saved.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
 from torch import distributed
 
-from chunkdist import ChunkConfig, UnsupportedModelError
+from chunkdist import ChunkConfig
 from chunkdist.check.gradients import check_gradients
+from chunkdist.errors import BadSampleError
 from chunkdist.memory.machine import use_expandable_segments
 from chunkdist.train.build import build_trainer, check_blocker, chunk_trainer, first_batch
 from chunkdist.train.callback import ChunkCallback
-from chunkdist.train.failures import FailureWatch, RankFailure, named_failures
+from chunkdist.train.failures import FailureWatch, RankFailure, named_failures, speaks_here
+from chunkdist.train.faults import StepWatch, input_fault
 from chunkdist.train.options import TrainingOptions, parse_options
 from chunkdist.train.out_of_memory import explained_out_of_memory
 from chunkdist.train.saving import is_disk_full, removed_if_empty, save_model
+from chunkdist.train.stopping import StopCallback, Stopped, StopSignals, leave
 from chunkdist.train.trainers.checked import CheckedSFTTrainer, print_once
 from chunkdist.train.trainers.pipeline import PipelineSFTTrainer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """One training run; returns the exit status."""
-    watch = None
+    watch, steps, stop = None, StepWatch(), StopSignals.start()
     use_expandable_segments()
     try:
-        try:
-            options = parse_options(arguments)
-            watch = FailureWatch.start()
-            with named_failures(watch), removed_if_empty(options.training.output_dir):
-                trainer = set_up(options)
-        except (ValueError, NotImplementedError) as error:
-            return fail(error)
-        if trainer is None:
-            return 1
-        chunked = options.chunk.chunk_method != "none"
-        if isinstance(trainer, PipelineSFTTrainer):
-            chunked = False
-            if watch is not None:
-                watch.role_of = trainer.role_of
-        with named_failures(watch), explained_out_of_memory(trainer, is_chunked=chunked):
-            trainer.train(resume_from_checkpoint=trainer.resumes_from)
-            print_once(f"model saved to {save_model(trainer)}")
+        options = parse_options(arguments)
+        watch = FailureWatch.start()
+        with named_failures(watch), removed_if_empty(options.training.output_dir):
+            trainer = set_up(options)
+            if trainer is None:
+                return 1
+            chunked = options.chunk.chunk_method != "none"
+            if isinstance(trainer, PipelineSFTTrainer):
+                chunked = False
+                if watch is not None:
+                    watch.role_of = trainer.role_of
+            trainer.add_callback(steps)
+            StopCallback.add_to(trainer, stop)
+            with explained_out_of_memory(trainer, is_chunked=chunked):
+                trainer.train(resume_from_checkpoint=trainer.resumes_from)
+                print_once(f"model saved to {save_model(trainer)}")
         return 0
-    except UnsupportedModelError as error:  # some models are known only in their first step
+    except Stopped as stopped:
+        return fail(stopped, stopped.status)
+    except RankFailure as error:
+        return fail(error, status=1)
+    except BadSampleError as error:  # of a stream, known only when it comes
         return fail(error)
     except Exception as error:
-        if isinstance(error, RankFailure) or is_disk_full(error):
-            return fail(error, status=1 if isinstance(error, RankFailure) else 2)
-        raise
+        line = str(error) if is_disk_full(error) else input_fault(error, is_set_up=steps.has_begun)
+        if line is None:
+            raise
+        return fail(line)
     finally:
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()  # a gloo process that just leaves sometimes aborts
         if watch is not None:
             watch.leave()
+        stop.close()
 
 
 def set_up(options: TrainingOptions) -> CheckedSFTTrainer | None:
@@ -86,12 +94,12 @@ def gradients_agree(trainer: CheckedSFTTrainer, config: ChunkConfig | None, opti
     return bool(result.passed)
 
 
-def fail(error: BaseException, status: int = 2) -> int:
+def fail(error: BaseException | str, status: int = 2) -> int:
     """One line on each machine; launchers repeat the exit status, not the line."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if speaks_here(error):
         print(f"chunkdist: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -135,6 +135,50 @@ def test_generation_is_the_models_own() -> None:
     assert largest_difference(gradients(model.train(), batch()), gradients(plain.train(), batch())) < EXACT
 
 
+@pytest.mark.parametrize("has_grad", [True, False])
+@pytest.mark.parametrize("make", [tiny_llama, lambda: with_lora(tiny_llama())], ids=["full", "LoRA"])
+def test_generation_in_training_mode(make: Any, has_grad: bool) -> None:
+    """As trainers that sample in a step do; the step after it is exact."""
+    plain, model = make().train(), chunk_model(make(), CONFIG).train()
+    prompt = batch(num_rows=2, num_tokens=12)["input_ids"]
+    mask = torch.ones_like(prompt)
+    mask[1, :4] = 0  # left padding
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.set_grad_enabled(has_grad):
+        expected, found = (x.generate(input_ids=prompt, **settings) for x in (plain, model))
+    assert torch.equal(found, expected)
+    assert model.training
+    assert largest_difference(gradients(model, batch()), gradients(plain, batch())) < EXACT
+
+
+def test_a_forward_with_a_cache_in_training_mode() -> None:
+    """Without a graph it is the model's own; with one, what the caller passed is named."""
+    from transformers import DynamicCache
+
+    plain, model = tiny_llama(), chunk_model(tiny_llama(), CONFIG)
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        expected, found = (x(ids, past_key_values=DynamicCache()) for x in (plain, model))
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=0)
+        assert found.past_key_values.get_seq_length() == 37
+        torch.testing.assert_close(model(ids, use_cache=True).logits, expected.logits, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="past_key_values was passed while training"):
+        model(ids, past_key_values=DynamicCache())
+
+
+def test_prefix_tuning_is_refused_with_what_to_take_instead() -> None:
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    def model(config: type) -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(tiny_llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=4)).double()
+
+    with pytest.raises(ValueError, match="prefix tuning and cartridges pass one: take LoRA or prompt tuning"):
+        chunk_model(model(PrefixTuningConfig), CONFIG)(**batch())
+    found = gradients(chunk_model(model(PromptTuningConfig), CONFIG), batch())
+    assert largest_difference(found, gradients(model(PromptTuningConfig), batch())) < EXACT
+
+
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 @pytest.mark.parametrize("height", [1, 2])
@@ -299,8 +343,8 @@ def test_refusals_while_training() -> None:
         refused_training(tiny_llama(), past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="use_cache=True was passed while training"):
         chunk_model(tiny_llama(), CONFIG)(**batch(), use_cache=True)
-    with pytest.raises(ValueError, match="output_hidden_states"):
-        refused_training(tiny_llama(), output_hidden_states=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        refused_training(tiny_llama(), output_attentions=True)
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
         refused_training(tiny_llama(), cu_seq_lens_q=torch.tensor([0, 5, 40]))
     with pytest.raises(UnsupportedModelError, match="dropout"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from chunkdist import ChunkConfig
+from chunkdist import ChunkConfig, chunk_model
 from tests.helpers.models import tiny_llama
 from tests.helpers.tiny_run import ROOT, load_script
 
@@ -70,63 +71,69 @@ def test_defaults_are_those_of_the_code() -> None:
         assert row is None or row[1].lower() == str(field.default).lower(), field.name
 
 
-def figures_script() -> ModuleType:
-    return load_script(ROOT / "docs" / "make_figures.py")
-
-
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    return figures_script()
+    return load_script(ROOT / "docs" / "make_docs.py")
 
 
-def test_the_step_in_the_picture(script: ModuleType) -> None:
+def test_pages_are_up_to_date(script: ModuleType) -> None:
+    assert script.main(["--check"]) == 0, "run python docs/make_docs.py"
+
+
+def test_a_page_that_is_not_up_to_date_is_told_and_written(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = (ROOT / "docs" / "sharding.md").read_text()
+    page = tmp_path / "sharding.md"
+    page.write_text(old.replace("| DDP ", "| DPP "))
+    monkeypatch.setattr(script, "DOCS", tmp_path)
+    monkeypatch.setattr(script, "BLOCKS", {page.name: script.BLOCKS[page.name]})
+    assert script.main(["--check"]) == 1
+    assert "sharding.md is not up to date" in capsys.readouterr().out
+    assert script.main([]) == 0
+    assert page.read_text() == old
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="begin: sharding figures"):
+        script.main([])
+
+
+def test_results_of_a_gpu_are_shown_and_those_that_mean_nothing_refused(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    result = script.result_of("step-cpu")
+    (tmp_path / "cpu.json").write_text(json.dumps(result))
+    assert script.gpu_results(tmp_path) == "Not yet measured."
+    result["hardware"]["gpu"] = "Made-up GPU"
+    (tmp_path / "step-8b.json").write_text(json.dumps({**result, "partial": True}))
+    page = script.gpu_results(tmp_path)
+    assert page.startswith("### step-8b\n\nLlama of 10.3M parameters, layers 8, tokens 8,192, Made-up GPU")
+    assert re.search(r"\| chunked, K/V kept +\| ran +\| 15.683 s \| 0.95 x ", page)
+    assert f"It did not end. `{result['command']}`; python" in page
+    (tmp_path / "step-8b.json").write_text(json.dumps({**result, "command": "chunkdist bench step --smoke"}))
+    with pytest.raises(ValueError, match=r"step-8b\.json is of a run with --smoke"):
+        script.gpu_results(tmp_path)
+
+
+def test_the_step_in_the_picture() -> None:
     """What docs/how-it-works.md says of it: up and to the right, then down and to the left."""
-    in_forward, in_backward = script.recorded_step()
-    cells = [(group, chunk) for group in range(script.NUM_GROUPS) for chunk in range(script.NUM_CHUNKS)]
-    assert [(visit.group, visit.chunk) for visit in in_forward] == cells
-    assert [(visit.group, visit.chunk) for visit in in_backward] == cells[::-1]
+    num_groups, num_chunks, chunk_size = 4, 6, 16
+    model = tiny_llama(dtype=torch.float32, num_layers=8, max_position_embeddings=128)
+    visits: list[tuple[int, int, bool]] = []
 
+    def record(group: int, hidden: torch.Tensor) -> None:
+        if hidden.shape[1] == chunk_size:  # not the single token on which a group learns what layers return
+            chunk = hidden.storage_offset() // (hidden.shape[2] * chunk_size)
+            visits.append((group, chunk, torch.is_grad_enabled()))
 
-def test_the_picture_is_drawn(script: ModuleType, tmp_path: Path) -> None:
-    script.grid_figure().savefig(tmp_path / "grid.svg")
-    assert (tmp_path / "grid.svg").stat().st_size > 10_000
-
-
-def test_a_table_from_results(script: ModuleType) -> None:
-    step = {
-        "command": "time it",
-        "num_repetitions": 5,
-        "model": {
-            "num_parameters": 9_900_000,
-            "num_layers": 8,
-            "hidden_size": 320,
-            "dtype": "float32",
-            "num_tokens": 8192,
-            "chunk_size": 1024,
-        },
-        "hardware": {"cpu": "a processor", "num_threads": 2},
-        "summary": {
-            script.BASELINE: {"wall_ratio": 1.0, "largest_gradient_difference": 0.0},
-            "chunked": {"wall_ratio": 1.034, "largest_gradient_difference": 3.4e-7},
-        },
-    }
-    peaks = {"peak_bytes": {"16384": 1, "32768": 2}}
-    memory = {
-        "command": "count it",
-        "chunk_size": 2048,
-        "summary": {
-            script.BASELINE: {"bytes_per_token": 512 * 1024.0, **peaks},
-            "chunked": {"bytes_per_token": 292 * 1024.0, **peaks},
-            "only counted": {"bytes_per_token": 136 * 1024.0, **peaks},
-        },
-    }
-    page = script.readme_with_table("<!-- begin: figures --> old <!-- end: figures -->", step, memory)
-    assert f"| {script.BASELINE} | 512 KiB | 1.00 x | reference |" in page
-    assert "| chunked | 292 KiB | 1.03 x | 3e-07 |" in page
-    assert "| only counted | 136 KiB | not yet measured | not yet measured |" in page
-    assert all(said in page for said in ("`time it`", "`count it`", "16,384 and 32,768", "a processor"))
-    assert "old" not in page
-    assert "not yet measured" in script.readme_with_table(page, None, None)
+    for group in range(num_groups):
+        norm = model.model.layers[2 * group].input_layernorm
+        norm.register_forward_pre_hook(lambda module, args, group=group: record(group, args[0]))
+    chunk_model(model, ChunkConfig(chunk_size=chunk_size, layers_per_group=2))
+    ids = torch.zeros((1, num_chunks * chunk_size), dtype=torch.long)
+    model(input_ids=ids, labels=ids).loss.backward()
+    cells = [(group, chunk) for group in range(num_groups) for chunk in range(num_chunks)]
+    forward, backward = [(*cell, False) for cell in cells], [(*cell, True) for cell in cells[::-1]]
+    assert visits == [*forward, *backward]
 
 
 def test_the_worked_example() -> None:

@@ -1,4 +1,5 @@
-"""Benchmarks, whose results docs/benchmarks holds and the docs quote. Each prints a table and writes JSON.
+"""Benchmarks that anybody can run on their own card. Each prints a table and writes JSON; docs/benchmarks has
+the results that the docs quote.
 
 They import torch, transformers and peft only, so that they run where nothing else is installed.
 """
@@ -9,22 +10,15 @@ import importlib
 from collections.abc import Sequence
 
 BENCHMARKS = {
-    "all": "all that a GPU is wanted for, in parts of ten minutes",
+    "all": "all of the others, one after another",
     "attention": "every attention backend of this machine against `math`: errors, then rates",
     "compare": "what moved between two results; fails on a slowdown",
-    "gradient-error": "the error of bf16 gradients, chunked and plain, by length and chunk size",
-    "hybrid-memory": "bytes a token of a hybrid model, without a GPU",
     "long-tail": "an epoch of long-tailed data: token streams, padding, packing",
-    "max-length": "the longest sequence that fits a given memory",
+    "max-length": "the longest sequence that fits a given memory, on a GPU",
     "memory": "bytes a token of an 8B model, without a GPU",
-    "offload": "the time of a step with and without host offload",
-    "overhead": "host time of a cell, and the share of a step that is spent in kernels",
-    "pipeline": "bubbles and peak cells of pipelines, simulated",
-    "plan": "the planner's choices for four models, and what is counted of them",
-    "profile": "a trace of a step, its top kernels, and the gaps between them",
+    "profile": "a trace of a step, and its top kernels",
     "sharding": "gathers and bytes moved by a rank in a step, by engine",
     "spaco": "the time of a SpaCO step beside its parts",
-    "spaco-study": "what SpaCO's samplers cost in loss",
     "step": "time and memory of a step by length, beside each baseline",
 }
 """Name -> what it measures. The module has the name, with underscores."""
@@ -38,5 +32,5 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
 
 def module_of(name: str) -> str:
-    """Of a benchmark; `python -m` runs it, too."""
+    """The module of a benchmark."""
     return f"{__name__}.{name.replace('-', '_')}"

@@ -4,54 +4,50 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import attention as torch_attention
 
-from chunkdist.bench.sizes import SIZES
-from chunkdist.bench.timing import limit_gpu_memory
+from chunkdist.bench.models import SIZES, Sizes
 from chunkdist.memory.machine import use_expandable_segments
 
+
+def count(text: str) -> int:
+    """The type of options that count something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count: write an integer >= 1")
+    return int(text)
+
+
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "model": {
-        "choices": [name for name in SIZES if name != "smoke"],
-        "default": "10m",
-        "help": "default: 10m",
-    },
-    "repetitions": {"type": int, "help": "rounds; default: {}, with --smoke {}"},
+    "model": {"choices": [*SIZES][1:], "default": "10m", "help": "default: 10m"},
+    "num-layers": {"type": count, "help": "layers of the model; default: the model's own number"},
+    "num-tokens": {"type": count, "help": "tokens of the sequence; default: the model's own number"},
+    "chunk-size": {"type": count, "help": "tokens of a chunk; default: the model's own number"},
+    "repetitions": {"type": count, "help": "rounds; default: {}, with --smoke {}"},
     "device": {"default": "cpu", "help": "cpu (fp32) or cuda (bf16)"},
-    "threads": {"type": int, "help": "CPU threads; default: torch's own choice"},
-    "flash-impl": {
-        "metavar": "NAME",
-        "help": "what torch's flash attention is replaced by, for all ways: FA3, where it is installed",
-    },
-    "num-layers": {"type": int, "help": "of the model, alike; default: the model's own"},
-    "memory-gib": {
-        "type": float,
-        "help": "GPU memory that the run may take, less 1 GiB for the context and the desktop",
-    },
+    "threads": {"type": count, "help": "CPU threads; default: torch's own choice"},
+    "only": {"default": "", "metavar": "WORD", "help": "only what has it in the name"},
+    "flash-impl": {"metavar": "NAME", "help": "what replaces torch's flash attention: FA3, where installed"},
+    "memory-gib": {"type": float, "help": "GPU memory of the run; 1 GiB of it is for context and desktop"},
 }
 
 
 def parser_of(
-    name: str,
-    description: str,
-    *options: str,
-    num_rounds: tuple[int, int] = (1, 1),
-    has_result: bool = True,
+    name: str, description: str, *options: str, num_rounds: tuple[int, int] = (1, 1)
 ) -> argparse.ArgumentParser:
-    """A parser with those of the shared options that are named.
+    """A parser with `--smoke`, `--json`, and those of the shared options that are named.
 
     Args:
-        num_rounds: Default of `--repetitions`, and with `--smoke`.
-        has_result: With `--smoke` and `--json`.
+        num_rounds: The default of `--repetitions`, and the one with `--smoke`.
     """
     parser = argparse.ArgumentParser(prog=f"chunkdist bench {name}", description=description)
-    if has_result:
-        parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: the figures mean nothing")
-        parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
+    parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: the figures mean nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
     for option in options:
         settings = dict(_OPTIONS[option])
         settings["help"] = settings["help"].format(*num_rounds)
@@ -60,71 +56,54 @@ def parser_of(
     return parser
 
 
-def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """The options, with the number of rounds filled in and counts checked; sets the number of threads."""
-    options = parser.parse_args(arguments)
+def checked(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
+    """The options: the number of rounds is filled in, counts and the device are checked; threads, flash
+    attention and the limit of memory are set."""
+    options = parser.parse_args(given)
     if getattr(options, "repetitions", 0) is None:
         options.repetitions = options.default_rounds[options.smoke]
-    check_counts(parser, options, "repetitions", "threads", "num_tokens", "chunk_size", "num_layers")
-    check_device(parser, getattr(options, "device", "cpu"))
-    if (file := getattr(options, "json", None)) is not None and (file.is_dir() or not file.parent.is_dir()):
-        parser.error(f"--json {file}: it is a folder, or its folder does not exist: write a file in one")
-    if getattr(options, "threads", None) is not None:
-        torch.set_num_threads(options.threads)
-    if getattr(options, "flash_impl", None) is not None:
-        activate_flash(parser, options.flash_impl)
-    return options
-
-
-def check_device(parser: argparse.ArgumentParser, device: str) -> None:
-    """Ends the program where this machine has none of the kind."""
+    device = getattr(options, "device", "cpu")
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
         parser.error(f"--device {device}: write cpu, cuda, or cuda and its index, as in cuda:1")
     if device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {device}: torch sees no GPU on this machine: write --device cpu")
+    file = options.json
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        parser.error(f"--json {file}: it is a folder, or its folder does not exist: write a file in one")
+    if getattr(options, "threads", None) is not None:
+        torch.set_num_threads(options.threads)
+    if getattr(options, "flash_impl", None) is not None:
+        _activate_flash(parser, options.flash_impl)
+    if getattr(options, "memory_gib", None) is not None and device.startswith("cuda"):
+        _limit_memory(parser, options.memory_gib)
+    return options
 
 
-def limit_memory(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """What `--memory-gib` says; ends the program where there is no such memory. Before the first allocation.
+def sizes_of(options: argparse.Namespace) -> Sizes:
+    """The model and its sequence, with what the options change."""
+    sizes = SIZES["smoke" if options.smoke else options.model]
+    names = ("num_layers", "num_tokens", "chunk_size")
+    given = {name: getattr(options, name, None) for name in names}
+    return replace(sizes, **{name: value for name, value in given.items() if isinstance(value, int)})
 
-    Segments can grow then, as in the launcher: near the limit, gaps between segments of fixed size count.
-    """
-    if options.memory_gib is None:
-        return
-    if not options.device.startswith("cuda"):
-        parser.error(
-            f"--memory-gib {options.memory_gib:g} limits a GPU's memory, and --device {options.device} is "
-            "none: leave it out, or write --device cuda"
-        )
+
+def _limit_memory(parser: argparse.ArgumentParser, memory_gib: float) -> None:
+    """Segments can grow then, as in the launcher: near the limit, gaps between fixed segments count."""
     use_expandable_segments()
-    try:
-        limit_gpu_memory(options.memory_gib)
-    except ValueError as error:
-        parser.error(str(error))
+    total, usable = torch.cuda.get_device_properties(0).total_memory, (memory_gib - 1) * 2**30
+    if not 0 < usable <= total:
+        parser.error(
+            f"--memory-gib {memory_gib:g}, but the GPU has {total / 2**30:.1f} GiB: write more than 1 and no "
+            "more than it has"
+        )
+    torch.cuda.set_per_process_memory_fraction(usable / total)
 
 
-def activate_flash(parser: argparse.ArgumentParser, name: str) -> None:
-    """Puts another implementation in the place of torch's flash attention; ends the program where there is
-    none of that name."""
-    activate = getattr(torch_attention, "activate_flash_attention_impl", None)  # newer than torch 2.11, maybe
-    known = [] if activate is None else torch_attention.list_flash_attention_impls()
-    if activate is None or name not in known:
+def _activate_flash(parser: argparse.ArgumentParser, name: str) -> None:
+    known = getattr(torch_attention, "list_flash_attention_impls", list)()  # newer than torch 2.11, maybe
+    if name not in known:
         parser.error(f"--flash-impl {name}: this torch knows {', '.join(known) or 'none'}: leave it out")
     try:
-        activate(name)
+        torch_attention.activate_flash_attention_impl(name)
     except (ImportError, RuntimeError) as error:
         parser.error(f"--flash-impl {name} is not to be had here ({error}): install it, or leave this out")
-
-
-def check_counts(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
-    """Ends the program where one of these options, or a number of its list, is not at least 1."""
-    for name in names:
-        given = getattr(options, name, None)
-        for count in given if isinstance(given, list) else [given]:
-            if isinstance(count, int) and count < 1:
-                parser.error(f"--{name.replace('_', '-')} {count} is no count: write an integer >= 1")
-
-
-def dtype_on(device: str) -> torch.dtype:
-    """What models are timed in."""
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16

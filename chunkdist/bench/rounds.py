@@ -1,187 +1,142 @@
-"""The steps of several ways on the same tokens, in rounds, in an order that rotates.
+"""The steps of several variants on the same tokens, in rounds, in an order that rotates.
 
-In the first round each way warms up before its step is timed. The warm-up begins with an empty cache: the
-peak of memory is its. Its gradients are compared with those of the first way that ran: a fast wrong step is
-no step. A way that finds too little memory, has wrong gradients, or fails otherwise, is left out from there
-on, with the reason.
+In the first round each variant warms up before its step is timed. The warm-up begins with an empty cache, so
+the peak of memory is its own. Its gradients are compared with those of the first variant that ran: a fast
+wrong step is no step. A variant that finds too little memory, has wrong gradients, or fails otherwise, is
+left out from there on, with the reason.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chunkdist.bench.largest import largest
-from chunkdist.bench.timing import Cost, Peak, cost_of, peak_of
-from chunkdist.bench.ways import Way, prepared
+from chunkdist.bench.timing import Cost, cost_of, largest, peak_of, report_progress, rotated
+from chunkdist.bench.variants import Variant, prepared
 from chunkdist.chunking import chunk_report
 
 OUT_OF_MEMORY = "out of memory"
-DEVICE_LOST = "not run: the device was lost"
-MOST_TOLD = 300
-"""Characters of an error."""
+_ERROR_CHARACTERS = 300
 
 
 class WrongGradients(Exception):
-    """Those of a step, beside the first way's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step(Cost):
-    """One step of one way."""
-
-    num_tokens: int
-    round: int
-    way: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """What came of one way's turn.
-
-    Args:
-        cost: Of the timed step, if there was one.
-        why_not: It failed: `OUT_OF_MEMORY`, wrong gradients, or the error.
-        device_lost: Nothing will run on the device any more, as after an illegal access.
-    """
-
-    cost: Cost | None = None
-    why_not: str | None = None
-    device_lost: bool = False
+    """The gradients of a step differ from the first variant's by more than rounding."""
 
 
 def attempt(
     model: Any,
     ids: Tensor,
-    way: Way,
+    variant: Variant,
     *,
     warms_up: bool = True,
     is_timed: bool = True,
-    after_warm_up: Callable[[Peak], None] = lambda peak: None,
-) -> Attempt:
-    """A step to warm up, and one that is timed. The gradients of the last one stay, if none failed."""
+    after_warm_up: Callable[[dict[str, int]], None] = lambda peak: None,
+) -> tuple[Cost | None, str | None]:
+    """A step to warm up, and one that is timed: what that cost, and why the turn failed (`OUT_OF_MEMORY`,
+    wrong gradients, or the error). The gradients of the last step stay, if none failed."""
     cost = why_not = None
     model.zero_grad(set_to_none=True)
     try:
-        with prepared(model, way, on_gpu=ids.is_cuda) as step:
+        with prepared(model, variant, on_gpu=ids.is_cuda) as step:
 
             def from_no_gradients() -> None:
                 model.zero_grad(set_to_none=True)
                 step(ids)
 
             if warms_up:
-                peak = peak_of(from_no_gradients, on_gpu=ids.is_cuda)
-                after_warm_up(peak)
+                after_warm_up(peak_of(from_no_gradients))
             if is_timed:
-                cost = cost_of(from_no_gradients, on_gpu=ids.is_cuda)
+                cost = cost_of(from_no_gradients)
     except torch.OutOfMemoryError:
         why_not = OUT_OF_MEMORY
     except WrongGradients as error:
-        why_not = f"wrong gradients: {error}"[:MOST_TOLD]
+        why_not = f"wrong gradients: {error}"[:_ERROR_CHARACTERS]
     except (RuntimeError, ValueError, ImportError) as error:  # a kernel, a package, the host's memory
-        why_not = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"[:MOST_TOLD]
+        why_not = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"[:_ERROR_CHARACTERS]
     if why_not is None:
-        return Attempt(cost=cost)
+        return cost, None
     # Out here, where the traceback no longer holds tensors, memory is given back.
     model.zero_grad(set_to_none=True)
     gc.collect()
-    try:
+    with suppress(RuntimeError):  # after an illegal access everything fails, and says so in its row
         torch.cuda.empty_cache()
-    except RuntimeError:
-        return Attempt(why_not=f"{why_not}; the device is lost", device_lost=True)
-    return Attempt(why_not=why_not)
+    return None, why_not
 
 
 class Rounds:
-    """At one length. `changed` is called after each warm-up and each step.
+    """All variants at one length.
 
     Attributes:
-        left: Ways that have not failed.
+        left: The variants that have not failed.
         lost: Why the others have, by name.
-        steps: Those of `left`, by time.
-        peaks, differences: Of each way's warm-up, by name: memory, and the largest difference of a gradient
-            from that of `compared_with`.
-        plans: What was chosen in the place of `"auto"`, and why, by the name of the way.
+        costs: The timed steps of `left`, by name, in the order of the rounds.
+        warm_ups: By name: peaks of memory, the largest difference of a gradient from that of
+            `compared_with`, and what was chosen in the place of `"auto"`.
     """
 
     def __init__(
-        self,
-        model: Any,
-        ids: Tensor,
-        ways: Sequence[Way],
-        *,
-        report: Callable[[str], None],
-        changed: Callable[[Rounds], None],
+        self, model: Any, ids: Tensor, variants: Sequence[Variant], changed: Callable[[Rounds], None]
     ) -> None:
-        self.left, self.lost = list(ways), dict[str, str]()
-        self.steps: list[Step] = []
-        self.peaks: dict[str, Peak] = {}
-        self.differences: dict[str, float] = {}
-        self.compared_with: str | None = None
-        self.plans: dict[str, str] = {}
-        self._model, self._ids = model, ids
-        self._report, self._changed = report, changed
+        self.left, self.lost = list(variants), dict[str, str]()
+        self.costs: dict[str, list[Cost]] = {}
+        self.warm_ups: dict[str, dict[str, Any]] = {}
+        self.num_tokens = ids.shape[1]
+        self._model, self._ids, self._changed = model, ids, changed
+        self._compared_with: str | None = None
         self._expected: dict[str, Tensor] = {}
 
     def run(self, num_rounds: int) -> None:
-        """A way that has had room may have none later, when memory is in other pieces."""
+        """Runs all rounds; `changed` is called after each step."""
         self._changed(self)
-        for number in range(1, num_rounds + 1):
-            self._report(f"round {number} of {num_rounds}")
-            shift = (number - 1) % max(1, len(self.left))
-            for way in self.left[shift:] + self.left[:shift]:
-                if not self.left:
-                    return
-                self._report(way.name)
-                self._turn(way, number)
+        for number in range(num_rounds):
+            for variant in rotated(self.left, number):
+                report_progress(f"round {number + 1} of {num_rounds}: {variant.name}")
+                self._turn(variant, is_first=number == 0)
                 self._changed(self)
 
-    def _turn(self, way: Way, number: int) -> None:
-        is_first = number == 1
-        found = attempt(
+    def _turn(self, variant: Variant, *, is_first: bool) -> None:
+        """A variant that has had room may have none later, when memory is in other pieces."""
+        cost, why_not = attempt(
             self._model,
             self._ids,
-            way,
-            warms_up=is_first or way.begins_slowly,
-            after_warm_up=lambda peak: self._warmed_up(way, peak) if is_first else None,
+            variant,
+            warms_up=is_first or variant.begins_slowly,
+            after_warm_up=lambda peak: self._warmed_up(variant, peak) if is_first else None,
         )
-        if found.why_not is not None:
-            self._report(f"{way.name}: {found.why_not}")
-            self.lost[way.name] = found.why_not
-            self.left = [other for other in self.left if other is not way]
-            self.steps = [step for step in self.steps if step.way != way.name]
-            self.peaks.pop(way.name, None)
-            if found.device_lost:
-                self.lost |= {other.name: DEVICE_LOST for other in self.left if other.name not in self.peaks}
-                self.left = []
+        if cost is not None:
+            self.costs.setdefault(variant.name, []).append(cost)
             return
-        assert found.cost is not None
-        num_tokens = self._ids.shape[1]
-        self.steps.append(Step(**asdict(found.cost), num_tokens=num_tokens, round=number, way=way.name))
+        report_progress(f"{variant.name}: {why_not}")
+        self.lost[variant.name] = str(why_not)
+        self.left = [other for other in self.left if other is not variant]
+        self.costs.pop(variant.name, None)
+        self.warm_ups.pop(variant.name, None)
 
-    def _warmed_up(self, way: Way, peak: Peak) -> None:
-        name = way.name
-        if way.config is not None and way.config.has_auto:
-            self.plans[name] = chunk_report(self._model).reason
+    def _warmed_up(self, variant: Variant, peak: dict[str, int]) -> None:
+        name = variant.name
         grads = {key: p.grad for key, p in self._model.named_parameters() if p.grad is not None}
         difference = largest_difference(grads, self._expected or grads)
         allowed = allowed_difference(self._model)
         if not difference <= allowed:
-            base = self.compared_with or name
+            base = self._compared_with or name
             raise WrongGradients(
                 f"they differ from those of {base} by {difference:.1e}, more than {allowed:g}"
             )
         if not self._expected:  # on the host: on the device they would be in the peaks of those that follow
             self._expected = {key: grad.to("cpu", copy=True) for key, grad in grads.items()}
-            self.compared_with = name
-        self.differences[name] = difference
-        self.peaks[name] = peak
-        self._changed(self)
+            self._compared_with = name
+        self.warm_ups[name] = {
+            **peak,
+            "largest_gradient_difference": difference,
+            "compared_with": self._compared_with,
+        }
+        if variant.config is not None and variant.config.has_auto:
+            self.warm_ups[name]["plan"] = chunk_report(self._model).reason
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -202,6 +157,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def allowed_difference(model: Any) -> float:
-    """Of the gradients of two ways that are both right: in half precision, each is off by some percent."""
+    """How far the gradients of two right variants may differ: in half precision, each is off by some
+    percent."""
     wide = torch.float32, torch.float64
     return 1e-3 if all(p.dtype in wide for p in model.parameters()) else 0.3

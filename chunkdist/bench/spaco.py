@@ -2,18 +2,13 @@
 
 With t of k chunks, a step should cost the forward and t / k of the exact backward. All are run in turn, in
 one process, each after one to warm up; a ratio is the median of the ratios of each round that has both.
-
-    python -m chunkdist.bench.spaco [--smoke] [--json FILE] [--repetitions N] [--device cuda]
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,163 +16,104 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chunkdist import ChunkConfig, FixedBudgetSampler, chunk_model, unchunk_model
-from chunkdist.bench.environment import provenance, write_partial, write_result
-from chunkdist.bench.options import dtype_on, parsed, parser_of
-from chunkdist.bench.sizes import SIZES, Sizes
-from chunkdist.bench.timing import settled
+from chunkdist.bench.models import Sizes
+from chunkdist.bench.options import count, parser_of, sizes_of
+from chunkdist.bench.run import Run
+from chunkdist.bench.timing import cost_of, report_progress, rotated
 
 NUM_CHUNKS = 128
+FORWARD, EXACT = "no-grad forward", "exact step"
+COLUMNS = ("variant", "median_wall_s", "faster_than_exact", "of_exact", "of_forward", "of_parts")
+NOTE = "Its parts: the no-grad forward, and budget / chunks of the exact backward. SeCO: the exact step."
 
 
-def measure(
-    sizes: Sizes,
-    budgets: Sequence[int],
-    *,
-    device: str,
-    dtype: torch.dtype,
-    num_rounds: int,
-    write: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """Seconds of each round, and the ratios of SpaCO's steps to what they should cost.
-
-    `write` is called after each step, with what there is so far.
-    """
-    model = sizes.model(device, dtype)
-    ids = sizes.tokens(device)
+def measure(sizes: Sizes, budgets: Sequence[int], run: Run) -> None:
+    """Seconds of each round, and the ratios of SpaCO's steps to what they should cost."""
+    model, ids = sizes.model(run.device, run.dtype), sizes.tokens(run.device)
     exact = ChunkConfig(chunk_size=sizes.chunk_size)
-    ways: dict[str, Callable[[], list[float]]] = {
-        "no-grad forward": lambda: _timed(model, ids, exact, with_gradients=False),
-        "exact step": lambda: _timed(model, ids, exact),
-    }
+    variants: dict[str, tuple[ChunkConfig, int]] = {FORWARD: (exact, 0), EXACT: (exact, 0)}
     for budget in budgets:
         sampler = FixedBudgetSampler(budget)  # as many chunks in every round
         for name, variate in (("", True), (", no control variate", False)):
             config = replace(exact, sampler=sampler, control_variate=variate)
-            ways[f"{budget} chunks{name}"] = lambda config=config: _timed(model, ids, config)  # type: ignore[misc]
+            variants[f"{budget} chunks{name}"] = config, budget
     torch.manual_seed(0)
-    rounds: list[dict[str, list[float]]] = []
-    names = list(ways)
-    num_chunks = -(-sizes.num_tokens // sizes.chunk_size)
-    result: dict[str, Any] = {
-        "model": {**asdict(sizes), "num_parameters": model.num_parameters(), "num_chunks": num_chunks},
-        "num_reruns": 0,
-        "summary": {},
-        "rounds": rounds,
-    }
-    for number in range(num_rounds):
-        print(f"round {number + 1} of {num_rounds}", file=sys.stderr, flush=True)
-        seconds: dict[str, list[float]] = {}
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    backward_s: list[float] = []
+    num_chunks = sizes.num_tokens // sizes.chunk_size
+    shares = {name: budget / num_chunks for name, (_, budget) in variants.items()}
+    run.result |= {"model": {**sizes.described(model), "num_chunks": num_chunks}, "num_reruns": 0}
+    for number in range(run.num_rounds):
+        for name in rotated(list(variants), number):
+            report_progress(f"round {number + 1} of {run.num_rounds}: {name}")
+            backwards: list[float] = []
+            step = _step(model, ids, variants[name][0], None if name == FORWARD else backwards)
             if number == 0:
-                ways[name]()  # to warm up
-            seconds[name], num_reruns, _ = settled(ways[name], on_gpu=ids.is_cuda)
-            result["num_reruns"] += num_reruns
-            rounds[number:] = [{name: seconds[name] for name in names if name in seconds}]
-            result["summary"] = _summary(rounds, num_chunks)
-            write(result)
-    return result
+                step()  # to warm up
+            cost = cost_of(step)
+            seconds[name].append(cost.wall_s)
+            if name == EXACT:
+                backward_s.append(backwards[-1])
+            run.result["num_reruns"] += cost.num_reruns
+            run.rows[:] = rows_of(seconds, backward_s, shares)
+            run.save()
 
 
-def _summary(rounds: Sequence[dict[str, list[float]]], num_chunks: int) -> dict[str, dict[str, float]]:
-    summary = {}
-    for name in rounds[0]:
-        steps = [sum(one[name]) for one in rounds if name in one]
-        summary[name] = {"median_s": statistics.median(steps)}
-        whole = [one for one in rounds if {name, "no-grad forward", "exact step"} <= one.keys()]
-        if whole and name.partition(" ")[0].isdigit():
-            share = int(name.partition(" ")[0]) / num_chunks
-            ratios = [
-                sum(one[name]) / (sum(one["no-grad forward"]) + share * one["exact step"][1]) for one in whole
-            ]
-            to_exact = [sum(one[name]) / sum(one["exact step"]) for one in whole]
-            to_forward = [sum(one[name]) / sum(one["no-grad forward"]) for one in whole]
-            summary[name] |= {
-                "ratio": statistics.median(ratios),
-                "of_exact": statistics.median(to_exact),
-                "of_forward": statistics.median(to_forward),
-                "faster_than_exact": statistics.median(1 / ratio for ratio in to_exact),
+def rows_of(
+    seconds: dict[str, list[float]], backward_s: list[float], shares: dict[str, float]
+) -> list[dict[str, Any]]:
+    """A row for each variant that has run.
+
+    Args:
+        seconds: By variant, in the order of the rounds; the last one may not have ended.
+        backward_s: The backwards of the exact steps.
+        shares: By variant, the share of the chunks that it backpropagates.
+    """
+    rows = []
+    for name, own in seconds.items():
+        if not own:
+            continue
+        row: dict[str, Any] = {"variant": name, "median_wall_s": statistics.median(own), "wall_s": own}
+        whole = list(zip(own, seconds[FORWARD], seconds[EXACT], backward_s, strict=False))
+        if shares[name] and whole:
+            parts = [(o, f, e, f + shares[name] * b) for o, f, e, b in whole]
+            row |= {
+                "of_parts": statistics.median(o / p for o, _, _, p in parts),
+                "of_exact": statistics.median(o / e for o, _, e, _ in parts),
+                "of_forward": statistics.median(o / f for o, f, _, _ in parts),
+                "faster_than_exact": statistics.median(e / o for o, _, e, _ in parts),
             }
-    return summary
+        rows.append(row)
+    return rows
 
 
-def _timed(
-    model: PreTrainedModel, ids: Tensor, config: ChunkConfig, *, with_gradients: bool = True
-) -> list[float]:
-    """Seconds of the forward, and of the backward."""
-    model.zero_grad(set_to_none=True)
-    chunk_model(model, config)
-    marks = [_now(ids)]
-    with torch.set_grad_enabled(with_gradients):
-        loss = model(input_ids=ids, labels=ids).loss
-    marks.append(_now(ids))
-    if with_gradients:
-        loss.backward()
-        marks.append(_now(ids))
-    unchunk_model(model)
-    return [after - before for before, after in pairwise(marks)]
+def _step(
+    model: PreTrainedModel, ids: Tensor, config: ChunkConfig, backward_s: list[float] | None
+) -> Callable[[], None]:
+    """A step, which appends the seconds of its backward; without a list, a forward without gradients."""
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        chunk_model(model, config)
+        with torch.set_grad_enabled(backward_s is not None):
+            loss = model(input_ids=ids, labels=ids).loss
+        if backward_s is not None:
+            backward_s.append(cost_of(loss.backward, max_reruns=0).wall_s)
+        unchunk_model(model)
+
+    return step
 
 
-def _now(ids: Tensor) -> float:
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def table(result: dict[str, Any]) -> str:
-    """The summary, for people to read."""
-    model = result["model"]
-    lines = [
-        f"Llama of {model['num_parameters'] / 1e6:.1f}M parameters, {model['num_tokens']:,} tokens in "
-        f"{model['num_chunks']} chunks, medians of {result['num_repetitions']} rounds",
-        "",
-        f"{'':34}{'step':>11}{'faster than SeCO':>18}{'of the forward':>16}{'of its parts':>14}",
-    ]
-    for name, row in result["summary"].items():
-        ratios = (
-            f"{row['faster_than_exact']:16.2f} x{row['of_forward']:14.2f} x{row['ratio']:12.2f} x"
-            if "ratio" in row
-            else ""
-        )
-        lines.append(f"{name:34}{row['median_s']:9.3f} s{ratios}")
-    lines += [
-        "",
-        "its parts: the no-grad forward and budget / chunks of the exact backward; SeCO: the exact step",
-    ]
-    return "\n".join([*lines, "to reach, 8 of 128 chunks: 3 x faster at 16K; 1.3 x of the forward at 128K"])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Runs the benchmark; returns the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = parser_of(
-        *("spaco", "The time of a SpaCO step beside its parts."),
-        *("model", "repetitions", "device"),
-        num_rounds=(5, 5),
-    )
-    parser.add_argument("--num-tokens", type=int, help="tokens of the sequence; default: the model's own")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[8], help="chunks kept; default: 8")
-    options = parsed(parser, given)
-    sizes = SIZES["smoke" if options.smoke else options.model]
-    num_tokens = options.num_tokens or sizes.num_tokens
-    num_chunks = 16 if options.smoke else NUM_CHUNKS
-    if num_tokens % num_chunks or not all(0 < budget <= num_chunks for budget in options.budgets):
+    names = ("model", "num-tokens", "repetitions", "device", "threads")
+    parser = parser_of("spaco", "The time of a step beside its parts.", *names, num_rounds=(5, 2))
+    parser.add_argument("--budgets", type=count, nargs="+", default=[8], help="chunks sampled; default: 8")
+    run = Run(parser, arguments)
+    sizes, budgets = sizes_of(run.options), run.options.budgets
+    num_chunks = 16 if run.options.smoke else NUM_CHUNKS
+    if sizes.num_tokens % num_chunks or not all(0 < budget <= num_chunks for budget in budgets):
         parser.error(f"write a multiple of {num_chunks} tokens, and budgets from 1 to {num_chunks}")
-    head = {
-        **provenance("spaco", given, device=options.device),
-        "num_repetitions": options.repetitions,
-    }
-    found = measure(
-        replace(sizes, num_tokens=num_tokens, chunk_size=num_tokens // num_chunks),
-        options.budgets,
-        device=options.device,
-        dtype=dtype_on(options.device),
-        num_rounds=options.repetitions,
-        write=lambda found: write_partial({**head, **found}, options.json),
-    )
-    write_result({**head, **found}, options.json)
-    print(table({**head, **found}))
+    measure(replace(sizes, chunk_size=sizes.num_tokens // num_chunks), budgets, run)
+    run.end()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

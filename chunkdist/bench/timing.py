@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.benchmark import Timer
 
 from chunkdist.models.flops import StepFlops, num_active_parameters
 
@@ -21,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one call. `cpu_s` is of all threads of the process.
+    """The time of one call; `cpu_s` is of all threads of the process.
 
     Args:
         num_reruns: Calls before this one that do not count, since the allocator asked the device for memory.
@@ -34,103 +36,64 @@ class Cost:
     num_device_allocations: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Peak:
-    """Of the GPU's memory in one call that began with an empty cache; `None` on a CPU."""
-
-    peak_allocated_bytes: int | None
-    peak_reserved_bytes: int | None
-
-
-def cost_of(call: Callable[[], Any], *, on_gpu: bool, max_reruns: int = MAX_RERUNS) -> Cost:
-    """Times `call` with a warm cache, from an idle device until it is idle again. It may run again: what it
-    leaves must be the same then."""
-    (wall_s, cpu_s), num_reruns, num_allocations = settled(
-        lambda: seconds_of(call, on_gpu=on_gpu), on_gpu=on_gpu, max_reruns=max_reruns
-    )
+def cost_of(call: Callable[[], Any], *, max_reruns: int = MAX_RERUNS) -> Cost:
+    """Times one call, from an idle device until it is idle again. A call in which the allocator asked the
+    device for memory is not one of a training loop, whose cache has what every step needs: it is repeated,
+    `max_reruns` times at most."""
+    num_reruns, num_allocations = -1, 1
+    while num_allocations and num_reruns < max_reruns:
+        num_reruns += 1
+        before = _device_allocations()
+        _wait()
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        call()
+        _wait()
+        wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+        num_allocations = _device_allocations() - before
     return Cost(wall_s=wall_s, cpu_s=cpu_s, num_reruns=num_reruns, num_device_allocations=num_allocations)
 
 
-def settled(call: Callable[[], T], *, on_gpu: bool, max_reruns: int = MAX_RERUNS) -> tuple[T, int, int]:
-    """What `call` returns, how often it was run again, and how often the allocator asked the device for
-    memory in the run that counts. A run in which it asked is not one of a training loop, whose cache has what
-    every step needs: it is repeated, `max_reruns` times at most."""
-    num_reruns = 0
-    while True:
-        before = _device_allocations(on_gpu=on_gpu)
-        result = call()
-        num_allocations = _device_allocations(on_gpu=on_gpu) - before
-        if num_allocations == 0 or num_reruns == max_reruns:
-            return result, num_reruns, num_allocations
-        num_reruns += 1
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
-def _device_allocations(*, on_gpu: bool) -> int:
-    if not on_gpu:
+def _device_allocations() -> int:
+    if not torch.cuda.is_initialized():
         return 0
     stats: dict[str, int] = torch.cuda.memory_stats()
     return stats["num_device_alloc"] + stats["num_alloc_retries"]
 
 
-def seconds_of(call: Callable[[], Any], *, on_gpu: bool) -> tuple[float, float]:
-    """Wall and CPU time of one call, from an idle device until it is idle again."""
-    if on_gpu:
-        torch.cuda.synchronize()
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
-    call()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - wall_s, time.process_time() - cpu_s
-
-
-def peak_of(call: Callable[[], Any], *, on_gpu: bool) -> Peak:
-    """Runs `call` once. On a GPU nothing else holds memory then but what is alive: the cache is emptied."""
-    if not on_gpu:
+def peak_of(call: Callable[[], Any]) -> dict[str, int]:
+    """Runs `call` once, and gives the peaks of GPU memory in it. Nothing else holds memory then but what is
+    alive: the cache is emptied."""
+    if not torch.cuda.is_initialized():
         call()
-        return Peak(peak_allocated_bytes=None, peak_reserved_bytes=None)
+        return {}
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
-    return Peak(
-        peak_allocated_bytes=torch.cuda.max_memory_allocated(),
-        peak_reserved_bytes=torch.cuda.max_memory_reserved(),
-    )
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"peak_allocated_bytes": allocated, "peak_reserved_bytes": reserved}
 
 
-def median_s(call: Callable[[], Any], *, on_gpu: bool, num_calls: int = 5) -> float:
-    """Median seconds of a call, after one to warm up. On CUDA, by events."""
-    call()
-    seconds: list[float] = []
-    for _ in range(num_calls):
-        if on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            seconds.append(begin.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def median_s(call: Callable[[], Any], *, min_run_s: float = 0.2) -> float:
+    """The median seconds of a call, which is repeated for at least so long, on all threads of torch."""
+    call()  # to warm up
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=min_run_s).median)
 
 
-def matmul_flops(device: str, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of a large product of random matrices: what utilisation is measured against.
-
-    Args:
-        size: Rows and columns; by default 16,384 on CUDA, else 1,024.
-    """
-    on_gpu = torch.device(device).type == "cuda"
-    size = size or (16384 if on_gpu else 1024)
+def matmul_flops(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large product of random matrices: what utilisation is measured against."""
+    size = 16384 if torch.device(device).type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = median_s(lambda: a @ b, on_gpu=on_gpu, num_calls=10 if on_gpu else 5)
     num_flops: int = 2 * size**3
-    return num_flops / seconds
+    return num_flops / median_s(lambda: a @ b)
 
 
 def step_flops(model: torch.nn.Module, num_tokens: int) -> dict[str, int]:
@@ -144,17 +107,38 @@ def step_flops(model: torch.nn.Module, num_tokens: int) -> dict[str, int]:
     return {"by_convention": by_convention, "needed": by_convention - 2 * num_frozen * num_tokens}
 
 
-def limit_gpu_memory(memory_gib: float) -> None:
-    """Lets this process take so much of the GPU's memory, less 1 GiB for the context and the desktop.
+def ratios(key: str, own: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """The median of the ratios of each round to the baseline in it, as `key`, and their range. What slows
+    down the machine for a while slows down a whole round; the last one may not have ended."""
+    found = [time_s / max(base_s, 1e-9) for time_s, base_s in zip(own, base, strict=False)]
+    if not found:
+        return {}
+    return {key: statistics.median(found), f"{key}_lowest": min(found), f"{key}_highest": max(found)}
 
-    Raises:
-        ValueError: the GPU has less, or that is nothing.
-    """
-    total = torch.cuda.get_device_properties(0).total_memory
-    usable = (memory_gib - 1) * 2**30
-    if not 0 < usable <= total:
-        raise ValueError(
-            f"--memory-gib {memory_gib:g}, but the GPU has {total / 2**30:.1f} GiB: write more than 1 and no "
-            "more than it has"
-        )
-    torch.cuda.set_per_process_memory_fraction(usable / total)
+
+def times(own: Sequence[Cost], base: Sequence[Cost], *, as_speedup: bool = False) -> dict[str, Any]:
+    """What a row says of its rounds: medians, ratios to the baseline (or by what factor it is slower), and
+    all of them."""
+    found: dict[str, Any] = {"rounds": [asdict(cost) for cost in own]}
+    for clock in ("wall", "cpu"):
+        own_s, base_s = ([getattr(cost, f"{clock}_s") for cost in costs] for costs in (own, base))
+        found[f"median_{clock}_s"] = statistics.median(own_s)
+        pair = ("speedup", base_s, own_s) if as_speedup else ("ratio", own_s, base_s)
+        found |= ratios(f"{clock}_{pair[0]}", *pair[1:])
+    return found
+
+
+def rotated(items: Sequence[T], number: int) -> list[T]:
+    """The order of round `number`, counted from 0."""
+    shift = number % max(1, len(items))
+    return [*items[shift:], *items[:shift]]
+
+
+def largest(figures: Iterable[float]) -> float:
+    """The largest of some figures; NaN if any is: Python's `max` passes over one that is not the first."""
+    return float(torch.tensor(list(figures), dtype=torch.float64).max())
+
+
+def report_progress(line: str) -> None:
+    """Says on stderr what runs now."""
+    print(line, file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ def first_streams(trainer: SFTTrainer, num_streams: int, *, num_ranks: int = 1) 
     samples: Any = trainer.train_dataset
     make_sampler = getattr(trainer, "stream_sampler", None)
     if make_sampler is None:
-        rows = [samples[index] for index in range(min(num_streams, len(samples)))]
+        rows = list(islice(samples, num_streams))
         return [(f"sample {index}", list(_sequences(row))) for index, row in enumerate(rows)]
     sampler: StreamBatchSampler = make_sampler(num_ranks=num_ranks)
     plans = (sampler.plan(0, number) for number in range(sampler.num_batches))

@@ -6,54 +6,102 @@ The kinds of samples are TRL's: `messages` (or `conversations`), `prompt` and `c
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from chunkdist.data.columns import TOKEN_COLUMNS, text_fault, token_fault
 from chunkdist.data.corpus import read_standard_library, split_documents
+from chunkdist.data.files import (
+    files_of,
+    load_file,
+    load_folder,
+    readable_endings,
+    reader_of,
+    refuse_broken,
+    refuse_unreadable,
+    root_message,
+)
+from chunkdist.data.ragged import tables
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
+
+    AnyDataset = Dataset | IterableDataset
 
 STDLIB_NAME = "python-stdlib"
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 SampleKind = Literal["messages", "prompt_completion", "text", "tokens"]
 
 
 def load_splits(
-    name: str, config: str | None = None, *, corpus_max_bytes: int = 4_000_000
-) -> dict[str, Dataset]:
+    name: str, config: str | None = None, *, corpus_max_bytes: int = 4_000_000, streaming: bool = False
+) -> dict[str, AnyDataset]:
     """The splits of a dataset.
 
     Args:
-        name: A `.jsonl`, `.json` or `.parquet` file, a folder of these or of `save_to_disk`, a name on the
-            Hub, or `python-stdlib`.
+        name: A file of `chunkdist.data.files.READERS`, compressed or not, a folder of these or of
+            `save_to_disk`, a name on the Hub, or `python-stdlib`.
         config: The configuration of a dataset on the Hub.
         corpus_max_bytes: How much of the standard library `python-stdlib` reads.
+        streaming: The splits are read while they are iterated, not before.
 
     Raises:
         ValueError: there is no such dataset, or it cannot be read; names the file, and the line where there
             is one.
     """
     if name == STDLIB_NAME:
-        return _standard_library(corpus_max_bytes)
+        splits = _standard_library(corpus_max_bytes)
+        return (
+            {split: rows.to_iterable_dataset() for split, rows in splits.items()}
+            if streaming
+            else dict(splits)
+        )
     path = Path(name).expanduser()
     if path.is_dir():
-        return _load_folder(path)
-    if path.suffix in _READERS:
-        return _load_file(path)
+        return load_folder(path, streaming=streaming)
+    if reader_of(path) is not None:
+        return load_file(path, streaming=streaming)
     if path.exists():
         raise ValueError(
-            f"dataset_name={name!r} is a {path.suffix or 'nameless'} file: write {_readable_endings()}"
+            f"dataset_name={name!r} is a {path.suffix or 'nameless'} file: write {readable_endings()}"
         )
     if name.startswith((".", "/", "~")):
         raise ValueError(f"dataset_name={name!r} does not exist")
-    return _load_from_hub(name, config)
+    return _load_from_hub(name, config, streaming)
 
 
-def pick_split(splits: Mapping[str, Dataset], split: str, *, option: str, name: str) -> Dataset:
+def load_mixture(load: Callable[[], Mapping[str, AnyDataset]], parts: Sequence[Any]) -> dict[str, AnyDataset]:
+    """What `load` gives of several datasets, whose files have been looked at.
+
+    Args:
+        parts: TRL's `DatasetConfig`.
+
+    Raises:
+        ValueError: one of them cannot be read.
+    """
+    given = [getattr(part, "data_files", None) or () for part in parts]
+    names = [name for files in given for name in _names(files)]
+    for path in filter(Path.exists, map(Path, names)):
+        refuse_unreadable(path)
+    try:
+        return dict(load())
+    except Exception as error:
+        for path in filter(Path.is_file, map(Path, names)):
+            refuse_broken(path)
+        raise ValueError(f"datasets cannot be read: {root_message(error)}") from error
+
+
+def _names(files: Any) -> list[str]:
+    """The names in `data_files`: one, a list, or a mapping of these."""
+    if isinstance(files, Mapping):
+        return [name for value in files.values() for name in _names(value)]
+    return [files] if isinstance(files, str) else [str(name) for name in files]
+
+
+def pick_split(splits: Mapping[str, AnyDataset], split: str, *, option: str, name: str) -> AnyDataset:
     """One split; a ValueError names those that there are."""
     if split not in splits:
         raise ValueError(
@@ -64,41 +112,95 @@ def pick_split(splits: Mapping[str, Dataset], split: str, *, option: str, name: 
 
 
 def sample_kind(dataset: Dataset, *, text_field: str, name: str) -> SampleKind:
-    """Which of TRL's kinds the samples are, from the columns; their first sample decides nothing.
+    """Which of TRL's kinds the samples are, from the columns; the values of all samples are looked at.
 
     Raises:
-        ValueError: no usable column, no samples, a sample whose value is missing, or padded `input_ids`.
+        ValueError: no usable column, no samples, or a sample whose value is missing, of another type, padded,
+            or of another length than its `input_ids`; names the first one.
     """
-    columns = dataset.column_names
     if len(dataset) == 0:
         raise ValueError(f"{name!r} has no samples")
-    if "input_ids" in columns:
-        kind: SampleKind = "tokens"
-        used = ["input_ids"]
-        _refuse_padding(dataset, name)
-    elif "messages" in columns or "conversations" in columns:
-        kind = "messages"
-        used = ["messages" if "messages" in columns else "conversations"]
-    elif "prompt" in columns and "completion" in columns:
-        kind = "prompt_completion"
-        used = ["prompt", "completion"]
-    elif text_field in columns:
-        kind = "text"
-        used = [text_field]
-    else:
-        raise ValueError(
-            f"{name!r} has no usable column, only {', '.join(columns)}: write samples with 'messages', with "
-            "'prompt' "
-            f"and 'completion', or with {text_field!r} (dataset_text_field names another column)"
-        )
-    for column in used:
-        _refuse_missing(dataset, column, name)
+    kind, used = kind_of_columns(dataset.column_names, text_field=text_field, name=name)
+    fault = _first_token_fault(dataset) if kind == "tokens" else _first_text_fault(dataset, kind, used)
+    if fault is not None:
+        for file in files_of(Path(name)) if "UTF-8" in fault[1] else ():
+            refuse_broken(file)
+        raise ValueError(f"{name!r}, sample {fault[0]}: {fault[1]}")
     return kind
 
 
-def is_conversational(dataset: Dataset, kind: SampleKind) -> bool:
-    """Whether the samples are lists of messages, which need a chat template."""
-    return kind == "messages" or (kind == "prompt_completion" and isinstance(dataset[0]["prompt"], list))
+def kind_of_columns(columns: Iterable[str], *, text_field: str, name: str) -> tuple[SampleKind, list[str]]:
+    """The kind of samples with these columns, and the columns that hold what is trained on.
+
+    Raises:
+        ValueError: there are none.
+    """
+    columns = list(columns)
+    if "input_ids" in columns:
+        return "tokens", ["input_ids"]
+    for column in ("messages", "conversations"):
+        if column in columns:
+            return "messages", [column]
+    if "prompt" in columns and "completion" in columns:
+        return "prompt_completion", ["prompt", "completion"]
+    if text_field in columns:
+        return "text", [text_field]
+    raise ValueError(
+        f"{name!r} has no usable column, only {', '.join(columns)}: write samples with 'messages', with "
+        f"'prompt' and 'completion', or with {text_field!r} (dataset_text_field names another column)"
+    )
+
+
+def sample_fault(sample: Mapping[str, Any], kind: SampleKind, used: list[str]) -> str | None:
+    """What is wrong with one sample of a stream, as `sample_kind` would say it of a whole dataset's."""
+    if kind != "tokens":
+        return text_fault(sample, used)
+    try:
+        table = pa.table({column: [sample[column]] for column in TOKEN_COLUMNS if column in sample})
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        return f"no lists of token ids ({root_message(error)})"
+    fault = token_fault(table)
+    return None if fault is None else fault[1]
+
+
+def is_conversational(sample: Mapping[str, Any], kind: SampleKind) -> bool:
+    """Whether samples like this one are lists of messages, which need a chat template."""
+    return kind == "messages" or (kind == "prompt_completion" and isinstance(sample["prompt"], list))
+
+
+def _first_token_fault(dataset: Dataset) -> tuple[int, str] | None:
+    for start, table in tables(dataset, [name for name in TOKEN_COLUMNS if name in dataset.column_names]):
+        fault = token_fault(table)
+        if fault is not None:
+            return start + fault[0], fault[1]
+    return None
+
+
+def _first_text_fault(dataset: Dataset, kind: SampleKind, used: list[str]) -> tuple[int, str] | None:
+    """Columns of text are looked at without a Python object a sample."""
+    for start, table in tables(dataset, used):
+        if kind != "messages" and all(_is_whole_text(column) for column in table.columns):
+            continue
+        rows = dataset.select_columns(used).select(range(start, start + len(table)))
+        for row in range(len(table)):
+            try:
+                fault = text_fault(rows[row], used)
+            except UnicodeDecodeError as error:  # the reader of JSON does not look
+                fault = f"not UTF-8 (byte {error.object[error.start]:#04x})"
+            if fault is not None:
+                return start + row, fault
+    return None
+
+
+def _is_whole_text(column: Any) -> bool:
+    """Whether an Arrow column is text without a null, all of it UTF-8."""
+    if column.null_count or not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return False
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _standard_library(max_bytes: int) -> dict[str, Dataset]:
@@ -113,111 +215,13 @@ def _standard_library(max_bytes: int) -> dict[str, Dataset]:
     }
 
 
-def _load_file(path: Path) -> dict[str, Dataset]:
-    import datasets
-
-    if not path.exists():
-        raise ValueError(f"dataset_name='{path}' does not exist")
-    reader = _READERS[path.suffix]
-    _refuse_unreadable(path)
-    try:
-        loaded = datasets.load_dataset(reader, data_files=str(path))
-    except Exception as error:
-        if reader == "json":
-            _refuse_broken_json(path)
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {_root_message(error)}") from error
-    return dict(loaded)
-
-
-def _load_folder(path: Path) -> dict[str, Dataset]:
-    import datasets
-
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        loaded = datasets.load_from_disk(str(path))
-        return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-    if not any(file.suffix in _READERS for file in path.rglob("*")):
-        raise ValueError(f"dataset_name='{path}' is a folder without {_readable_endings()}")
-    try:
-        return dict(datasets.load_dataset(str(path)))
-    except Exception as error:
-        for file in sorted(path.rglob("*.json*")):
-            _refuse_broken_json(file)
-        raise ValueError(f"the files in {path} cannot be read: {_root_message(error)}") from error
-
-
-def _load_from_hub(name: str, config: str | None) -> dict[str, Dataset]:
+def _load_from_hub(name: str, config: str | None, streaming: bool) -> dict[str, AnyDataset]:
     import datasets
 
     try:
-        return dict(datasets.load_dataset(name, config))
+        return dict(datasets.load_dataset(name, config, streaming=streaming))
     except Exception as error:  # the Hub's client raises many kinds
         raise ValueError(
             f"dataset_name={name!r} is neither a file or folder here nor a dataset that the Hub gives: "
-            f"{_root_message(error)}"
+            f"{root_message(error)}"
         ) from error
-
-
-def _refuse_unreadable(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            if not file.read(1):
-                raise ValueError(f"{path} is empty")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _refuse_broken_json(path: Path) -> None:
-    """Raise for the first line of a file of one JSON object a line that is not one; return if all are."""
-    if path.suffix == ".json":
-        try:
-            json.loads(path.read_bytes())
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            pass  # not one document: it may be one object a line
-        else:
-            return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(value, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object but {type(value).__name__}")
-
-
-def _refuse_missing(dataset: Dataset, column: str, name: str) -> None:
-    """Raise for the first sample whose value of a column is null or an empty list."""
-    index = 0
-    for batch in dataset.select_columns([column]).with_format("arrow").iter(10_000):
-        values = batch[column]
-        is_list = hasattr(values.type, "value_type")
-        if values.null_count or is_list:
-            for offset, value in enumerate(values):
-                if not value.is_valid or (is_list and len(value.values) == 0):
-                    raise ValueError(f"{name!r}, sample {index + offset}: {column!r} is empty")
-        index += len(values)
-
-
-def _refuse_padding(dataset: Dataset, name: str) -> None:
-    if "attention_mask" not in dataset.column_names:
-        return
-    for index, mask in enumerate(dataset["attention_mask"]):
-        if not all(mask):
-            side = "left" if not mask[0] else "right"
-            raise ValueError(
-                f"{name!r}, sample {index}: padded on the {side} (attention_mask has zeros): write input_ids "
-                "without "
-                "padding, batches are padded as they are made"
-            )
-
-
-def _readable_endings() -> str:
-    return ", ".join(_READERS) + " files"
-
-
-def _root_message(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from chunkdist.data.ragged import flat, tables
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -96,11 +98,9 @@ def _measure(dataset: Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.in
     """Tokens, and supervised tokens, of each sample."""
     lengths: list[npt.NDArray[np.int64]] = []
     supervised: list[npt.NDArray[np.int64]] = []
-    for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(_BATCH_SAMPLES):
-        labels = batch["labels"].combine_chunks()
-        labels = labels.chunk(0) if hasattr(labels, "num_chunks") else labels
-        offsets = labels.offsets.to_numpy().astype(np.int64)
-        counts = np.concatenate([[0], np.cumsum(labels.values.to_numpy(zero_copy_only=False) != -100)])
+    for _, table in tables(dataset, ["labels"]):
+        offsets, labels = flat(table["labels"])
+        counts = np.concatenate([[0], np.cumsum(labels.to_numpy(zero_copy_only=False) != -100)])
         starts, ends = offsets[:-1], offsets[1:]
         lengths.append(ends - starts)
         supervised.append(counts[ends] - counts[np.minimum(starts + 1, ends)])

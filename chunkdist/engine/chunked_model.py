@@ -8,10 +8,11 @@ is whatever calls transformers' `AttentionInterface`. What cannot be computed ex
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial, wraps
+from functools import partial
 from types import MethodType
 from typing import Any, NoReturn, SupportsIndex
 
@@ -22,13 +23,19 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, attend
 from chunkdist.attention.mask import chunk_mask
 from chunkdist.config import ChunkConfig
+from chunkdist.engine.additions import Additions
+from chunkdist.engine.as_run import refuse_offset_adapters
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.forward import running
 from chunkdist.engine.group import LayerGroup
 from chunkdist.engine.layer import GroupLayer
+from chunkdist.engine.method import method_like
+from chunkdist.engine.neftune import noise_by_segment
 from chunkdist.engine.probe import LayerProbe, needs_probe
-from chunkdist.loss.lazy_logits import lazy_logits, tiled_head
+from chunkdist.loss.lazy_logits import lazy_logits, tiled_head, untiled_reason
+from chunkdist.models.known_code import is_known_class
 from chunkdist.models.layers import configs_of, find_layers, layer_states, norms_of, refuse_known
+from chunkdist.sharding.sequence import refuse_sequence_parallelism
 from chunkdist.sharding.zero3 import Zero3Layers
 
 logger = logging.getLogger(__name__)
@@ -54,7 +61,9 @@ class ChunkedModel:
         self, model: PreTrainedModel, config: ChunkConfig, choose: Callable[..., None] | None = None
     ) -> None:
         entries, decoder, layers = find_layers(model)
+        refuse_sequence_parallelism(configs_of([*entries, decoder, *layers]), [model])
         refuse_known(model, entries[-1], layers)
+        refuse_offset_adapters([module for layer in layers for module in layer.modules()])
         num_layers = len(layers)
         height = self._height(config.without_auto().layers_per_group, num_layers)
         self.model = model
@@ -70,9 +79,9 @@ class ChunkedModel:
                 "tokens: a dropped chunk cuts the chain of states, and weights for it grow with every "
                 "chunk; write sampler=None"
             )
-        check_layer = LayerProbe().check if needs_probe(model, has_state=relays) else None
+        self.additions = Additions(LayerProbe() if needs_probe(model, has_state=relays) else None)
         configs = configs_of([*entries, decoder, *layers])
-        self.context = ChunkContext(config, configs, has_state=relays, check_layer=check_layer)
+        self.context = ChunkContext(config, configs, has_state=relays, checked=self.additions.asked)
         self._zero3 = Zero3Layers(layers, height)
         self.groups: list[LayerGroup] = []
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
@@ -81,12 +90,12 @@ class ChunkedModel:
         self._number_groups()
         if tiled_head(model) is None:
             logger.warning(
-                "chunkdist: the logits of the whole sequence will be made: the output layer, %s, is no plain "
-                "linear layer, or the loss is not the usual one",
-                type(model.get_output_embeddings()).__name__,
+                "chunkdist: the logits of the whole sequence will be made: %s", untiled_reason(model)
             )
         for module in norms_of(decoder):
-            self._group([module], None)
+            is_own = type(module).__module__ == type(decoder).__module__
+            if is_own or is_known_class(type(module), layers[0], mixes=False):
+                self._group([module], None)
         for entry in entries:
             entry.__dict__[_CONTEXT] = self.context
             self._replace_forward(entry, _method(_decoder_forward, entry))
@@ -175,19 +184,24 @@ def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             mixed = 2 if torch.is_autocast_enabled(tokens.device.type) else None
             num_rows, num_tokens = tokens.shape[:2]
             handle.choose(model, num_tokens=num_tokens, num_rows=num_rows, activation_bytes=mixed)
-    with nullcontext() if handle is None or kwargs.get("labels") is None else lazy_logits(handle.model):
+    names = list(inspect.signature(model.forward).parameters) if len(args) > 1 else ["input_ids"]
+    noted = nullcontext() if handle is None else handle.context.labels.noted(names, args, kwargs)
+    with (
+        noted,
+        nullcontext() if handle is None or kwargs.get("labels") is None else lazy_logits(handle.model),
+    ):
         return model.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
 
 
 def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A decoder's forward, in chunks unless it uses a cache."""
     context = decoder.__dict__.get(_CONTEXT)
-    with nullcontext(kwargs) if context is None else running(context, decoder, args, kwargs) as kwargs:
+    chunked = nullcontext(kwargs) if context is None else running(context, decoder, args, kwargs)
+    with chunked as kwargs, noise_by_segment(decoder, context):
         return decoder.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
 
 
 def _method(forward: Callable[..., Any], module: nn.Module) -> MethodType:
     """`forward` as a method with `module`'s signature, which trainers read; torch.compile leaves it alone."""
     module.__dict__[_ORIGINAL_FORWARD] = module.forward
-    own: Any = getattr(module.forward, "__func__", module.forward)
-    return MethodType(wraps(own)(torch.compiler.disable(partial(forward))), module)
+    return method_like(module.forward, torch.compiler.disable(partial(forward)), module)

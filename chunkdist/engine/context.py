@@ -6,8 +6,8 @@ Holds no module, so that a copied submodule (PEFT's `modules_to_save`) does not 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 from transformers import PreTrainedConfig
 
@@ -16,7 +16,12 @@ from chunkdist.attention.function import ATTENTION_NAME
 from chunkdist.config import ChunkConfig
 from chunkdist.spaco.sample import ChunkSample
 from chunkdist.stores.host_memory import HostMemory
+from chunkdist.stream.padding import ForwardLabels
 from chunkdist.stream.stream import Stream
+
+
+def _unchecked(*_: Any) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class OpenCall(Protocol):
@@ -33,8 +38,8 @@ class ChunkContext:
     Args:
         model_configs: The config objects that the model's attention modules read their implementation from.
         has_state: Whether layers keep state other than K/V: then chunks end where segments do.
-        check_layer: Called with a layer, its hidden states, arguments and stream before each pass; raises
-            where the layer is not exact in chunks. `None`: layers are known to be exact.
+        checked: What surrounds each call of layers; raises where they are not exact in chunks. Called with
+            the layers, the arguments of each, their hidden states and stream.
     """
 
     def __init__(
@@ -43,13 +48,13 @@ class ChunkContext:
         model_configs: Sequence[PreTrainedConfig],
         *,
         has_state: bool = False,
-        check_layer: Callable[..., None] | None = None,
+        checked: Callable[..., AbstractContextManager[None]] = _unchecked,
     ) -> None:
         self.config = config.without_auto()
         self.requested = config
         """The config that was given; `config` has values in the place of `"auto"`."""
         self.has_state = has_state
-        self.check_layer = check_layer
+        self.checked = checked
         self.attention = AttentionChoice(config.attention)
         self.host = HostMemory() if self.config.offload == "host" else None
         """Where group inputs, K/V and states wait for the backward."""
@@ -58,9 +63,12 @@ class ChunkContext:
         self.open_call: OpenCall | None = None
         self.bypassed = False
         """Layers run as they are: in a forward with a cache, and once the model is no longer chunked."""
+        self.labels = ForwardLabels()
+        self.layer_by_layer = False
+        """Whether each layer of the forward that runs is a group of its own: what it returns is wanted."""
         self.sample: ChunkSample | None = None
         """SpaCO's sample of the forward that runs, or ran last; `None`: every chunk is backpropagated."""
-        self._model_configs = model_configs
+        self.model_configs = model_configs
         self.reason = "" if config.has_auto else "as configured"
         """Why these values; empty while `"auto"` is not resolved."""
 
@@ -80,11 +88,11 @@ class ChunkContext:
     def attention_installed(self) -> Iterator[None]:
         """The model's attention goes to chunkdist. Config objects may be shared with other models: only for a
         while."""
-        before = [config._attn_implementation_internal for config in self._model_configs]
+        before = [config._attn_implementation_internal for config in self.model_configs]
         try:
-            for config in self._model_configs:
+            for config in self.model_configs:
                 config._attn_implementation_internal = ATTENTION_NAME
             yield
         finally:
-            for config, name in zip(self._model_configs, before, strict=True):
+            for config, name in zip(self.model_configs, before, strict=True):
                 config._attn_implementation_internal = name

@@ -12,12 +12,14 @@ from torch import nn
 
 from chunkdist.config import AUTO_FIELDS
 from chunkdist.engine.context import ChunkContext
+from chunkdist.engine.hidden_states import ARGUMENT, refuse_hidden_states
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.sharding.sequence import refuse_sequence_parallelism
 from chunkdist.spaco.sample import ChunkSample
 from chunkdist.stream.from_inputs import read_stream
 from chunkdist.stream.packed import refuse_segments
 
-_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+_OUTPUTS = ("output_attentions", "output_router_logits")
 
 
 @contextmanager
@@ -34,9 +36,11 @@ def running(
     arguments = {**arguments, **arguments.get("kwargs", {})}
     caches = [key for key in ("past_key_values", "cache_params") if arguments.get(key) is not None]
     caches += ["use_cache=True"] if arguments.get("use_cache") else []
-    if caches and decoder.training:
+    if caches and decoder.training and torch.is_grad_enabled():  # without a graph: `generate`
+        peft = caches[0] == "past_key_values"
         raise ValueError(
             f"{caches[0]} was passed while training, and a chunked model makes no cache: leave it out"
+            + ("; PEFT's prefix tuning and cartridges pass one: take LoRA or prompt tuning" if peft else "")
         )
     if caches:  # generation
         before, context.bypassed = context.bypassed, True
@@ -45,6 +49,13 @@ def running(
         finally:
             context.bypassed = before
         return
+    refuse_sequence_parallelism(context.model_configs)
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # torch 2.13
+        raise ValueError(
+            "a chunked model was called inside a transform of torch.func (grad, vjp, jvp, vmap), and its "
+            "layer groups are nodes of the ordinary autograd: call torch.autograd.grad or backward, "
+            "with torch.func.functional_call for other weights, and loop instead of vmap"
+        )
     for name in _OUTPUTS:
         if arguments.get(name, getattr(decoder.config, name, False)):
             raise ValueError(
@@ -52,6 +63,10 @@ def running(
                 f"{name}=False"
                 + ("; in TRL, router_aux_loss_coef: 0" if name == "output_router_logits" else "")
             )
+    if hidden_states := arguments.get(ARGUMENT, getattr(decoder.config, ARGUMENT, False)):
+        context.layer_by_layer = not torch.is_grad_enabled()
+        if not context.layer_by_layer:
+            refuse_hidden_states(hidden_states, decoder, context.config)
     if not context.reason and decoder.training and torch.is_grad_enabled():
         asked = ", ".join(
             f'{name}="auto"' for name in AUTO_FIELDS if getattr(context.requested, name) == "auto"
@@ -65,7 +80,10 @@ def running(
         kwargs = {**kwargs, "use_cache": False}
     try:
         context.stream = read_stream(
-            arguments, int(context.config.chunk_size), cut_at_segments=context.has_state
+            arguments,
+            int(context.config.chunk_size),
+            cut_at_segments=context.has_state,
+            labels=context.labels,
         )
         if context.stream.longest_segment < context.stream.num_tokens:
             refuse_segments(decoder, context.stream.longest_segment)
@@ -79,3 +97,4 @@ def running(
         if context.open_call is not None:
             context.open_call.abandon()
         context.stream = context.open_call = None
+        context.layer_by_layer = False

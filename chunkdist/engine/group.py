@@ -15,18 +15,20 @@ comes out once, summed over the chunks in at least fp32.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from chunkdist.engine.as_run import LayersAsRun, Notes
 from chunkdist.engine.cell import CellGraph, rerun, retain
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.group_input import GroupInput, Hidden, tokens_of
 from chunkdist.engine.kv_rebuild import KVRebuild, rebuild_parts
 from chunkdist.engine.layer import GroupLayer
-from chunkdist.engine.node import as_node
+from chunkdist.engine.node import as_node, passed_on
 from chunkdist.engine.parameters import GroupParameters
 from chunkdist.engine.saved import Saved
 from chunkdist.errors import UnsupportedModelError
@@ -53,11 +55,22 @@ class LayerGroup:
         """Whether these are the last decoder layers."""
         self.num_above = 0
         """Groups of decoder layers that run after this one."""
+        self.is_cut = False
+        """Whether this is a part of a group; a unit of FSDP2 may then hold layers of several groups."""
+        self.notes = Notes()
         for layer in layers:
             layer.on_call = self.call
 
+    def alone(self, layer: GroupLayer) -> LayerGroup:
+        """A group of one of these layers, for a forward without a graph."""
+        group = copy.copy(self)
+        group.layers, group.is_decoder, group.is_cut = (layer,), layer.state is not None, True
+        return group
+
     def call(self, layer: GroupLayer, hidden: Tensor, arguments: dict[str, Any]) -> Any:
         """What `layer.forward(hidden, **arguments)` returns in a chunked step."""
+        if self.context.layer_by_layer and not self.is_cut:
+            return self.alone(layer).call(layer, hidden, arguments)
         stream = self.context.stream
         assert stream is not None
         refuse_arguments(layer.layer, hidden, arguments, stream)
@@ -76,7 +89,7 @@ class LayerGroup:
         if layer is not self.layers[-1]:
             if layer.tuple_length is None:
                 run.learn_output_form(layer)
-            return layer.wrap(hidden)
+            return layer.wrap(passed_on(hidden))
         self.context.open_call = None
         return layer.wrap(run(hidden))
 
@@ -91,12 +104,13 @@ class GroupCall:
         modules = [layer.layer for layer in group.layers]
         if group.layers[0].state is not None:
             zero3.check_group(modules)
-        self.units = GroupUnits(modules)
+        self.units = GroupUnits(modules, may_be_larger=group.is_cut)
         self.units.keep()
         self._input = GroupInput(len(modules))
         self._stores: list[KVStore | None] = []
         """By layer, of the dependent run at hand."""
         self._rng: list[RngState] = []
+        self._as_run: LayersAsRun
         self._autocast: AutocastState
         self._sample = group.context.sample
         self._retained: dict[int, CellGraph] = {}
@@ -127,17 +141,14 @@ class GroupCall:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         try:
-            return self._call(hidden)
+            with self.group.context.checked(self.group.layers, self.arguments, hidden, self.stream):
+                return self._call(hidden)
         finally:
             self.units.release()
             self.saved.settle()
 
     def _call(self, hidden: Tensor) -> Tensor:
         self._input.release()
-        if (check_layer := self.group.context.check_layer) is not None:
-            for layer, arguments in zip(self.group.layers, self.arguments, strict=True):
-                if layer.state is not None:
-                    check_layer(layer, hidden, arguments, self.stream)
         self.parameters = GroupParameters(layer.layer for layer in self.group.layers)
         if torch.is_grad_enabled() and (hidden.requires_grad or self.parameters.trainable):
             return as_node(self, hidden)
@@ -196,11 +207,17 @@ class GroupCall:
         assert output is not None
         self._stores = []
         self.parameters.release()
+        if for_backward:
+            self._as_run = self.group.notes.take([layer.layer for layer in self.group.layers])
         return output
 
     def backward(self, hidden: Hidden, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states and of each trainable parameter."""
         self.units.gather()
+        with self._as_run.restored():
+            return self._backward(hidden, grad_output)
+
+    def _backward(self, hidden: Hidden, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         self.parameters.restore()
         weights = self._chunk_weights(grad_output)
         sampled = [index for index, weight in enumerate(weights) if weight]

@@ -46,6 +46,11 @@ class GroupLayer:
                 )
             return self.original_forward(*args, **kwargs)
         hidden, arguments = self.signature.bind(args, kwargs)
+        if not isinstance(hidden, Tensor):
+            raise UnsupportedModelError(
+                f"{type(self.layer).__name__} gets {type(hidden).__name__}, not hidden states, as layers "
+                "with PEFT's Shadow do: what is in it cannot be cut into chunks; take another method"
+            )
         if self.state is None and (arguments or hidden.ndim != 3):
             return self.original_forward(*args, **kwargs)
         return self.on_call(self, hidden, arguments)

@@ -41,6 +41,28 @@ def as_node(work: NodeWork, hidden: Tensor) -> Tensor:
     return output
 
 
+def passed_on(hidden: Tensor) -> Tensor:
+    """`hidden`, as a layer returns it that leaves the work to the last one of its group.
+
+    FSDP2 gives a layer a view of its input, and hangs its hook on what the layer returns: were that the
+    view, an operation on it in place would drop the hook.
+    """
+    if not (torch.is_grad_enabled() and hidden.requires_grad and hidden._is_view()):
+        return hidden
+    result: Tensor = _NoView.apply(hidden)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _NoView(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        return hidden.detach()  # the same storage and count of changes, and no view to autograd
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        return grad_output
+
+
 class _GroupNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: NodeWork, hidden: Tensor, *parameters: Tensor) -> Tensor:
@@ -53,7 +75,7 @@ class _GroupNode(torch.autograd.Function):
 
         output, saved = attempt(lambda: work.forward_and_save(hidden), instead)
         ctx.save_for_backward(*saved)
-        return output
+        return output.detach() if output._is_view() else output
 
     @staticmethod
     @once_differentiable

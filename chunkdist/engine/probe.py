@@ -41,6 +41,7 @@ more than the 64 tokens in which kernels of linear attention and state spaces go
 TOLERANCE = 1e-2
 """Of the norm: rounding in fp32 is a thousandth of it, that of kernels in TF32 a tenth; a state that is
 ignored, ten times it."""
+_MOVE = 0.03
 KERNELS = ("fla", "causal_conv1d", "mamba_ssm")
 """Packages whose kernels transformers' layers with state take in place of their torch code."""
 
@@ -59,38 +60,53 @@ def needs_probe(model: nn.Module, *, has_state: bool) -> bool:
 
 
 class LayerProbe:
-    """Probes each layer once: layers of one class may differ in what is set on them."""
+    """Probes each layer once: layers of one class may differ in what is set on them.
 
-    def __init__(self) -> None:
+    Args:
+        tolerance: Of the norm.
+        moves_weights: Whether trainable weights are moved for the probe: behind a matrix of zeros, as
+            adapters begin with, a fault does not show.
+        widens: Whether what is narrower than fp32 is in fp32 for the probe.
+    """
+
+    def __init__(
+        self, *, tolerance: float = TOLERANCE, moves_weights: bool = False, widens: bool = True
+    ) -> None:
+        self._tolerance = tolerance
+        self._moves_weights = moves_weights
+        self._in_fp32 = _in_fp32 if widens else _copy
+        self._widens = widens
         self.passed: WeakSet[nn.Module] = WeakSet()
 
     def check(self, layer: GroupLayer, hidden: Tensor, arguments: dict[str, Any], stream: Stream) -> None:
         """Raises `UnsupportedModelError` if the layer is not exact in chunks.
 
-        Tensors without storage and streams of fewer than 4 tokens show nothing, and are let through.
+        Tensors without storage and streams of fewer than 2 tokens (4, with state) show nothing, and are let
+        through.
         """
         tokens = Chunk(0, min(NUM_TOKENS, stream.num_tokens))
-        shows_nothing = tokens.num_tokens < 4 or hidden.is_meta or isinstance(hidden, FakeTensor)
+        few = 4 if layer.cache_argument is not None else 2
+        shows_nothing = tokens.num_tokens < few or hidden.is_meta or isinstance(hidden, FakeTensor)
         if layer.layer in self.passed or shows_nothing:
             return
         arguments = {key: x for key, x in arguments.items() if key not in SEGMENT_ARGUMENTS}
-        arguments = _map_tensors(slice_tokens(arguments, tokens, stream.num_tokens), _in_fp32)
+        arguments = _map_tensors(slice_tokens(arguments, tokens, stream.num_tokens), self._in_fp32)
         with (
             undisturbed_rng(hidden),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(hidden.device.type, enabled=False),
             _without_dropout(layer.layer),
-            _weights_in_fp32(layer.layer),
+            _other_weights(layer.layer, widened=self._widens, moved=self._moves_weights),
         ):
-            x_BTH = _in_fp32(hidden[:, : tokens.num_tokens]).requires_grad_()
+            x_BTH = self._in_fp32(hidden[:, : tokens.num_tokens]).requires_grad_()
             parameters = GroupParameters([layer.layer])
             names = {id(p): name for name, p in layer.layer.named_parameters()}
             labels = ["output", "its input", *(names[id(p)] for p in parameters.trainable)]
             whole = _whole(layer, x_BTH, arguments, parameters)
             chunked = _chunked(layer, x_BTH.detach(), arguments, parameters)
         error, label = _largest_difference(whole, chunked, labels)
-        if not error <= TOLERANCE:
+        if not error <= self._tolerance:
             what = "output" if label == "output" else f"gradient of {label}"
             raise UnsupportedModelError(
                 f"{type(layer.layer).__name__} is not exact in chunks: with {tokens.num_tokens} tokens in "
@@ -198,18 +214,30 @@ def _without_dropout(layer: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _weights_in_fp32(layer: nn.Module) -> Iterator[None]:
-    """Rounding of bf16 would hide small faults. Packed weights of quantised layers stay as they are."""
+def _other_weights(layer: nn.Module, *, widened: bool, moved: bool) -> Iterator[None]:
+    """Packed weights of quantised layers stay as they are.
+
+    Args:
+        widened: In fp32: rounding of bf16 would hide small faults.
+        moved: Trainable weights are other ones inside, near to their own.
+    """
+    draws = torch.Generator().manual_seed(0)
     before: list[tuple[Any, str, Tensor]] = []
     copies: dict[int, Tensor] = {}
     try:
         for module in layer.modules():
             for slots in (module._parameters, module._buffers):
                 for name, x in slots.items():
-                    if x is None or x.dtype not in (torch.bfloat16, torch.float16):
+                    if x is None or not x.is_floating_point():
+                        continue
+                    is_narrow = widened and x.dtype in (torch.bfloat16, torch.float16)
+                    is_moved = moved and x.requires_grad
+                    if not is_narrow and not is_moved:
                         continue
                     if id(x) not in copies:
-                        wide = x.detach().float()
+                        wide = x.detach().float() if is_narrow else x.detach()
+                        if is_moved:
+                            wide = wide + _MOVE * torch.randn(x.shape, generator=draws).to(wide)
                         copies[id(x)] = (
                             nn.Parameter(wide, x.requires_grad) if slots is module._parameters else wide
                         )
@@ -226,6 +254,10 @@ def _in_fp32(x: Tensor) -> Tensor:
     """A copy, in at least fp32."""
     wide = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else x.dtype
     return x.detach().to(wide, copy=True)
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().clone()
 
 
 def _map_tensors(arguments: Any, function: Any) -> Any:

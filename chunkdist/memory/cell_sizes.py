@@ -302,7 +302,6 @@ def _run(
         watch = _Watch(live, choice(config.attention))
         layers = chunked.layers
         chunked.context.attention = watch  # type: ignore[assignment]
-        chunked.context.check_layer = None
         for number, layer in enumerate(layers):
             layer.original_forward = watch.around(number, layer.original_forward, chunk_tokens)
         twin.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())

@@ -120,7 +120,6 @@ def _run(
         twin: Any = twin_of(model, num_layers)
         chunked = ChunkedModel(causal_lm_of(twin.train()), config)
         chunked.context.attention = GpuAttention(config.attention)
-        chunked.context.check_layer = None
         if num_layers < len(find_layers(causal_lm_of(model))[2]):
             twin.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
         if mesh is not None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from chunkdist.attention.function import LAYER_ATTRIBUTE, LayerState
 from chunkdist.config import ChunkConfig
+from chunkdist.engine.additions import Additions
 from chunkdist.engine.chunked_model import HANDLE
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.layer import GroupLayer
@@ -27,6 +28,7 @@ from chunkdist.models.arguments import LayerSignature, refuse_arguments
 from chunkdist.models.layers import configs_of, find_layers, layer_states, norms_of, refuse_known
 from chunkdist.pipeline.cell_inputs import CellInputs, LayerStores
 from chunkdist.replay import undisturbed_rng
+from chunkdist.sharding.sequence import refuse_sequence_parallelism
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateStore
 from chunkdist.stream.stream import Chunk, Stream
@@ -58,6 +60,7 @@ class ModelStage(nn.Module):
         if HANDLE in model.__dict__:
             raise ValueError("the model is chunked already: call unchunk_model(model) first")
         entries, decoder, all_layers = find_layers(model)
+        refuse_sequence_parallelism(configs_of([*entries, decoder, *all_layers]), [model])
         refuse_known(model, entries[-1], all_layers)
         if not layers or layers.start < 0 or layers.stop > len(all_layers):
             raise ValueError(
@@ -77,8 +80,9 @@ class ModelStage(nn.Module):
                 f"chunk_size=1, but {type(model).__name__} has layers with state between tokens, which take "
                 "one token as generation does: write at least 2"
             )
-        self._probe = LayerProbe() if needs_probe(model, has_state=self.has_state) else None
-        self._context = ChunkContext(config, configs_of([*entries, decoder, *all_layers]))
+        additions = Additions(LayerProbe() if needs_probe(model, has_state=self.has_state) else None)
+        configs = configs_of([*entries, decoder, *all_layers])
+        self._context = ChunkContext(config, configs, checked=additions.asked)
         self._cell: CellInputs | None = None
         self._layers: list[GroupLayer] = []
         self._knows_arguments = self.is_first
@@ -238,10 +242,9 @@ class ModelStage(nn.Module):
             return layer.wrap(cell.result)
         if position == 0 and cell.hidden is not None:
             hidden = cell.hidden  # some decoders scale what they get as embeddings
-        if self._probe is not None:
-            self._probe.check(layer, hidden, arguments, _alone(cell.chunk))
         own = layer.cell(cell.chunk, cell.stream, cell.stores[position].kv, cell.stores[position].states)
-        output = layer.run(own, hidden, arguments)
+        with self._context.checked((layer,), (arguments,), hidden, _alone(cell.chunk)):
+            output = layer.run(own, hidden, arguments)
         if own is not None and own.relay is not None:
             cell.relays.append(own.relay)
         if is_last:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from chunkdist.sharding.sequence import refuse_mesh
+
 
 def refuse_inner_units(layer: nn.Module) -> None:
     """Raises where a layer holds units: their weights would be gathered once a chunk.
@@ -35,14 +37,20 @@ class GroupUnits:
 
     Args:
         layers: Of the group, in their order.
+        may_be_larger: Whether a unit may have layers of several groups.
 
     Raises:
-        ValueError: a unit has layers of several groups.
+        ValueError: a unit has layers of several groups, and may not; or its mesh has a dim along which
+        sequences are
+            cut.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        _refuse_units_across_groups(layers)
+    def __init__(self, layers: Sequence[nn.Module], *, may_be_larger: bool = False) -> None:
+        if not may_be_larger:
+            _refuse_units_across_groups(layers)
         own = _unit_state(layers[-1])
+        for group in getattr(own, "_fsdp_param_groups", ()):
+            refuse_mesh(group.mesh_info.mesh)
         self._units: list[FSDPModule] = []
         for layer in layers[:-1]:
             if isinstance(layer, FSDPModule) and _unit_state(layer) is not own:

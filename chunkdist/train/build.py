@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import netrc
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
 
 import torch
 from peft import get_peft_model
@@ -15,21 +12,53 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
 
 from chunkdist import ChunkConfig, chunk_model
-from chunkdist.data.loading import is_conversational, load_splits, pick_split, sample_kind
+from chunkdist.data.completions import refuse_without_completions
+from chunkdist.data.loading import (
+    is_conversational,
+    kind_of_columns,
+    load_mixture,
+    load_splits,
+    pick_split,
+    sample_kind,
+)
+from chunkdist.data.sample_stream import SampleStream, checked_samples, first_sample
 from chunkdist.data.samples import LongSamples
 from chunkdist.sharding.zero3 import whole_weights
 from chunkdist.train.checkpoints import checkpoint_to_resume, resume_line
+from chunkdist.train.faults import asked_by
+from chunkdist.train.needed_packages import usable_attention
+from chunkdist.train.option_amounts import check_amounts, chunk_size_line
 from chunkdist.train.options import TrainingOptions, check_options
 from chunkdist.train.ranks import check_engine, check_ranks, leave_offloaded_unpinned
+from chunkdist.train.router_loss import router_loss_coefficient
 from chunkdist.train.stream_order import refuse_other_order
+from chunkdist.train.streaming import wants_streaming
+from chunkdist.train.token_check import check_token_ids
+from chunkdist.train.tokenizer_options import check_end_token
 from chunkdist.train.trainers.checked import CheckedSFTTrainer, first_line, print_once
 from chunkdist.train.trainers.pipeline import PipelineSFTTrainer
 from chunkdist.train.trainers.shrinking import ShrinkingTrainer
 from chunkdist.train.trainers.streams import StreamTrainer
 from chunkdist.train.trl_loss import install_tiled_loss
+from chunkdist.train.wandb_mode import settle_wandb
+from chunkdist.train.weights import load_model
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import IterableDataset
+
+_OF_TRAINER = (
+    "attn_implementation",
+    "model_init_kwargs",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+    "dataset_kwargs",
+    "router_aux_loss_coef",
+    "report_to",
+    "optim",
+    "fsdp",
+)
+"""Options that only the trainer's constructor looks at."""
 
 
 class ChunkSFTTrainer(StreamTrainer, CheckedSFTTrainer):
@@ -63,11 +92,18 @@ def build_trainer(
     for dataset in (train_dataset, eval_dataset):
         if dataset is not None:
             _check_template(dataset, tokenizer, options)
+    check_end_token(train_dataset, tokenizer, training, name=str(model_options.model_name_or_path))
+    if wants_streaming(options):
+        train_dataset, eval_dataset = _checked_streams(options, train_dataset, eval_dataset)
     if "wandb" in (training.report_to or []):
-        wandb_offline_without_key()
+        settle_wandb(print_once)
+    attention, line = usable_attention(model_options.attn_implementation, is_chunked=chunk_config is not None)
+    model_options.attn_implementation = attention
+    for said in (line, chunk_size_line(options, chunk_config)):
+        if said is not None:
+            print_once(said)
     if chunk_config is not None:
-        if training.router_aux_loss_coef is None:
-            training.router_aux_loss_coef = 0.0  # chunked layers hand out no router logits
+        training.router_aux_loss_coef = router_loss_coefficient(options)
         if training.ddp_find_unused_parameters is None:
             training.ddp_find_unused_parameters = (
                 False  # a group is one node of the graph, with all its parameters
@@ -75,7 +111,8 @@ def build_trainer(
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # there is nothing to pin memory for, torch would warn
     model: Any = model_options.model_name_or_path
-    adapters, quantization = get_peft_config(model_options), get_quantization_config(model_options)
+    with asked_by("use_peft", "lora_target_modules", "load_in_4bit", "load_in_8bit"):
+        adapters, quantization = get_peft_config(model_options), get_quantization_config(model_options)
     if not has_weights:
         model_options.attn_implementation = None  # nothing will attend
         with torch.device("meta"):
@@ -85,15 +122,28 @@ def build_trainer(
     elif model_options.from_scratch:
         model = _model_from_scratch(options)
     else:
-        given = training.model_init_kwargs if isinstance(training.model_init_kwargs, dict) else {}
-        training.model_init_kwargs = {
+        given = dict(training.model_init_kwargs) if isinstance(training.model_init_kwargs, dict) else {}
+        if "attn_implementation" in given:
+            given["attn_implementation"], _ = usable_attention(
+                given["attn_implementation"], is_chunked=chunk_config is not None
+            )
+        set_seed(training.seed)
+        if quantization is not None and "quantization_config" in given:
+            raise ValueError(
+                "load_in_4bit and model_init_kwargs.quantization_config are both set: write one of them"
+            )
+        values = {
             "revision": model_options.model_revision,
             "attn_implementation": model_options.attn_implementation,
             "dtype": model_options.dtype,
             "device_map": None,  # the trainer places the model; "auto" might leave layers on the host unasked
+            "quantization_config": quantization,
+            "trust_remote_code": training.trust_remote_code,
             **given,
         }
-    try:
+        model = load_model(model, allow_missing=model_options.allow_missing_weights, **values)
+        training.model_init_kwargs = quantization = None
+    with asked_by(f"model_name_or_path={model_options.model_name_or_path!r}", *_OF_TRAINER):
         make: Callable[..., CheckedSFTTrainer] = CheckedSFTTrainer
         if options.chunk.oom == "shrink":
             make = ShrinkingSFTTrainer
@@ -111,13 +161,9 @@ def build_trainer(
             quantization_config=quantization,
             peft_config=adapters,
         )
-    except OSError as error:
-        if error.errno is not None:  # of the system, not of a name that the Hub does not know
-            raise
-        raise ValueError(
-            f"model_name_or_path={model_options.model_name_or_path!r}: {first_line(error)}"
-        ) from error
+    check_token_ids(trainer)
     check_ranks(trainer.accelerator)
+    check_amounts(trainer)
     leave_offloaded_unpinned(trainer.accelerator)
     if checkpoint is not None:
         refuse_other_order(checkpoint, getattr(trainer, "order", None))
@@ -153,7 +199,7 @@ def first_batch(trainer: SFTTrainer, min_tokens: int = 5) -> dict[str, Any]:
         ValueError: all are shorter.
     """
     samples: Any = trainer.train_dataset
-    for sample in samples:
+    for sample in samples.once() if isinstance(samples, SampleStream) else samples:
         if len(sample["input_ids"]) >= min_tokens:
             return cast(dict[str, Any], trainer._prepare_inputs(trainer.data_collator([sample])))
     raise ValueError(
@@ -172,29 +218,19 @@ def check_blocker(trainer: SFTTrainer) -> str | None:
     return None
 
 
-def wandb_offline_without_key() -> None:
-    """Sets W&B to offline when it has no key, so that it never asks for one."""
-    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
-        return
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if name and netrc.netrc(os.path.expanduser(name)).authenticators(host):
-                return
-        except (OSError, netrc.NetrcParseError):
-            continue
-    os.environ["WANDB_MODE"] = "offline"
-    print_once("W&B has no key here: the run is recorded offline, `wandb sync` sends it later")
-
-
-def _datasets(options: TrainingOptions) -> tuple[Dataset, Dataset | None]:
+def _datasets(options: TrainingOptions) -> tuple[Any, Any]:
     data = options.data
     name = data.dataset_name
     if name:
-        splits = load_splits(name, data.dataset_config, corpus_max_bytes=data.corpus_max_bytes)
+        splits = load_splits(
+            name,
+            data.dataset_config,
+            corpus_max_bytes=data.corpus_max_bytes,
+            streaming=data.dataset_streaming,
+        )
     else:
         name = "datasets"
-        splits = dict(get_dataset(options.mixture))
+        splits = load_mixture(lambda: get_dataset(options.mixture), options.mixture.datasets)
     train = pick_split(splits, data.dataset_train_split, option="dataset_train_split", name=name)
     if options.training.eval_strategy == "no":
         return train, None
@@ -207,15 +243,31 @@ def _tokenizer(options: TrainingOptions) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=options.model.model_revision, trust_remote_code=options.training.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of as many kinds as there are tokenizers
         raise ValueError(f"model_name_or_path={name!r} gives no tokenizer: {first_line(error)}") from error
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def _check_template(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, options: TrainingOptions) -> None:
+def _checked_streams(options: TrainingOptions, *streams: IterableDataset | None) -> list[Any]:
+    name, text_field = options.data.dataset_name or "datasets", options.training.dataset_text_field
+    return [
+        None if stream is None else checked_samples(stream, text_field=text_field, name=name)
+        for stream in streams
+    ]
+
+
+def _check_template(dataset: Any, tokenizer: PreTrainedTokenizerBase, options: TrainingOptions) -> None:
     name = options.data.dataset_name or "datasets"
-    kind = sample_kind(dataset, text_field=options.training.dataset_text_field, name=name)
-    if not is_conversational(dataset, kind):
+    text_field = options.training.dataset_text_field
+    if wants_streaming(options):
+        first = first_sample(dataset, name)
+        kind, _ = kind_of_columns(first, text_field=text_field, name=name)
+    else:
+        kind = sample_kind(dataset, text_field=text_field, name=name)
+        first = dataset[0]
+    if options.training.completion_only_loss:
+        refuse_without_completions(list(first), kind, name=name)
+    if not is_conversational(first, kind):
         if options.training.assistant_only_loss:
             raise ValueError(
                 f"assistant_only_loss=True needs samples of messages, {name!r} has {kind}: write false"
@@ -237,11 +289,12 @@ def _model_from_scratch(options: TrainingOptions) -> Any:
             revision=options.model.model_revision,
             trust_remote_code=options.training.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers checks values in its own way
         raise ValueError(f"model_name_or_path={name!r} gives no config: {first_line(error)}") from error
     set_seed(options.training.seed)
     dtype = options.model.dtype
-    with whole_weights(getattr(options.training, "hf_deepspeed_config", None)):
+    asked = asked_by(f"model_name_or_path={name!r}", "attn_implementation")
+    with asked, whole_weights(getattr(options.training, "hf_deepspeed_config", None)):
         return AutoModelForCausalLM.from_config(
             config,
             dtype=None if dtype in (None, "auto") else getattr(torch, str(dtype)),

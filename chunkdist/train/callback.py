@@ -44,7 +44,7 @@ NOISY_VARIANCE, NUM_SAMPLES_TO_JUDGE = 3.0, 10
 class ChunkCallback(TrainerCallback):
     """Adds to the training logs `tokens_per_second`, `step_time_s`, `num_tokens_seen`, peak memory and, on a
     known GPU, `mfu`; writes `metrics.jsonl` and `training.png` to `output_dir`. Everything is rank 0's, the
-    figures are of all ranks.
+    figures are of all ranks. The figures of an evaluation have a line of their own in `metrics.jsonl`.
 
     `ChunkCallback.add_to(trainer, config)` puts it before the trainer's other callbacks; behind them
     (`trainer.add_callback`), its figures still reach `metrics.jsonl`, but not the progress bar and the
@@ -157,7 +157,11 @@ class ChunkCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs or self.counter is None or not self._num_steps:
+        if logs is None or self.counter is None:
+            return
+        if state.is_world_process_zero and any(key.startswith("eval_") for key in logs):
+            self._try(lambda: self._metrics.append({"step": state.global_step, **logs}))
+        if "loss" not in logs or not self._num_steps:
             return  # an evaluation, or the end
         self._take_time()  # the loss has been read: the device is done
         logs.update(self._figures(args))
@@ -228,8 +232,10 @@ class ChunkCallback(TrainerCallback):
         if line:
             self._say(line)
         if step and self._metrics.path.exists():
-            records = self._metrics.read()
-            self._num_tokens_seen = records[-1].get("num_tokens_seen", 0) if records else 0
+            seen = [
+                record["num_tokens_seen"] for record in self._metrics.read() if "num_tokens_seen" in record
+            ]
+            self._num_tokens_seen = seen[-1] if seen else 0
 
     def _finish(self) -> None:
         records = self._metrics.read() if self._metrics.path.exists() else []
@@ -237,6 +243,7 @@ class ChunkCallback(TrainerCallback):
             return
         picture = self._metrics.path.with_name("training.png")
         draw(records, picture)
+        records = [record for record in records if "loss" in record] or records
         self._say(f"{_summary(records)}; {self._metrics.path} and {picture.name}")
 
     def _take_time(self) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 from torch import distributed
 
+from chunkdist.train.ranks import num_launched_ranks
+
 _FIRST, _HEARD, _WAITED = "chunkdist/first_failure", "chunkdist/heard", "chunkdist/waited"
 _LINGER_S = 5.0
 """How long the rank that holds the store waits for the others, and how long a dead process is looked for."""
@@ -33,7 +35,22 @@ _LATE = "Timed out waiting"
 
 
 class RankFailure(RuntimeError):
-    """Another rank failed first; the message names it and says why."""
+    """Another rank failed first; the message names it and says why.
+
+    Attributes:
+        speaks: Whether this rank is to say it: one on each machine, but not one that is gone.
+    """
+
+    def __init__(self, message: str, *, speaks: bool = False) -> None:
+        super().__init__(message)
+        self.speaks = speaks
+
+
+def speaks_here(error: object) -> bool:
+    """Whether this process says what has gone wrong, so that a machine says it once. A process without peers
+    always does, whatever rank a stale environment gives it."""
+    is_first = os.environ.get("LOCAL_RANK") in (None, "", "0") or num_launched_ranks() == 1
+    return is_first or bool(getattr(error, "speaks", False))
 
 
 class FailureWatch:
@@ -80,7 +97,14 @@ class FailureWatch:
             return None
         if first.partition(" failed: ")[2] == _one_line(error):
             return None  # all ranks have found the same fault
-        return RankFailure(first)
+        return RankFailure(first, speaks=self._is_first_here())
+
+    def _is_first_here(self) -> bool:
+        """Whether all lower ranks of this machine are gone."""
+        lower = [
+            pid for rank, (pid, host) in self._processes.items() if rank < self._rank and host == self._host
+        ]
+        return not any(map(_is_running, lower))
 
     def leave(self) -> None:
         """The rank that holds the store leaves last. Called when the process group has been destroyed."""

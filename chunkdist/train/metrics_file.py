@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a logged optimizer step, and the picture that is made from it.
+"""`metrics.jsonl`: one JSON object a logged optimizer step and one an evaluation, and the picture of them.
 
 What always holds: every line is whole, also when the disk fills up in the middle of one, and no step is there
 twice, also when a run goes on from a checkpoint older than its last line.
@@ -64,12 +64,13 @@ class MetricsFile:
                 raise
 
     def read(self) -> list[Record]:
-        """The records, by step. A line that is none (a process was killed while writing it) is skipped."""
+        """The records, one a step with its evaluation's figures. A line that is none (of a process that was
+        killed while writing) is skipped."""
         records: dict[int, Record] = {}
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
-                records[int(record["step"])] = record
+                records.setdefault(int(record["step"]), {}).update(record)
             except (ValueError, TypeError, KeyError):
                 continue
         return [records[step] for step in sorted(records)]

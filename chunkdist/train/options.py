@@ -9,14 +9,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_type_hints
 
-import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from chunkdist.config import ChunkConfig
 from chunkdist.data.samples import LongSamples
 from chunkdist.train.chunk_options import ChunkArguments, option
+from chunkdist.train.deepspeed_options import check_at_odds, check_deepspeed
+from chunkdist.train.faults import asked_by
+from chunkdist.train.needed_packages import check_packages, usable_attention
+from chunkdist.train.option_names import OLD_NAMES
+from chunkdist.train.option_rules import bool_or_word, check_values, is_bool_or_word
 from chunkdist.train.ranks import (
     allow_fsdp,
     launcher_wants_fsdp,
@@ -26,8 +30,11 @@ from chunkdist.train.ranks import (
     tell_ranks,
 )
 from chunkdist.train.refuse_options import check_pipeline
+from chunkdist.train.roll_call import check_launch, meet
+from chunkdist.train.streaming import check_streaming
 from chunkdist.train.trainers.shrinking import check_shrinking
 from chunkdist.train.trainers.streams import check_packing
+from chunkdist.train.yaml_options import read_yaml
 
 
 @dataclass
@@ -65,7 +72,16 @@ class TrainArguments(SFTConfig):
         "1", "Forwards that a stage is ahead of the next one; 2: a smaller bubble, more graphs. auto: chosen."
     )
 
+    enable_jit_checkpoint: bool = option(
+        True,
+        "SIGTERM and SIGINT save a checkpoint when the step ends, and the run leaves with exit status 75; a "
+        "second signal ends it at once. false: they end it without saving.",
+    )
+
     def __post_init__(self) -> None:
+        if self.report_to is None:
+            self.report_to = "none"  # transformers (5.23) would look for a tracker named None
+        store = meet(self.ddp_timeout_delta)  # noqa: F841  # until the process group is made
         if self.deepspeed:
             skip_shm_build()
         elif needs_gloo():
@@ -94,6 +110,11 @@ class ModelArguments(ModelConfig):
         "Draw the weights from the model's config instead of loading them; model_name_or_path then is a "
         "folder (or a name on the Hub) with config.json and a tokenizer.",
     )
+    allow_missing_weights: bool = option(
+        False,
+        "Train from a model whose files and config.json differ: weights that the files lack are drawn at "
+        "random, others are left out. What they are is said.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +134,12 @@ class OptionParser(TrlParser):
     def __init__(self) -> None:
         types = (ChunkArguments, DataArguments, TrainArguments, ModelArguments, DatasetMixtureConfig)
         super().__init__(types, allow_abbrev=False)  # type: ignore[arg-type]  # TRL's annotation is a string
+        self._from_yaml: set[str] = set()
+        hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
+        for action in self._actions:
+            # argparse has one type an option: where that is bool, all words are refused.
+            if action.dest == "fsdp" or is_bool_or_word(hints.get(action.dest)):
+                action.type = bool_or_word
 
     def parse(self, arguments: Sequence[str] | None = None) -> TrainingOptions:
         """The options of a command line, `--config FILE.yaml` among them.
@@ -123,12 +150,10 @@ class OptionParser(TrlParser):
         given = [part for argument in (arguments or []) for part in _split_config(argument)]
         if "--config" in given:
             _check_yaml(given[given.index("--config") + 1 : given.index("--config") + 2])
-        try:
+        with asked_by():  # what only a dataclass notices
             *parsed, from_yaml, from_command_line = self.parse_args_and_config(
                 given, return_remaining_strings=True, separate_remaining_strings=True
             )
-        except TypeError as error:  # a value of a wrong kind that only a dataclass notices
-            raise ValueError(f"an option has a value of a wrong kind: {error}") from error
         if "--config" in from_command_line:
             self.error("--config is given twice: write it once (`make train CONFIG=FILE`)")
         for unknown in [*from_yaml[::2], *(part for part in from_command_line if part.startswith("-"))]:
@@ -138,8 +163,19 @@ class OptionParser(TrlParser):
         chunk, data, training, model, mixture = parsed
         return TrainingOptions(chunk=chunk, data=data, training=training, model=model, mixture=mixture)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but values are checked before dataclasses are made of them."""
+        values, unknown = super().parse_known_args(args, namespace)
+        words = [argument.split("=")[0] for argument in args or [] if argument.startswith("--")]
+        options = self._option_string_actions
+        given = self._from_yaml | {options[word].dest for word in words if word in options}
+        check_values(values, given, self.dataclass_types)
+        check_deepspeed(values)
+        return values, unknown
+
     def set_defaults_with_config(self, **values: Any) -> list[str]:
         """As TRL's, but values of a YAML file pass the checks that values of the command line pass."""
+        self._from_yaml = set(values)
         actions = {action.dest: action for action in self._actions}
         for key, value in values.items():
             if key in actions:
@@ -153,9 +189,11 @@ class OptionParser(TrlParser):
     def _checked(self, action: argparse.Action, key: str, value: Any) -> Any:
         if value is None or isinstance(value, dict) or (isinstance(value, list) and action.nargs is None):
             return value
+        if value is False and "no" in (action.choices or ()):
+            return "no"  # YAML reads an unquoted no as false
         values = value if isinstance(value, list) else [value]
         values = [str(element).lower() if isinstance(element, bool) else element for element in values]
-        if any(isinstance(element, (list, dict)) for element in values):
+        if any(element is None or isinstance(element, (list, dict)) for element in values):
             return value
         try:
             checked = [self._get_value(action, str(element)) for element in values]
@@ -168,12 +206,15 @@ class OptionParser(TrlParser):
     def _nearest(self, unknown: str) -> str:
         known = sorted({option.lstrip("-").replace("-", "_") for option in self._option_string_actions})
         name = unknown.split("=")[0].lstrip("-").replace("-", "_")
+        if name in OLD_NAMES:
+            return f": {OLD_NAMES[name]}"
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         return f": did you mean {close[0]!r}?" if close else ": --help lists those that there are"
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> TrainingOptions:
     """The options of this process's command line, or of `arguments`."""
+    check_launch()
     return OptionParser().parse(sys.argv[1:] if arguments is None else arguments)
 
 
@@ -216,10 +257,7 @@ def check_options(options: TrainingOptions, *, will_train: bool = True) -> Chunk
             "dataset with "
             "input_ids and labels is taken as it is"
         )
-    if data.dataset_streaming or options.mixture.streaming:
-        raise ValueError(
-            "dataset_streaming=True: samples that stream cannot be checked before training; write false"
-        )
+    check_streaming(options)
     output = Path(training.output_dir or ".")
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir={str(output)!r} is a file: write the name of a folder")
@@ -246,8 +284,15 @@ def check_options(options: TrainingOptions, *, will_train: bool = True) -> Chunk
         raise ValueError("load_in_4bit=True needs bitsandbytes: pip install 'chunkdist[qlora]'")
     if will_train and training.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
         raise ValueError("use_liger_kernel=True needs Liger's kernels: pip install liger-kernel")
-    if training.max_length is not None and training.max_length < 2:
-        raise ValueError(f"max_length={training.max_length} leaves no token to predict: write at least 2")
+    check_at_odds(training)
+    if will_train:
+        check_packages(training)
+        usable_attention(model.attn_implementation, is_chunked=chunk_config is not None)
+    if will_train and training.activation_offloading and training.device.type == "cpu":
+        raise ValueError(
+            "activation_offloading=True without an accelerator has nowhere to take activations from: write "
+            "false"
+        )
     return chunk_config
 
 
@@ -259,14 +304,4 @@ def _split_config(argument: str) -> list[str]:
 def _check_yaml(after_config: list[str]) -> None:
     if not after_config:
         raise ValueError("--config is followed by nothing: write the name of a YAML file")
-    path = Path(after_config[0])
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise ValueError(f"--config {path} cannot be read: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path} holds no options: write 'name: value' lines")
-    unnamed = [key for key in content if not isinstance(key, str)]
-    if unnamed:
-        raise ValueError(f"--config {path}: {unnamed[0]!r} is no option's name")
+    read_yaml(Path(after_config[0]))

@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from chunkdist.sharding.sequence import refuse_parallelism_config
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -127,6 +129,7 @@ def check_engine(args: TrainingArguments) -> None:
         ValueError: names both settings.
     """
     deepspeed = getattr(args, "hf_deepspeed_config", None)
+    refuse_parallelism_config(getattr(args, "parallelism_config", None), deepspeed)
     if (
         deepspeed is not None
         and deepspeed.is_zero3()

@@ -1,15 +1,14 @@
 """chunkdist's tiled loss in the place of TRL's fused head, with the figures that TRL logs.
 
-TRL's `SFTTrainer` (1.16) asks a model for `fused_lm_head=True` and takes sums of what it gets for each token.
-Its head keeps copies of all hidden states in fp32; chunkdist's keeps none, runs tile by tile, and its
-gradient is ready when its backward begins.
+TRL's `SFTTrainer` (1.16) asks a model for `fused_lm_head=True`, takes the sum of what it gets for each token,
+and divides it itself. Its head keeps copies of all hidden states in fp32; chunkdist's keeps none, runs tile
+by tile, and its gradient is ready when its backward begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
 from chunkdist.data.streams import NO_LABEL
+from chunkdist.engine.method import method_like
 from chunkdist.loss.lazy_logits import tiled_head
 from chunkdist.loss.token_metrics import token_figures
 from chunkdist.models.layers import causal_lm_of
@@ -29,28 +29,37 @@ def install_tiled_loss(model: nn.Module, args: Any) -> None:
     if args.loss_type != "nll" or args.label_smoothing_factor or tiled_head(causal_lm) is None:
         return
     inner = causal_lm.forward
-    own = getattr(inner, "__func__", inner)
-    causal_lm.forward = MethodType(wraps(own)(partial(_forward, inner)), causal_lm)
+    # torch.compile leaves it alone; without that, dynamo asks for its file, and a partial has none (2.13)
+    call = torch.compiler.disable(partial(_forward, inner))
+    causal_lm.forward = method_like(inner, call, causal_lm)
 
 
 def _forward(
-    inner: Callable[..., Any], model: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any
+    inner: Callable[..., Any],
+    model: Any,
+    *args: Any,
+    fused_lm_head: bool = False,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Any,
 ) -> Any:
+    """As TRL's own: `loss` is a mean, or the sum divided by `num_items_in_batch`."""
     labels: Tensor | None = kwargs.get("labels")
-    if not fused_lm_head or labels is None:
+    if not fused_lm_head or labels is None or tiled_head(model) is None:
+        if num_items_in_batch is not None:
+            kwargs["num_items_in_batch"] = num_items_in_batch
         return inner(*args, fused_lm_head=fused_lm_head, **kwargs)
-    kwargs.pop("num_items_in_batch", None)
     with token_figures() as figures:
-        loss = inner(*args, **kwargs, num_items_in_batch=1).loss
+        negative_sum = inner(*args, **kwargs, num_items_in_batch=1).loss
     shifted = kwargs.get("shift_labels")
     mask = (labels[:, 1:] if shifted is None else shifted) != NO_LABEL
     entropy, num_correct = (
-        torch.as_tensor(x, device=loss.device) for x in (figures.entropy, figures.num_correct)
+        torch.as_tensor(x, device=negative_sum.device) for x in (figures.entropy, figures.num_correct)
     )
+    num_items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     # Sums where TRL has a number for each token: it sums them.
     return FusedCausalLMOutput(
-        loss=loss,
-        log_probs=-loss,
+        loss=negative_sum / torch.as_tensor(num_items, device=negative_sum.device),
+        log_probs=-negative_sum,
         entropy=entropy,
         log_sum_sq_probs=None,
         mean_logits=None,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,26 +10,12 @@ import torch
 from chunkdist.attention.cpu_flash import CpuFlashBackend
 from chunkdist.bench import attention
 from chunkdist.bench.attention import Case
-
-
-def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "cases", lambda *sizes: CASES)
-    file = tmp_path / "attention.json"
-    assert attention.main(["--smoke", "--json", str(file)]) == 0
-    result = json.loads(file.read_text())
-    rows = {(row["backend"], row["dtype"], row["name"]): row for row in result["rows"]}
-    for dtype in ("float32", "bfloat16"):
-        assert rows["cpu_flash", dtype, "prefix"]["passed"]
-        assert "window" in rows["cpu_flash", dtype, "window"]["why_not"]
-        assert rows["math", dtype, "window"]["passed"]
-    assert {row["backend"] for row in result["rates"]} == {"cpu_flash", "math"}
-    assert "varlen" in capsys.readouterr().out
-
+from chunkdist.bench.options import parser_of
+from chunkdist.bench.run import Run
 
 CASES = [
-    Case(name="prefix", num_queries=13, num_before=7, num_heads=4, num_kv_heads=2, head_dim=8),
-    Case(name="segments", num_queries=13, num_before=7, num_heads=2, num_kv_heads=2, num_segments=3),
-    Case(name="window", num_queries=13, num_before=7, num_heads=2, num_kv_heads=2, window=4),
+    Case(case="prefix", num_queries=13, num_before=7, num_heads=4, num_kv_heads=2, head_dim=8),
+    Case(case="first", num_queries=13, num_heads=2, num_kv_heads=2, head_dim=8),
 ]
 
 
@@ -48,20 +32,12 @@ def test_a_wrong_backend_fails_and_is_not_timed(fault: str) -> None:
             dq = super().backward(*args)
             return dq * 0.98 if fault == "gradient too small" else dq
 
-    result = attention.measure(
-        [Wrong()],
-        CASES[:2],
-        CASES[:1],
-        device="cpu",
-        dtypes=[torch.bfloat16],
-        num_calls=1,
-        write=lambda found: None,
-    )
-    assert not result["passed"]
-    assert result["rates"] == []
+    run = Run(parser_of("attention", ""), ["--smoke"])
+    assert not attention.measure([Wrong()], CASES, CASES[:1], run, [torch.bfloat16])
+    assert not any("forward_flops" in row for row in run.rows)
 
 
-def test_pairs_are_counted_with_window_and_segments() -> None:
-    assert Case(name="", num_queries=4, num_before=2).num_pairs() == 3 + 4 + 5 + 6
-    assert Case(name="", num_queries=4, num_before=2, window=4).num_pairs() == 3 + 4 + 4 + 4
-    assert Case(name="", num_queries=5, num_before=2, num_segments=2).num_pairs() == 3 + 4 + 1 + 2 + 3
+def test_the_exit_status_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    for passed, status in ((True, 0), (False, 1)):
+        monkeypatch.setattr(attention, "measure", lambda *args, passed=passed: passed)
+        assert attention.main(["--smoke"]) == status

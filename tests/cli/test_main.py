@@ -62,6 +62,32 @@ class TestCheck:
         assert main(["check", str(config)]) == 1
         assert "gradient check FAILED" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("fault", ["a hook", "labels of padding"])
+    def test_what_cannot_be_chunked_is_status_2(
+        self, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: str
+    ) -> None:
+        """What users put into their model, or their batch, without which chunks would be exact."""
+        check = chunkdist.check.gradients.check_gradients
+
+        def steer(module: Any, args: Any, output: Any) -> Any:
+            return torch.cat([output[:, :-1], output[:, -1:] + 1], 1)
+
+        def faulty(model: Any, batch: dict[str, Any], chunk_config: ChunkConfig) -> Any:
+            if fault == "a hook":
+                model.model.layers[1].mlp.register_forward_hook(steer)
+            else:
+                batch = {**batch, "labels": batch["input_ids"]}
+                batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+                batch["attention_mask"][:, 3:] = 0
+            return check(model, batch, chunk_config)
+
+        monkeypatch.setattr(chunkdist.check.gradients, "check_gradients", faulty)
+        assert main(["check", str(config)]) == 2
+        words = {"a hook": "looks at other tokens", "labels of padding": "labels of padding"}[fault]
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert lines[-1].startswith("chunkdist: ")
+        assert words in lines[-1]
+
     @pytest.mark.parametrize(
         ("options", "words"),
         [
@@ -108,7 +134,7 @@ class TestBench:
 
     def test_every_name_has_a_module_and_every_module_a_name(self) -> None:
         folder = Path(chunkdist.bench.__file__).parent
-        programs = {file.stem for file in folder.glob("*.py") if "__main__" in file.read_text()}
+        programs = {file.stem for file in folder.glob("*.py") if "\ndef main(" in file.read_text()}
         assert programs == {name.replace("-", "_") for name in BENCHMARKS}
 
     def test_options_go_to_the_benchmark(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

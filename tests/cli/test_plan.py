@@ -8,9 +8,20 @@ from typing import Any
 
 import pytest
 
-from chunkdist.bench.plan import MODELS
+from chunkdist.bench.models import LLAMA_3_8B
 from chunkdist.cli.main import main
 
+LLAMA_8B = {"model_type": "llama", **LLAMA_3_8B}
+LLAMA_1B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 
 
@@ -43,9 +54,9 @@ def test_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("llama3-8b-lora-24gb", MODELS["Llama-3-8B"]),
-        ("llama3-8b-qlora-24gb", MODELS["Llama-3-8B"]),
-        ("llama3.2-1b-full-24gb", MODELS["Llama-3.2-1B"]),
+        ("llama3-8b-lora-24gb", LLAMA_8B),
+        ("llama3-8b-qlora-24gb", LLAMA_8B),
+        ("llama3.2-1b-full-24gb", LLAMA_1B),
     ],
 )
 def test_presets_fit_on_their_card(

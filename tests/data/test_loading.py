@@ -3,14 +3,18 @@ sample."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
 
-from chunkdist.data.loading import is_conversational, load_splits, pick_split, sample_kind
+from chunkdist.data.loading import is_conversational, load_mixture, load_splits, pick_split, sample_kind
 
 ROWS = [{"text": "one"}, {"text": "two"}]
 
@@ -24,16 +28,64 @@ def kind_of(rows: list[dict[str, Any]]) -> str:
     return sample_kind(Dataset.from_list(rows), text_field="text", name="it")
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
-def test_a_file_is_one_train_split(tmp_path: Path, ending: str) -> None:
-    path = tmp_path / f"data{ending}"
-    if ending == ".parquet":
-        Dataset.from_list(ROWS).to_parquet(path)
-    elif ending == ".json":
-        path.write_text(json.dumps(ROWS))
-    else:
-        jsonl(path, *ROWS)
-    assert load_splits(str(path))["train"].to_list() == ROWS
+CONTENTS = {
+    ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+    ".json": json.dumps(ROWS),
+    ".csv": "text\none\ntwo\n",
+    ".tsv": "text\none\ntwo\n",
+    ".txt": "one\ntwo\n",
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("compression", ["", ".gz", ".bz2", ".xz"])
+@pytest.mark.parametrize("ending", CONTENTS)
+def test_a_file_is_one_train_split(tmp_path: Path, ending: str, compression: str, streaming: bool) -> None:
+    path = tmp_path / f"data{ending}{compression}"
+    compress = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[compression]
+    path.write_bytes(compress(CONTENTS[ending].encode()))
+    assert list(load_splits(str(path), streaming=streaming)["train"]) == ROWS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_and_cells_between_tabs(tmp_path: Path, streaming: bool) -> None:
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "data.parquet")
+    assert list(load_splits(str(tmp_path / "data.parquet"), streaming=streaming)["train"]) == ROWS
+    (tmp_path / "data.tsv").write_text("prompt\tcompletion\na, b\tc\n")
+    cells = list(load_splits(str(tmp_path / "data.tsv"), streaming=streaming)["train"])
+    assert cells == [{"prompt": "a, b", "completion": "c"}]
+
+
+def test_files_of_several_datasets_are_looked_at(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    broken = jsonl(tmp_path / "broken.jsonl", ROWS[0], "{\n")
+
+    def load(*files: Any) -> Any:
+        from trl import DatasetMixtureConfig, get_dataset
+
+        parts: list[Any] = [{"path": "json", "data_files": names} for names in files]
+        mixture = DatasetMixtureConfig(datasets=parts)
+        return load_mixture(lambda: get_dataset(mixture), mixture.datasets)
+
+    whole = jsonl(tmp_path / "whole.jsonl", *ROWS)
+    assert load(whole, [whole])["train"].to_list() == ROWS * 2
+    with pytest.raises(ValueError, match=r"pipe\.jsonl is a pipe"):
+        load(whole, {"train": [str(tmp_path / "pipe.jsonl")]})
+    with pytest.raises(ValueError, match=r"broken\.jsonl, line 2: not JSON"):
+        load(broken)
+    with pytest.raises(ValueError, match="datasets cannot be read: "):
+        load(str(tmp_path / "absent.jsonl"))
+
+
+def test_a_package_that_a_compression_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from chunkdist.data import files
+
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "data.jsonl.zst").write_bytes(b"something")
+    with pytest.raises(
+        ValueError, match=r"data\.jsonl\.zst needs a package to be read: pip install zstandard"
+    ):
+        load_splits(str(tmp_path / "data.jsonl.zst"))
 
 
 def test_folders_of_files_and_of_save_to_disk(tmp_path: Path) -> None:
@@ -70,9 +122,12 @@ def test_files_that_are_no_datasets(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="is empty"):
         load_splits(str(tmp_path / "empty.jsonl"))
-    (tmp_path / "it.csv").write_text("a,b\n")
-    with pytest.raises(ValueError, match=r"\.csv file: write \.jsonl"):
-        load_splits(str(tmp_path / "it.csv"))
+    (tmp_path / "it.pdf").write_text("a,b\n")
+    with pytest.raises(ValueError, match=r"\.pdf file: write \.jsonl"):
+        load_splits(str(tmp_path / "it.pdf"))
+    (tmp_path / "header.csv").write_text("text\n")
+    with pytest.raises(ValueError, match=r"header\.csv has no samples"):
+        load_splits(str(tmp_path / "header.csv"))
     (tmp_path / "broken.parquet").write_text("PAR0")
     with pytest.raises(ValueError, match=r"broken\.parquet cannot be read as parquet"):
         load_splits(str(tmp_path / "broken.parquet"))
@@ -116,8 +171,8 @@ def test_kinds() -> None:
     assert kind_of([{"prompt": "a", "completion": "b"}]) == "prompt_completion"
     assert kind_of([{"input_ids": [1, 2]}]) == "tokens"
     pairs = Dataset.from_list([{"prompt": message, "completion": message}])
-    assert is_conversational(pairs, "prompt_completion")
-    assert not is_conversational(Dataset.from_list([{"prompt": "a", "completion": "b"}]), "prompt_completion")
+    assert is_conversational(pairs[0], "prompt_completion")
+    assert not is_conversational({"prompt": "a", "completion": "b"}, "prompt_completion")
 
 
 def test_samples_that_cannot_be_used() -> None:

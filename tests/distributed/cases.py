@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
-from chunkdist.bench.sharding_ranks import RELEASED
+from chunkdist.bench.sharding import RELEASED
 from chunkdist.train.ranks import skip_shm_build
 from tests.helpers.hybrids import model_of
 from tests.helpers.models import batch, tiny_llama, with_lora

@@ -151,6 +151,24 @@ def train_and_die(death: Death, step: int, dying: tuple[int, ...], engine: str, 
         setattr(CheckedSFTTrainer, name, real)
 
 
+def train_and_be_told(step: int, told: tuple[int, ...], engine: str, arguments: list[str]) -> int:
+    """As `train`, but some ranks are sent a SIGTERM in step `step`."""
+    from chunkdist.train.build import CheckedSFTTrainer
+
+    real = CheckedSFTTrainer.training_step
+
+    def tell(self: Any, *given: Any, **values: Any) -> Any:
+        if self.state.global_step + 1 == step and distributed.get_rank() in told:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *given, **values)
+
+    CheckedSFTTrainer.training_step = tell  # type: ignore[method-assign]
+    try:
+        return train(engine, arguments)
+    finally:
+        CheckedSFTTrainer.training_step = real  # type: ignore[method-assign]
+
+
 def master_dtypes(engine: str, arguments: list[str]) -> set[str]:
     """As `train`; the dtypes of what the optimizer updates, and of its states."""
     from chunkdist.train.build import CheckedSFTTrainer

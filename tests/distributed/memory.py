@@ -8,9 +8,9 @@ import torch
 from torch import distributed, nn
 
 from chunkdist import ChunkConfig, chunk_model
-from chunkdist.bench.sharding_ranks import RELEASED
+from chunkdist.bench.sharding import RELEASED
+from chunkdist.memory import LiveBytes
 from chunkdist.memory.estimate import estimate_memory
-from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.sharded import Engine
 from tests.distributed.cases import Case, shard_fsdp2

@@ -14,7 +14,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
-from chunkdist.train.failures import FailureWatch, RankFailure, named_failures
+from chunkdist.train.failures import FailureWatch, RankFailure, named_failures, speaks_here
 from tests.distributed.cases import Case, build, chunk_config, deepspeed_engine, micro_batches
 from tests.distributed.ranks import RankError, Ranks
 
@@ -120,15 +120,18 @@ def be_killed(rank: int) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(RankFailure) as failure, named_failures(watch):
         distributed.all_reduce(torch.ones(1))
+    assert speaks_here(failure.value)
     return str(failure.value)
 
 
-def test_a_rank_that_is_killed_is_named() -> None:
-    ranks = Ranks(2, may_die=(1,))
-    said, of_the_killed = ranks.run(be_killed, 1)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_is_named(rank: int) -> None:
+    """And by one that lives: rank 0, which says such things, may be the one."""
+    ranks = Ranks(2, may_die=(rank,))
+    said = ranks.run(be_killed, rank)
     ranks.stop()
-    assert of_the_killed is None
-    assert re.fullmatch(r"rank 1 is gone \(process \d+ was killed, or has crashed\)", said)
+    assert said[rank] is None
+    assert re.fullmatch(rf"rank {rank} is gone \(process \d+ was killed, or has crashed\)", said[1 - rank])
 
 
 def come_late(rank: int) -> str | None:

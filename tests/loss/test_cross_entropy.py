@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, PreT
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.loss import cross_entropy as loss
 from chunkdist.loss.cross_entropy import linear_cross_entropy
-from chunkdist.loss.lazy_logits import LazyLogits, lazy_logits
+from chunkdist.loss.lazy_logits import lazy_logits
 from tests.helpers.models import VOCAB_SIZE, batch, gradients, largest_difference, tiny_llama
 
 NUM_TOKENS = 40
@@ -107,37 +107,6 @@ def test_the_logits_of_the_sequence_never_exist(monkeypatch: pytest.MonkeyPatch)
         sizes[name] = largest.num_elements
     assert sizes["plain"] >= vocab_size * num_tokens
     assert sizes["chunked"] == vocab_size * 32, "a tile; the head's weight has as many elements"
-
-
-def test_logits_that_somebody_asks_for() -> None:
-    model, inputs = chunk_model(tiny_llama(), ChunkConfig(chunk_size=16)), batch()
-    logits = model(**inputs).logits
-    assert isinstance(logits, LazyLogits)
-    assert (logits.shape, logits.dtype) == ((1, 37, VOCAB_SIZE), torch.float64)
-    truth = tiny_llama()(**inputs, use_cache=False).logits
-    torch.testing.assert_close(logits[:, -1], truth[:, -1])
-    torch.testing.assert_close((logits / 2).float().tanh().sum(), (truth / 2).float().tanh().sum())
-    grads = torch.autograd.grad(logits.sum(), model.lm_head.weight)
-    torch.testing.assert_close(
-        grads[0][0], model.model(input_ids=inputs["input_ids"]).last_hidden_state.sum((0, 1))
-    )
-    assert not isinstance(model(input_ids=inputs["input_ids"]).logits, LazyLogits), "no labels, no laziness"
-
-
-def test_engines_that_look_at_the_logits_do_not_compute_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed asks each output for its node, and passes it through a function that detaches it."""
-    model = chunk_model(tiny_llama(), ChunkConfig(chunk_size=16))
-    logits = model(**batch()).logits
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            LazyLogits, "compute", lambda self: pytest.fail("the logits of the whole sequence exist")
-        )
-        assert logits.grad_fn is None
-        assert not logits.requires_grad
-        detached = logits.detach() * 2
-        assert isinstance(detached, LazyLogits)
-    assert not detached.sum().requires_grad
-    torch.testing.assert_close(detached.sum(), 2 * logits.sum())
 
 
 def test_a_loss_of_the_models_own_gets_its_logits() -> None:

@@ -99,7 +99,7 @@ def test_sees_positions_counted_inside_a_layer(monkeypatch: pytest.MonkeyPatch) 
 def test_sees_segments_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "chunkdist.stream.from_inputs._starts_from_positions",
-        lambda position_ids, num_rows: ((0,),) * num_rows,
+        lambda position_ids, is_part, num_rows: ((0,),) * num_rows,
     )
     record = run_class("LlamaForCausalLM")
     assert record.outcome == "wrong"

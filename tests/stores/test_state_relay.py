@@ -274,7 +274,7 @@ class TestProbe:
 
     def test_a_known_class_is_not_probed(self) -> None:
         model = chunk_model(tiny_model("Qwen3_5ForCausalLM"), ChunkConfig(chunk_size=7))
-        assert model._chunkdist_model.context.check_layer is None  # type: ignore[attr-defined]
+        assert model._chunkdist_model.additions.probe is None  # type: ignore[attr-defined]
 
     def test_another_version_of_transformers_is_not_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(probe, "TRANSFORMERS_VERSION", "5.24.0")

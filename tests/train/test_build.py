@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,6 @@ from chunkdist.train.build import (
     check_blocker,
     chunk_trainer,
     first_batch,
-    wandb_offline_without_key,
 )
 from chunkdist.train.options import TrainingOptions, parse_options
 from chunkdist.train.saving import UNFINISHED, DiskFullError, save_model
@@ -228,26 +226,6 @@ def test_saving_without_weights_is_an_error(tiny_model: Path, monkeypatch: pytes
     )  # what a sharded save may come to
     with pytest.raises(RuntimeError, match="no weights were gathered"):
         save_model(trainer)
-
-
-def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-    def mode() -> str | None:
-        monkeypatch.setenv("WANDB_MODE", "")
-        wandb_offline_without_key()
-        return os.environ["WANDB_MODE"] or None
-
-    assert mode() == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert mode() is None
-    monkeypatch.delenv("WANDB_API_KEY")
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
-    assert mode() is None
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert mode() == "offline"
 
 
 def test_only_the_first_process_prints(

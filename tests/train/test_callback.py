@@ -157,10 +157,9 @@ class TestFigures:
 
         monkeypatch.setattr(trainer, what, slow)
         trainer.train()
-        records = lines(tmp_path)
+        records = [record for record in lines(tmp_path) if "eval_loss" not in record]
         assert [record["num_tokens_seen"] for record in records] == [40, 80, 120, 160]
         assert max(record["step_time_s"] for record in records[1:]) < 1
-        assert not any("eval_loss" in record for record in records)
 
     def test_a_plain_model_has_the_same_figures(self, tmp_path: Path) -> None:
         trainer_of(tmp_path / "plain", config=None).train()
@@ -388,6 +387,28 @@ class TestResume:
         trainer_of(tmp_path, max_steps=2).train()
         assert [record["step"] for record in lines(tmp_path)] == [1, 2]
         assert len((tmp_path / "metrics.previous.jsonl").read_text().splitlines()) == 3
+
+
+class TestEvaluation:
+    def test_its_figures_have_lines_of_their_own(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        settings = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 3, "eval_on_start": True}
+        trainer = trainer_of(tmp_path, **settings)
+        trainer.train()
+        found = [(record["step"], "loss" in record, "eval_loss" in record) for record in lines(tmp_path)]
+        assert found == [(0, False, True), (2, False, True), (3, True, False), (4, False, True)]
+        logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert [record["eval_loss"] for record in lines(tmp_path) if "eval_loss" in record] == logged
+        assert "chunkdist: 3 steps, 120 tokens" in capsys.readouterr().out
+
+    def test_tokens_are_counted_on_after_a_line_that_has_none(self, tmp_path: Path) -> None:
+        settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+        trainer_of(tmp_path, **settings).train()
+        trainer_of(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        records = MetricsFile(tmp_path / "metrics.jsonl").read()
+        assert [record["num_tokens_seen"] for record in records] == [40, 80, 120, 160]
+        assert [record["step"] for record in records if "eval_loss" in record] == [2, 4]
 
 
 class TestFaults:

@@ -12,7 +12,7 @@ from trl.trainer import utils
 from chunkdist.train.build import build_trainer, chunk_trainer
 from chunkdist.train.options import parse_options
 from tests.helpers.planted_memory import memory_for
-from tests.helpers.tiny_run import command_line, make_model_folder
+from tests.helpers.tiny_run import command_line, make_model_folder, write_rows
 
 ROWS = [{"input_ids": [(7 * n + 3 * i) % 200 for i in range(length)]} for n, length in enumerate((40, 23))]
 
@@ -62,9 +62,76 @@ def test_another_loss_stays_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         figures_of(trainer_of(tmp_path, loss_type="dft"))
 
 
+def test_with_torch_compile(tmp_path: Path) -> None:
+    """The chunked model is left as it is, and the loss with it."""
+    losses = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = trainer_of(tmp_path, logging_steps=1, **options)
+        trainer.train()
+        losses.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
+    assert len(losses[0]) == 2
+    assert losses[1] == losses[0]
+
+
 def test_a_loss_that_runs_out_of_memory_runs_again(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, oom="shrink", chunk_size=128)
     with memory_for(0, "loss") as refused:
         trainer.train()
     assert len(refused) == 1
     assert trainer.state.global_step == 2
+
+
+UNEVEN = [{"input_ids": [(5 * n + 3 * i) % 200 for i in range(9 + 11 * (n % 5))]} for n in range(12)]
+
+
+def run_of(folder: Path, **values: Any) -> dict[str, Any]:
+    """Three steps of two micro-batches each: what is logged, weights, and `outputs.loss` of each forward."""
+    if not (folder / "model").exists():
+        make_model_folder(folder / "model")
+    given = {"report_to": "none", "chunk_check": False, "per_device_train_batch_size": 2, **values}
+    given |= {"gradient_accumulation_steps": 2, "max_steps": 3, "optim": "sgd"}
+    (folder / "both").mkdir(exist_ok=True)
+    for split, rows in (("train", UNEVEN), ("test", UNEVEN[1:6])):
+        write_rows(folder / "both" / f"{split}.jsonl", rows)
+    given |= {"dataset_name": folder / "both", "eval_strategy": "steps", "eval_steps": 1}
+    trainer, config = build_trainer(parse_options(command_line(folder / "model", [], **given)))
+    chunk_trainer(trainer, config)
+    seen: list[float] = []
+    trainer.model.register_forward_hook(lambda model, inputs, outputs: seen.append(outputs.loss.item()))
+    trainer.train()
+    names = ("loss", "grad_norm", "eval_loss", "entropy", "mean_token_accuracy", "eval_entropy")
+    logged = [[row[name] for name in names if name in row] for row in trainer.state.log_history[:-1]]
+    return {"outputs": seen, "logged": logged, "weights": [p.detach() for p in trainer.model.parameters()]}
+
+
+def test_a_run_is_trls_step_for_step(tmp_path: Path) -> None:
+    expected, found = run_of(tmp_path, chunk_method="none"), run_of(tmp_path)
+    assert len(expected["outputs"]) > 6
+    torch.testing.assert_close(found["outputs"], expected["outputs"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["logged"], expected["logged"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["weights"], expected["weights"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [{}, {"num_items_in_batch": torch.tensor(50)}, {"num_items_in_batch": 7}])
+def test_outputs_loss_is_trls(tmp_path: Path, given: dict[str, Any]) -> None:
+    results = []
+    for method in ("none", "seco"):
+        trainer = trainer_of(tmp_path, chunk_method=method)
+        trainer.model.train()
+        batch = next(iter(trainer.get_train_dataloader()))
+        outputs = trainer.model(**batch, **given, use_cache=False, fused_lm_head=True)
+        outputs.loss.backward()
+        norm = torch.stack([p.grad.norm() for p in trainer.model.parameters()])
+        results.append((outputs.loss.item(), norm, outputs.label_mask))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-7)
+
+
+def test_a_hook_on_the_output_layer_is_passed_over_as_trl_does(tmp_path: Path) -> None:
+    """TRL's head never calls the output layer."""
+    results = []
+    for method in ("none", "seco"):
+        trainer = trainer_of(tmp_path, chunk_method=method)
+        trainer.model.lm_head.register_forward_hook(lambda module, inputs, logits: logits * 3)
+        results.append(figures_of(trainer)[:2])
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    assert results[1][1]["entropy"] == pytest.approx(results[0][1]["entropy"], rel=1e-5)

@@ -1,0 +1,54 @@
+"""NEFTune's noise (arXiv 2310.05914) in packed rows: by the length of each sequence, not of the row.
+
+transformers' hook (5.23) scales the noise on embeddings by 1 / sqrt(tokens of the row x hidden size). In a
+row of many sequences it would be weaker for each of them than alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.neftune import neftune_post_forward_hook
+
+from chunkdist.engine.context import ChunkContext
+from chunkdist.stream.stream import Stream
+
+
+@contextmanager
+def noise_by_segment(decoder: nn.Module, context: ChunkContext | None) -> Iterator[None]:
+    """Inside, transformers' hook on the decoder's embeddings, if it is there, scales by segments."""
+    stream = None if context is None else context.stream
+    find = getattr(decoder, "get_input_embeddings", None)
+    if stream is None or find is None or all(len(starts) == 1 for starts in stream.segment_starts):
+        yield
+        return
+    hooks = find()._forward_hooks
+    found = [key for key, hook in hooks.items() if hook is neftune_post_forward_hook]
+    try:
+        for key in found:
+            hooks[key] = partial(_add_noise, stream)
+        yield
+    finally:
+        for key in found:
+            if key in hooks:
+                hooks[key] = neftune_post_forward_hook
+
+
+def _add_noise(stream: Stream, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """As transformers' hook, with each segment's own length."""
+    if not module.training:
+        return output
+    lengths = [
+        [end - start for start, end in pairwise((*starts, stream.num_tokens)) for _ in range(end - start)]
+        for starts in stream.segment_starts
+    ]
+    lengths_BT1 = torch.tensor(lengths, device=output.device)[..., None]
+    alpha: Any = module.neftune_noise_alpha
+    scale_BT1 = alpha / torch.sqrt(lengths_BT1 * output.shape[-1])
+    return output + torch.zeros_like(output).uniform_(-1, 1) * scale_BT1.to(output.dtype)

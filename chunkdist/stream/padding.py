@@ -1,0 +1,62 @@
+"""What right padding may carry: no labels.
+
+Chunks are causal without a mask: a padded token sees the padded tokens before it, where the plain model hides
+them. No real token sees a padded one, so that only what is computed at padded tokens differs, and counts only
+if it has a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+_NO_LABEL = -100
+
+
+class ForwardLabels:
+    """The labels that a causal LM's forward was called with, for as long as it runs."""
+
+    def __init__(self) -> None:
+        self._labels: Tensor | None = None
+        self._is_shifted = False
+        self._ignored = _NO_LABEL
+
+    @contextmanager
+    def noted(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Args:
+        names: Of the forward's parameters, in their order.
+        """
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        shifted = given.get("shift_labels")
+        labels = given.get("labels") if shifted is None else shifted
+        before = self._labels, self._is_shifted, self._ignored
+        self._labels = labels if isinstance(labels, Tensor) and labels.ndim == 2 else None
+        self._is_shifted, self._ignored = shifted is not None, given.get("ignore_index", _NO_LABEL)
+        try:
+            yield
+        finally:
+            self._labels, self._is_shifted, self._ignored = before
+
+    def on_padding(self, mask_BT: Tensor) -> Tensor:
+        """A boolean: whether a padded token is to predict a label. The first padded token's own label is
+        predicted by a real one."""
+        labels = self._labels
+        if labels is None or isinstance(labels, FakeTensor) or labels.shape[1] != mask_BT.shape[1]:
+            return torch.zeros((), dtype=torch.bool, device=mask_BT.device)
+        if not self._is_shifted:
+            labels = F.pad(labels[:, 1:], (0, 1), value=self._ignored)
+        return ((labels.to(mask_BT.device) != self._ignored) & (mask_BT == 0)).any()
+
+    def refuse(self) -> None:
+        """Raises on labels of padding."""
+        raise ValueError(
+            "labels of padding (where attention_mask is 0) are not "
+            f"{self._ignored}: in chunks padded tokens see each other, so their losses would not be the "
+            f"plain model's; write labels[attention_mask == 0] = {self._ignored}"
+        )

@@ -1,0 +1,63 @@
+"""What the launcher says of an environment that is at fault: one line, exit status 2."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.tiny_run import ROOT, TEXTS, command_line, load_script
+
+TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Any:
+    return load_script(ROOT / "launchers" / "train.py")
+
+
+def line(launcher: Any, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert launcher.main(arguments) == 2
+    (said,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("chunkdist: ")]
+    return said
+
+
+def set_all(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_stale_local_rank_silences_nothing(
+    launcher: Any, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "chunk_size" in line(launcher, capsys, command_line(tiny_model, TEXTS, chunk_size=-1))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "chunk_size" in line(launcher, capsys, command_line(tiny_model, TEXTS, chunk_size=-1))
+
+
+def test_a_rank_out_of_range_is_one_line(
+    launcher: Any, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_all(monkeypatch, TWO | {"RANK": "5", "LOCAL_RANK": "1"})
+    assert "RANK=5 is out of range for WORLD_SIZE=2" in line(
+        launcher, capsys, command_line(tiny_model, TEXTS)
+    )
+    assert not (tiny_model.parent / "out").exists()
+
+
+def test_peers_that_do_not_come_and_a_port_in_use_are_one_line(
+    launcher: Any, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        set_all(monkeypatch, TWO | {"MASTER_PORT": port})
+        assert f"MASTER_PORT={port} is in use" in line(launcher, capsys, command_line(tiny_model, TEXTS))
+    assert "rank 1 of WORLD_SIZE=2 did not come" in line(
+        launcher, capsys, command_line(tiny_model, TEXTS, ddp_timeout=2)
+    )
+    assert not (tiny_model.parent / "out").exists()

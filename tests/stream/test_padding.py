@@ -1,0 +1,135 @@
+"""Padding: equal to the plain model where nothing is predicted from it, refused where something is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from chunkdist import ChunkConfig, chunk_model
+from chunkdist.check.gradients import check_gradients
+from tests.helpers.models import gradients, largest_difference, padded_batch, tiny_llama, with_lora
+
+CONFIG = ChunkConfig(chunk_size=7)
+REFUSAL = r"labels of padding .* are not -100: .* write labels\[attention_mask == 0\] = -100"
+
+
+def with_labels_on_padding() -> dict[str, Tensor]:
+    inputs = padded_batch([37, 20])
+    return {**inputs, "labels": inputs["input_ids"].clone()}
+
+
+def shifted(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    labels = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    return {**inputs, "shift_labels": labels}
+
+
+@pytest.mark.parametrize("chunk_size", [7, 100])
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("make", [tiny_llama, lambda: with_lora(tiny_llama())], ids=["full", "LoRA"])
+def test_labels_on_padding_are_refused(make: Any, is_training: bool, chunk_size: int) -> None:
+    model = chunk_model(make(), ChunkConfig(chunk_size=chunk_size)).train(is_training)
+    inputs = with_labels_on_padding()
+    for refused in (inputs, shifted(inputs), {**inputs, "attention_mask": inputs["attention_mask"].float()}):
+        with pytest.raises(ValueError, match=REFUSAL), torch.set_grad_enabled(is_training):
+            model(**refused)
+
+
+def test_one_label_in_the_middle_of_padding() -> None:
+    inputs = padded_batch([37, 20])
+    inputs["labels"][1, 30] = 3
+    with pytest.raises(ValueError, match=REFUSAL):
+        chunk_model(tiny_llama(), CONFIG)(**inputs)
+
+
+def test_labels_by_their_place() -> None:
+    inputs = with_labels_on_padding()
+    positional = inputs["input_ids"], inputs["attention_mask"], None, None, None, inputs["labels"]
+    with pytest.raises(ValueError, match=REFUSAL):
+        chunk_model(tiny_llama(), CONFIG)(*positional)
+
+
+def test_another_index_that_is_ignored() -> None:
+    inputs = padded_batch([37, 20])
+    inputs["labels"][inputs["labels"] == -100] = 0
+    model = chunk_model(tiny_llama(), CONFIG)
+    with pytest.raises(ValueError, match="labels of padding"):
+        model(**inputs)
+    found, expected = (gradients(x, {**inputs, "ignore_index": 0}) for x in (model, tiny_llama()))
+    assert largest_difference(found, expected) < 1e-10
+
+
+def end_of_sequence() -> dict[str, Tensor]:
+    """The first padded token has a label, which the last real one predicts: an end that is the padding."""
+    inputs = padded_batch([37, 20])
+    inputs["labels"][1, 20] = 5
+    return inputs
+
+
+def row_of_padding() -> dict[str, Tensor]:
+    inputs = padded_batch([37, 20])
+    inputs["attention_mask"][1], inputs["labels"][1] = 0, -100
+    return inputs
+
+
+def mask(change: Any) -> dict[str, Tensor]:
+    inputs = padded_batch([37, 20])
+    return {**inputs, "attention_mask": change(inputs["attention_mask"])}
+
+
+def all_ones() -> dict[str, Tensor]:
+    inputs = with_labels_on_padding()
+    return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+
+
+EQUAL = {
+    "the end of a sequence": end_of_sequence,
+    "the same, shifted": lambda: shifted(end_of_sequence()),
+    "a row of padding": row_of_padding,
+    "a mask of floats": lambda: mask(lambda x: x.float()),
+    "a mask of booleans": lambda: mask(lambda x: x.bool()),
+    "a mask of other numbers": lambda: mask(lambda x: 3 * x),
+    "a mask of ones": all_ones,
+    "no mask": lambda: {key: x for key, x in all_ones().items() if key != "attention_mask"},
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("height", [1, "all"])
+def test_equal_to_the_plain_model(name: str, height: Any) -> None:
+    model = chunk_model(tiny_llama(), ChunkConfig(chunk_size=7, layers_per_group=height))
+    found, expected = (gradients(x, EQUAL[name]()) for x in (model, tiny_llama()))
+    assert largest_difference(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: torch.ones(2, 1, 37, 37, dtype=torch.bool).tril(),
+        lambda x: x[:, :20],
+        lambda x: x.flip(1),
+        lambda x: torch.where(torch.arange(37) == 9, 0, x),
+        lambda x: {"full_attention": None},
+    ],
+    ids=["four dims", "too short", "left", "a gap", "a dict"],
+)
+def test_other_masks_are_refused(change: Any) -> None:
+    with pytest.raises(ValueError, match="attention_mask"):
+        chunk_model(tiny_llama(), CONFIG)(**mask(change))
+
+
+def test_a_forward_that_failed_leaves_no_labels() -> None:
+    model = chunk_model(tiny_llama(), CONFIG)
+    with pytest.raises(ValueError, match=REFUSAL):
+        model(**with_labels_on_padding())
+    inputs = with_labels_on_padding()
+    inputs.pop("labels")
+    model(**inputs)
+    model.model(**inputs)
+
+
+def test_the_gradient_check_refuses() -> None:
+    with pytest.raises(ValueError, match=REFUSAL):
+        check_gradients(tiny_llama(num_layers=2, dtype=torch.float32), with_labels_on_padding(), CONFIG)
