@@ -35,7 +35,8 @@ from chunkdist.memory.planner import (
 from chunkdist.memory.sharded import Engine
 from chunkdist.memory.simulate import simulate
 from chunkdist.models.flops import StepFlops
-from chunkdist.train.options import TrainingOptions, check_options
+from chunkdist.train.options import TrainingOptions
+from chunkdist.train.refuse_options import check_options
 from chunkdist.train.start_table import step_sizes
 
 

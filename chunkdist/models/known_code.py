@@ -1,8 +1,8 @@
 """Whose code runs inside a decoder layer: what is known to treat each token alone, and what has to be asked.
 
 Known are the classes of the model's own package in transformers, the adapters of PEFT that have been compared
-(0.21.2, tests/models/test_known_code.py), plain modules of torch, and the hooks and forwards of the packages that
-run models. All else is the user's, and is asked (see `additions`).
+(0.21.2, tests/models/test_known_code.py), plain modules of torch, and the hooks and forwards of the packages
+that run models. All else is the user's, and is asked (see `engine.additions`).
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ from chunkdist.train.checkpoints import checkpoint_to_resume, resume_line
 from chunkdist.train.faults import asked_by
 from chunkdist.train.needed_packages import usable_attention
 from chunkdist.train.option_amounts import check_amounts, chunk_size_line
-from chunkdist.train.options import TrainingOptions, check_options
+from chunkdist.train.options import TrainingOptions
 from chunkdist.train.ranks import check_engine, check_ranks, leave_offloaded_unpinned
+from chunkdist.train.refuse_options import check_options
 from chunkdist.train.router_loss import router_loss_coefficient
 from chunkdist.train.stream_order import refuse_other_order
 from chunkdist.train.streaming import wants_streaming

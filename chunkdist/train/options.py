@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +12,10 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from chunkdist.config import ChunkConfig
 from chunkdist.data.samples import LongSamples
 from chunkdist.train.chunk_options import ChunkArguments, option
-from chunkdist.train.deepspeed_options import check_at_odds, check_deepspeed
+from chunkdist.train.deepspeed_options import check_deepspeed
 from chunkdist.train.faults import asked_by
-from chunkdist.train.needed_packages import check_packages, usable_attention
 from chunkdist.train.option_names import OLD_NAMES
 from chunkdist.train.option_rules import bool_or_word, check_values, is_bool_or_word
 from chunkdist.train.ranks import (
@@ -29,11 +26,7 @@ from chunkdist.train.ranks import (
     start_gloo,
     tell_ranks,
 )
-from chunkdist.train.refuse_options import check_pipeline
 from chunkdist.train.roll_call import check_launch, meet
-from chunkdist.train.streaming import check_streaming
-from chunkdist.train.trainers.shrinking import check_shrinking
-from chunkdist.train.trainers.streams import check_packing
 from chunkdist.train.yaml_options import read_yaml
 
 
@@ -216,84 +209,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> TrainingOptions:
     """The options of this process's command line, or of `arguments`."""
     check_launch()
     return OptionParser().parse(sys.argv[1:] if arguments is None else arguments)
-
-
-def check_options(options: TrainingOptions, *, will_train: bool = True) -> ChunkConfig | None:
-    """What can be said from the options alone. Returns the chunk config.
-
-    Args:
-        will_train: False: packages that only training needs may be missing.
-
-    Raises:
-        ValueError, NotImplementedError: options exclude each other, or one would silently do harm.
-    """
-    chunk_config = options.chunk.chunk_config()
-    training, model, data = options.training, options.model, options.data
-    if chunk_config is not None and training.gradient_checkpointing:
-        raise ValueError(
-            "gradient_checkpointing=True: a chunked step is its own checkpointing, both would recompute "
-            "twice; write "
-            "gradient_checkpointing: false, or chunk_method: none"
-        )
-    if chunk_config is not None and training.router_aux_loss_coef:
-        raise ValueError(
-            f"router_aux_loss_coef={training.router_aux_loss_coef}: chunked layers hand out no router "
-            "logits; write 0.0"
-        )
-    if training.packing and training.packing_strategy == "wrapped":
-        raise ValueError(
-            "packing_strategy=wrapped lets the documents of a sequence attend to each other; write bfd, "
-            "which keeps "
-            "them apart (and long_samples: split to cut long ones)"
-        )
-    check_pipeline(options, chunk_config, will_train=will_train)
-    check_shrinking(options, shards_weights=bool(training.fsdp) or launcher_wants_fsdp())
-    if options.chunk.chunk_packing:
-        check_packing(options)
-    dataset_kwargs = training.dataset_kwargs
-    if isinstance(dataset_kwargs, dict) and dataset_kwargs.get("skip_prepare_dataset"):
-        raise ValueError(
-            "dataset_kwargs.skip_prepare_dataset=True skips the checks of the samples; leave it out: a "
-            "dataset with "
-            "input_ids and labels is taken as it is"
-        )
-    check_streaming(options)
-    output = Path(training.output_dir or ".")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir={str(output)!r} is a file: write the name of a folder")
-    if not data.dataset_name and not options.mixture.datasets:
-        raise ValueError(
-            "dataset_name is missing: write a file, a folder, a name on the Hub, or python-stdlib"
-        )
-    if data.dataset_name and options.mixture.datasets:
-        raise ValueError(
-            "dataset_name and datasets are both set, and one would be ignored: write one of them"
-        )
-    if not model.model_name_or_path:
-        raise ValueError("model_name_or_path is missing: write a folder or a name on the Hub")
-    if model.from_scratch and (model.use_peft or model.load_in_4bit or model.load_in_8bit):
-        raise ValueError(
-            "from_scratch=True with use_peft or a quantised model: the base weights would be lost; drop one"
-        )
-    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
-        raise ValueError(
-            "load_in_4bit=True needs use_peft: true, quantised weights are not trained themselves"
-        )
-    is_quantised = model.load_in_4bit or model.load_in_8bit
-    if will_train and is_quantised and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("load_in_4bit=True needs bitsandbytes: pip install 'chunkdist[qlora]'")
-    if will_train and training.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-        raise ValueError("use_liger_kernel=True needs Liger's kernels: pip install liger-kernel")
-    check_at_odds(training)
-    if will_train:
-        check_packages(training)
-        usable_attention(model.attn_implementation, is_chunked=chunk_config is not None)
-    if will_train and training.activation_offloading and training.device.type == "cpu":
-        raise ValueError(
-            "activation_offloading=True without an accelerator has nowhere to take activations from: write "
-            "false"
-        )
-    return chunk_config
 
 
 def _split_config(argument: str) -> list[str]:

@@ -13,7 +13,8 @@ from chunkdist.cli.main import main
 from chunkdist.data.cost import SequenceCost
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.pipeline.costs import layer_costs, room_for_graphs
-from chunkdist.train.options import check_options, parse_options
+from chunkdist.train.options import parse_options
+from chunkdist.train.refuse_options import check_options
 from chunkdist.train.stream_order import StreamOrder, refuse_other_order
 from tests.helpers.models import tiny_llama, with_lora
 from tests.helpers.tiny_run import ROOT, make_model_folder, write_rows

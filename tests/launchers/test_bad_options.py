@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from chunkdist.train.options import OptionParser, check_options, parse_options
+from chunkdist.train.options import OptionParser, parse_options
+from chunkdist.train.refuse_options import check_options
 from tests.helpers.tiny_run import ROOT, TEXTS, load_script, make_model_folder, write_rows
 from tests.launchers.bad_inputs import Ending, assert_refused, run_main, yaml_arguments
 

@@ -9,7 +9,8 @@ import pytest
 
 from chunkdist.train.build import build_trainer
 from chunkdist.train.option_amounts import chunk_size_line
-from chunkdist.train.options import check_options, parse_options
+from chunkdist.train.options import parse_options
+from chunkdist.train.refuse_options import check_options
 from tests.helpers.tiny_run import TEXTS, command_line, write_rows
 
 

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from chunkdist import ChunkConfig
-from chunkdist.train.options import OptionParser, check_options, parse_options
+from chunkdist.train.options import OptionParser, parse_options
+from chunkdist.train.refuse_options import check_options
 
 ROOT = Path(__file__).parents[2]
 BASE = {"model_name_or_path": "m", "dataset_name": "python-stdlib", "bf16": False}

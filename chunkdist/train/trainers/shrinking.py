@@ -17,38 +17,10 @@ from chunkdist.train.token_counter import TokenCounter
 from chunkdist.train.trainers.checked import print_once
 
 if TYPE_CHECKING:
-    from chunkdist.train.options import TrainingOptions
+    pass
 
 SMALLEST = 64
 """Tokens of a chunk; with fewer, a cell is no longer what takes the memory."""
-
-
-def check_shrinking(options: TrainingOptions, *, shards_weights: bool) -> None:
-    """Raises where `oom: shrink` cannot be done.
-
-    Args:
-        shards_weights: By FSDP.
-
-    Raises:
-        ValueError: says what to write instead.
-    """
-    chunk, training = options.chunk, options.training
-    if chunk.oom != "shrink":
-        return
-    for name, is_set, why in (
-        ("chunk_method", chunk.chunk_method != "seco", "only exact steps are tried again; write seco"),
-        ("deepspeed", bool(training.deepspeed), "DeepSpeed updates the weights before ranks can agree"),
-        ("chunk_packing", chunk.chunk_packing, "streams are cut for one chunk size"),
-        ("pipeline_stages", training.pipeline_stages > 1, "chunks are what stages send, of one size"),
-        (
-            "gradient_accumulation_steps",
-            shards_weights and training.gradient_accumulation_steps > 1,
-            "FSDP keeps gradients of earlier micro-batches where they cannot be thrown away; write 1",
-        ),
-    ):
-        if is_set:
-            value = getattr(chunk, name, None) or getattr(training, name, None)
-            raise ValueError(f"oom=shrink with {name}={value}: {why}, or leave oom out")
 
 
 class ShrinkingTrainer(SFTTrainer):

@@ -40,56 +40,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch.utils.data import DataLoader
 
-    from chunkdist.train.options import TrainingOptions
 
 Stream = dict[str, Tensor]
 _COLUMNS = ("input_ids", "labels")
 _TOKEN_MEANS = ("entropy", "mean_token_accuracy")
 """What TRL logs of the tokens of a micro-batch."""
-
-
-def check_packing(options: TrainingOptions) -> None:
-    """Refuses options that `chunk_packing` would ignore or contradict.
-
-    Raises:
-        ValueError: one of them is set.
-    """
-    training = options.training
-    if options.chunk.chunk_method == "none":
-        raise ValueError(
-            "chunk_packing=True with chunk_method=none: streams of mixed length need chunks; write "
-            "chunk_method: seco, or packing: true for TRL's packing"
-        )
-    if options.chunk.chunk_size == "auto":
-        raise ValueError(
-            "chunk_size=auto with chunk_packing=True: streams are assigned by their chunks before memory is "
-            "looked at; write the chunk_size that `chunkdist plan` prints"
-        )
-    refused = {
-        "packing": training.packing,
-        "padding_free": training.padding_free,
-        "dataloader_drop_last": training.dataloader_drop_last,
-        "eval_packing": training.eval_packing,
-        "ignore_data_skip": training.ignore_data_skip,
-        "auto_find_batch_size": training.auto_find_batch_size,
-        "pad_to_multiple_of": training.pad_to_multiple_of,
-    }
-    for name, value in refused.items():
-        if value:
-            raise ValueError(
-                f"{name}={value} with chunk_packing=True: sequences are neither padded, cut, dropped nor "
-                f"repeated, and evaluated one a row; leave {name} out"
-            )
-    if training.train_sampling_strategy not in ("random", "sequential"):
-        raise ValueError(
-            f"train_sampling_strategy={training.train_sampling_strategy} with chunk_packing=True: sequences "
-            "are assigned by cost; write random or sequential"
-        )
-    if not training.average_tokens_across_devices:
-        raise ValueError(
-            "average_tokens_across_devices=False with chunk_packing=True: ranks have different numbers of "
-            "tokens, their means would not add up; write true"
-        )
 
 
 class StreamSamples(TorchDataset[list[dict[str, Any]]]):
