@@ -61,7 +61,7 @@ def attempt(compute: Callable[[], T], instead: Callable[[], T]) -> T:
 
 
 def zeros(x: Tensor) -> Tensor:
-    """Of the shape of `x`, in the memory of one number."""
+    """Zeros of the shape of `x`, in the memory of one number."""
     return x.new_zeros(()).expand(x.shape)
 
 

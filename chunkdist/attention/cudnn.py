@@ -49,9 +49,10 @@ from chunkdist.attention.varlen import (
 
 OLDEST_CUDNN = 91501
 MULTIPLE = 128
-"""Of tokens, that queries and prefixes must be."""
+"""Queries and prefixes must be multiples of this many tokens."""
 LARGEST_ERROR = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""Of the norm, in the check of the first use: more than rounding makes, less than another convention."""
+"""Bound, relative to the norm, in the check of the first use: more than rounding makes, less than another
+convention."""
 
 
 class CudnnBackend:

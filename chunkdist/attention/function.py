@@ -199,7 +199,7 @@ def _refuse_unsupported(name: str, dropout: float, kwargs: dict[str, Any]) -> No
 
 
 def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As `scaled_dot_product_attention` does: under autocast, in its dtype; else in the values'."""
+    """Casts q, k and v to one dtype as `scaled_dot_product_attention` does: autocast's, else the values'."""
     device_type = tensors[0].device.type
     if torch.is_autocast_enabled(device_type) and tensors[0].dtype != torch.float64:
         return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)

@@ -41,12 +41,12 @@ class BackwardKernel(Protocol):
 
 
 def forward_in_squares(kernel: ForwardKernel, row: AttentionRow) -> tuple[Tensor, Tensor]:
-    """As `Backend.forward`."""
+    """Output and log-sum-exp of a row, as `Backend.forward` returns them."""
     return joined([_forward_span(kernel, *row.qkv, span) for span in row.spans])
 
 
 def backward_in_squares(kernel: BackwardKernel, row: AttentionRow, given: RowGradient) -> Tensor:
-    """As `Backend.backward`."""
+    """Gradients of a row, as `Backend.backward` returns them."""
     q_TND, k_SKD, v_SKD = row.qkv
     dq_TND = torch.zeros_like(q_TND)
     for span in row.spans:

@@ -96,7 +96,7 @@ def meta_model(options: TrainingOptions) -> Any:
 
 
 def sizes_of(model: Any, options: TrainingOptions, config: ChunkConfig, engine: Engine) -> ModelSizes:
-    """Of the model as the run will have it on a GPU."""
+    """Sizes of the model as the run will have it on a GPU."""
     mixed = step_sizes(options.training)["activation_bytes"]
     sizes = ModelSizes.for_config(
         model, config, device_type="cuda", activation_bytes=mixed, weights_dtype=engine.weights_dtype
@@ -130,7 +130,8 @@ def job_of(
 
 
 def best_plan(console: Console, job: Job, config: ChunkConfig, length: int) -> tuple[Plan | None, bool]:
-    """As configured if that fits, else what the planner chooses; and whether it is what was configured."""
+    """The configured schedule if it fits, else what the planner chooses; and whether it is the configured
+    one."""
     try:
         plan = plan_step(job, config, length) if config.has_auto else plan_as_configured(job, config, length)
         if job.fits(plan.estimate):
@@ -148,7 +149,7 @@ def best_plan(console: Console, job: Job, config: ChunkConfig, length: int) -> t
 
 
 def all_auto(config: ChunkConfig) -> ChunkConfig:
-    """The same with everything left to the planner."""
+    """`config` with everything left to the planner."""
     return replace(
         config,
         chunk_size="auto",

@@ -20,7 +20,7 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("config", metavar="CONFIG", help="the YAML file of a training run")
     parser.add_argument("--card", choices=list(CARDS), default="rtx3090", help="default: rtx3090, 24 GiB")
-    parser.add_argument("--memory-gib", type=float, help="of the card, where it is another or a part of one")
+    parser.add_argument("--memory-gib", type=float, help="override the card's memory, in GiB")
     parser.add_argument("--host-gib", type=float, default=64.0, help="host memory of a rank; default: 64")
     parser.add_argument("--length", type=int, help="tokens of a row; default: max_length")
     parser.add_argument("--engine", choices=ENGINE_NAMES, default="single", help="default: single")

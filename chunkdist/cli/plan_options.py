@@ -14,7 +14,7 @@ class PlanOptions:
 
     Args:
         card: A name in `CARDS`.
-        memory_gib: Of the card, where it is not the table's; a part of one, say.
+        memory_gib: Overrides the card's memory, in GiB.
         host_gib: Host memory for one rank.
         length: Tokens of a row; `None`: the config's `max_length`.
     """

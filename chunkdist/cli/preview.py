@@ -57,7 +57,7 @@ def render(
     dim, and a mark where a chunk begins.
 
     Args:
-        max_segment_tokens: Of a sequence, at most so many are written; how many are left out is said.
+        max_segment_tokens: At most so many tokens of a sequence are written; how many are left out is said.
     """
     lengths = [len(sample["input_ids"]) for sample in samples]
     supervised = [_is_supervised(sample) for sample in samples]

@@ -119,8 +119,9 @@ def plan_batch(
     each are alike.
 
     Args:
-        budget_tokens: Of a stream, unless one sequence alone is longer.
-        min_micro_batches: Of a rank; the rank that needs most sets the number for all.
+        budget_tokens: The most tokens of a stream, unless one sequence alone is longer.
+        min_micro_batches: The least number of micro-batches of a rank; the rank that needs most sets the
+            number for all.
     """
     by_rank: list[list[tuple[int, ...]]] = []
     for indices in assign_sequences(lengths, num_bins=num_ranks, cost=cost, chunk_size=chunk_size):

@@ -28,7 +28,7 @@ def read_standard_library(*, max_bytes: int, folder: Path | None = None) -> list
     """Source files of the standard library, mixed but always in the same order.
 
     Args:
-        max_bytes: Of UTF-8 text; reading stops before the document that would exceed it.
+        max_bytes: The most bytes of UTF-8 text; reading stops before the document that would exceed it.
         folder: Where the files are; by default what `sysconfig` says about the running interpreter.
 
     Raises:

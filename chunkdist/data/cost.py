@@ -18,7 +18,7 @@ class SequenceCost:
     """Cost of a sequence in one unit of the caller's choice: FLOPs, seconds.
 
     Args:
-        per_token: Of one token.
+        per_token: Cost of one token.
         per_pair: For each window (`None`: all earlier positions) the cost of one pair of positions that
             attend to each other, of which a sequence of T tokens has T (T + 1) / 2.
     """
@@ -38,7 +38,7 @@ class SequenceCost:
 
     @classmethod
     def of_config(cls, config: PreTrainedConfig) -> SequenceCost:
-        """The same without weights, from a causal LM's config."""
+        """Costs from a causal LM's config, without its weights."""
         with torch.device("meta"):
             return cls.of(AutoModelForCausalLM.from_config(config))
 

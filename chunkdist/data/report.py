@@ -16,7 +16,7 @@ Table = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class PackingReport:
-    """Of one global batch, or of several one after another.
+    """How full and how even the streams of a global batch are, or of several one after another.
 
     Args:
         tokens: By rank and micro-batch.
@@ -45,8 +45,8 @@ class PackingReport:
     ) -> PackingReport:
         """
         Args:
-            plans: Of the same number of ranks.
-            lengths: Of the sequences that the plans' indices mean.
+            plans: Assignments to the same number of ranks.
+            lengths: Tokens of the sequences that the plans' indices mean.
             retained_chunks: As in `ChunkConfig`.
         """
         by_rank = [

@@ -56,7 +56,7 @@ class StreamBatchSampler(BatchSampler):
 
     Args:
         lengths: Tokens of every sequence.
-        batch_sequences: Of a global batch.
+        batch_sequences: Sequences of a global batch.
         num_slots: Items of an optimizer step (gradient accumulation).
         shuffle: Another order in each epoch; else that of the data.
         longest_first: Shuffled epochs begin with the longest sequence.

@@ -46,7 +46,7 @@ class HostInput:
 
     Args:
         chunks: Those that are read in the backward.
-        states: Of the group's layers; a chunk's come with it.
+        states: State stores of the group's layers; a chunk's states come with it.
     """
 
     def __init__(

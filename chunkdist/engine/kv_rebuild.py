@@ -16,7 +16,8 @@ from chunkdist.stores.kv_store import KVStore
 from chunkdist.stream.stream import Stream
 
 _MAX_TOKENS = 1024
-"""Of several chunks together: small ones keep no processor busy, and large ones need no company."""
+"""The most tokens of several chunks together: small ones keep no processor busy, large ones need no
+company."""
 
 
 def rebuild_parts(

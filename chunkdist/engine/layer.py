@@ -29,11 +29,11 @@ class GroupLayer:
         self.signature = LayerSignature(layer)
         self.cache_argument = self.signature.cache if state is not None and state.relays else None
         self.tuple_length: int | None = None
-        """Of what the layer returns, 0 for a tensor; known once it has run."""
+        """Length of the tuple that the layer returns, 0 for a tensor; known once it has run."""
         self.calls_attention = True
         """Whether the layer calls the attention function; known once it has run."""
         self.state_shapes: dict[StateKey, tuple[torch.Size, torch.dtype]] = {}
-        """Of the state that it hands on; known once it has run."""
+        """Shapes and dtypes of the state that the layer hands on; known once it has run."""
         self.on_call: Callable[[GroupLayer, Tensor, dict[str, Any]], Any]
         """What the layer's group makes of a call, set by it."""
 

@@ -39,7 +39,8 @@ SMALL_CHUNK, LARGE_CHUNK = 5, 70
 """More than one convolution's reach, so that some tokens see the state of a chunk before and some do not; and
 more than the 64 tokens in which kernels of linear attention and state spaces go through a chunk."""
 TOLERANCE = 1e-2
-"""Of the norm: rounding in fp32 is a thousandth of it, that of kernels in TF32 a tenth; a state that is
+"""Bound, relative to the norm: rounding in fp32 is a thousandth of it, that of kernels in TF32 a tenth; a
+state that is
 ignored, ten times it."""
 _MOVE = 0.03
 KERNELS = ("fla", "causal_conv1d", "mamba_ssm")
@@ -148,7 +149,7 @@ def _whole(
 def _chunked(
     layer: GroupLayer, x_BTH: Tensor, arguments: dict[str, Any], parameters: GroupParameters
 ) -> list[Tensor | None]:
-    """The same as a layer group computes it."""
+    """Output and gradients of the same tokens as a layer group computes them."""
     num_tokens = x_BTH.shape[1]
     stream = _stream(x_BTH, _chunks(num_tokens))
     store, states, choice = KVStore(Chunk(0, num_tokens), None), StateStore(), AttentionChoice("math")

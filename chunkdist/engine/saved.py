@@ -15,11 +15,11 @@ from chunkdist.stores.state_relay import StateKey, StateStore
 from chunkdist.stream.stream import Chunk, Stream
 
 Stores = list[KVStore | None]
-"""Of a group's layers."""
+"""K/V stores of a group's layers."""
 
 
 class Saved:
-    """Of one forward.
+    """What one forward keeps.
 
     Args:
         host: Where it waits; `None`: on the device.
@@ -46,7 +46,7 @@ class Saved:
         self._reads_retained = reads_retained
         self._stores: dict[range, Stores] = {}
         self._places: list[tuple[int, int, StateKey]] = []
-        """Of the states that the node keeps: their layer in the group, the token before which they are, their
+        """Where the states that the node keeps belong: their layer in the group, the token after them, their
         key."""
 
     def keep_kv(self, run: range, stores: Stores) -> None:

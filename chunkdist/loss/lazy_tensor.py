@@ -55,7 +55,7 @@ class LazyLogits(torch.Tensor):
         hidden: (B, T, H).
         head: H to V.
         operations: Elementwise, in their order.
-        dtype: Of the result.
+        dtype: The result's dtype.
     """
 
     hidden: Tensor

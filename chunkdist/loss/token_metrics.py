@@ -15,7 +15,7 @@ class TokenFigures:
     """Sums over the tokens with a label, of one rank; on its device.
 
     Args:
-        entropy: Of the distributions, in nats.
+        entropy: Entropy of the distributions, in nats.
         num_correct: Tokens that have the largest logit.
     """
 
@@ -24,7 +24,7 @@ class TokenFigures:
 
     @torch.no_grad()
     def add(self, logits_NV: Tensor, labels_N: Tensor, ignore_index: int) -> None:
-        """Of one tile, in fp32."""
+        """Adds the figures of one tile, in fp32."""
         has_label_N = labels_N != ignore_index
         logsumexp_N = logits_NV.logsumexp(-1)
         # In place: a tile has room for its logits, their gradient, and no third.

@@ -104,7 +104,7 @@ class Fsdp2Gathered(Gathered):
 
 
 class Zero3Gathered(Gathered):
-    """As much as `max_live_numbers`, and what runs."""
+    """ZeRO-3 keeps up to `max_live_numbers` gathered, and at least what runs."""
 
     def __init__(self, sizes: ModelSizes, max_live_numbers: int, element_bytes: int) -> None:
         self._sizes, self._max_live, self._element = sizes, max_live_numbers, element_bytes

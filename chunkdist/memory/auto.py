@@ -17,7 +17,8 @@ from chunkdist.models.flops import StepFlops
 from chunkdist.stores.free_memory import free_host_bytes
 
 USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
-"""Of the free memory: the rest is for what the estimate leaves out (a kernel's scratch space, the allocator's
+"""Share of the free memory that is planned with: the rest is for what the estimate leaves out (a kernel's
+scratch space, the allocator's
 gaps), on a CPU also for other processes."""
 
 
@@ -52,8 +53,8 @@ def resolve_auto(
     longest row among them, since other groups would be gathered in another order.
 
     Args:
-        sizes: Of `model`.
-        num_tokens: Of the longest row that will come.
+        sizes: The sizes of `model`.
+        num_tokens: Tokens of the longest row that will come.
         available_bytes: What may be used beside the weights; `None`: `USABLE_SHARE` of what is free.
 
     Raises:
@@ -105,7 +106,7 @@ def card_of(device: torch.device) -> Card:
 
 
 def _slowest(card: Card) -> Card:
-    """Of the cards of all ranks: another one would make another schedule the fastest."""
+    """The slowest of all ranks' cards: another one would make another schedule the fastest."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return card
     cards: list[Card] = [card] * distributed.get_world_size()

@@ -22,7 +22,7 @@ class Card:
         name: As `torch.cuda.get_device_name()` would have it.
         flops: bf16 FLOP/s.
         memory_bytes: In all.
-        bandwidth: Of its memory, bytes/s.
+        bandwidth: Rate of its memory, bytes/s.
         host_bandwidth: Between its memory and the host's, one way, bytes/s.
         link_bandwidth: To other cards of the machine, one way, bytes/s.
     """

@@ -60,7 +60,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class CellSizes:
-    """Of one layer, one row; bytes over what was alive when its cell began.
+    """Sizes of one layer's cell, for one row; bytes over what was alive when the cell began.
 
     Args:
         forward: The peak of a run without a graph.
@@ -72,7 +72,7 @@ class CellSizes:
         workspace_per_pair: The same by both; 0 for flash kernels.
         kv_bytes: K and V of a token; 0 without attention.
         kv_numbers: How many numbers these are.
-        kv_heads: Of K and of V.
+        kv_heads: Heads of K, and of V.
         state_bytes: State at a chunk's start.
     """
 
@@ -113,7 +113,7 @@ class StreamSizes:
 
 @dataclass
 class _Seen:
-    """Of one cell: figures of its run with a graph."""
+    """Bytes seen in one cell's run with a graph."""
 
     base: int = 0
     forward: int = 0
@@ -224,7 +224,7 @@ def measure_cells(
         model: A causal LM, or a PEFT model of one; chunked or not, its weights anywhere, or nowhere.
         device_type: `"cuda"`: with the kernels of GPUs, whatever this machine has.
         autocast: The dtype of the run's autocast, if it has one.
-        weights_dtype: Of the weights when an engine has gathered them; `None`: as they are.
+        weights_dtype: Dtype of the weights when an engine has gathered them; `None`: as they are.
 
     Raises:
         UnsupportedModelError: the model cannot be chunked.
@@ -250,7 +250,7 @@ def measure_cells(
 
 
 def _cell_sizes(runs: dict[int, _Watch], number: int) -> CellSizes:
-    """Of one layer, from runs by chunk size."""
+    """Sizes of one layer's cell, from runs by chunk size."""
 
     def line(name: str) -> Line:
         return Line.through({size: getattr(run.seen[number, 0], name) for size, run in runs.items()})

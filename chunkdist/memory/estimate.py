@@ -32,7 +32,7 @@ class MemoryEstimate:
         moment: Where in the step the peak is.
         device, host: Bytes by name, on the device at that moment and on the host in all.
         moments: The peak of each moment.
-        num_tokens: Of all rows.
+        num_tokens: Tokens of all rows.
         is_complete: False: the optimizer's states are not known, and not counted.
     """
 
@@ -81,10 +81,11 @@ def estimate_memory(
     Args:
         config: Without `"auto"` in `chunk_size`, `layers_per_group` and `offload`; an unresolved
             `retained_chunks` counts as 0.
-        num_tokens: Of a row.
-        num_rows: Of a micro-batch.
+        num_tokens: Tokens of a row.
+        num_rows: Rows of a micro-batch.
         optimizer: As in `TrainingArguments.optim`.
-        num_micro_batches: Of a step: with several, all gradients are there while the second one runs.
+        num_micro_batches: Micro-batches of a step: with several, all gradients are there while the second one
+            runs.
     """
     step = StepMoments(sizes, config, num_tokens, num_rows, engine, num_micro_batches)
     states = OptimizerMemory.named(optimizer)

@@ -99,7 +99,7 @@ def twin_of(model: nn.Module, num_layers: int, dtype: torch.dtype | None = None)
     part of a layer (Liger's are) come along: what they keep for the backward is what the model keeps.
 
     Args:
-        dtype: Of the floating-point weights; `None`: as they are.
+        dtype: Dtype of the floating-point weights; `None`: as they are.
     """
     return _Twins(find_layers(causal_lm_of(model))[2], num_layers, dtype).of(model)
 

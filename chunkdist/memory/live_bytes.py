@@ -51,8 +51,8 @@ class LiveBytes(TorchDispatchMode):
     Args:
         exclude: Tensors that are alive already (weights, inputs), to be listed in `baseline_bytes` from the
             start.
-        host: Of the model; its slabs count as baseline: `host.held_bytes` is their own count. Device and host
-            bytes can so be told apart where both are fake tensors on a CPU.
+        host: The model's host memory; its slabs count as baseline: `host.held_bytes` is their own count.
+            Device and host bytes can so be told apart where both are fake tensors on a CPU.
 
     Attributes:
         current_bytes: Bytes of the storages that ops have made since the mode was entered and that are alive

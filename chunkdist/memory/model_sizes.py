@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Of some modules, on one rank.
+    """Sizes of the weights of some modules, on one rank.
 
     Args:
-        num_numbers: Of all parameters, when gathered.
+        num_numbers: Elements of all parameters, when gathered.
         num_trainable: The same of the trained ones.
-        local_bytes: Of all, as they lie here: a rank's shard, quantised ones packed.
-        whole_bytes, whole_trainable_bytes: Of all, and of the trained ones, when gathered.
-        largest_bytes: Of the largest matrix, when gathered and not quantised.
+        local_bytes: Bytes of all, as they lie here: a rank's shard, quantised ones packed.
+        whole_bytes, whole_trainable_bytes: Bytes of all, and of the trained ones, when gathered.
+        largest_bytes: Bytes of the largest matrix, when gathered and not quantised.
         factored_numbers: Rows and columns of the trained matrices, and numbers of the trained vectors.
         is_quantised: Whether matrices are packed, and unpacked one at a time.
     """
@@ -67,13 +67,13 @@ class ModelSizes:
     """All that an estimate asks about a model.
 
     Args:
-        cells, layers: Of each decoder layer.
+        cells, layers: Sizes of each decoder layer's cell and weights.
         embedding, head: Parameters of these; of tied ones, all outside of the layers count as the embedding.
         embedding_is_trained: Whether the first group's input needs a gradient.
         head_width: The vocabulary.
         head_tile_tokens: `None`: the logits of all tokens are made.
-        head_weight_bytes: Of the head's weight while it is trained, else 0.
-        element_bytes: Of a number in the hidden states.
+        head_weight_bytes: Bytes of the head's weight while it is trained, else 0.
+        element_bytes: Bytes of an element of the hidden states.
         is_counted: False: with experts, one cell's graph follows from the config's sizes, roughly.
     """
 
@@ -204,7 +204,7 @@ def _with_experts(cell: CellSizes, config: Any, element: int) -> CellSizes:
 
 
 def _usual_bytes(parameters: Iterable[Tensor]) -> int:
-    """Of a number, in most of the parameters: a few are kept in fp32 in models of another dtype."""
+    """Bytes of an element in most of the parameters: a few are kept in fp32 in models of another dtype."""
     counts: Counter[int] = Counter()
     for parameter in parameters:
         if parameter.is_floating_point():

@@ -110,7 +110,7 @@ def plan_step(job: Job, config: ChunkConfig, num_tokens: int) -> Plan:
 
 
 def plan_as_configured(job: Job, config: ChunkConfig, num_tokens: int) -> Plan:
-    """Of a schedule without `"auto"`, whether it fits or not."""
+    """The plan of a schedule without `"auto"`, whether it fits or not."""
     return _plan(job, config, num_tokens)
 
 
@@ -126,7 +126,7 @@ def longest_length(job: Job, config: ChunkConfig) -> int:
 
 
 def choose_retained(job: Job, config: ChunkConfig, num_tokens: int) -> ChunkConfig:
-    """As many retained chunks as there is room for; the rest of `config` stays."""
+    """`config` with as many retained chunks as there is room for."""
 
     def fits(count: int) -> bool:
         return job.fits(job.estimate(replace(config, retained_chunks=count), num_tokens))
@@ -148,7 +148,8 @@ def most(fits: Callable[[int], bool], limit: int, unit: int = 1) -> int:
 
 
 def usable_bytes(memory_bytes: int) -> int:
-    """Of a whole card: less what CUDA and a desktop take, and a margin for the allocator's gaps and kernels'
+    """What may be planned with of a whole card: less what CUDA and a desktop take, and a margin for the
+    allocator's gaps and kernels'
     scratch space."""
     return int((memory_bytes - CONTEXT_BYTES) * (1 - MARGIN_SHARE))
 
@@ -175,7 +176,7 @@ def _plan(job: Job, config: ChunkConfig, num_tokens: int) -> Plan:
 
 
 def _retaining(job: Job, plan: Plan, asked: ChunkConfig, num_tokens: int) -> Plan:
-    """The same with as many retained chunks as fit."""
+    """`plan` with as many retained chunks as fit."""
     config = replace(plan.config, rebuild_kv=asked.rebuild_kv if asked.rebuild_kv is not True else "auto")
     chosen = choose_retained(job, config, num_tokens)
     return _plan(job, chosen, num_tokens) if chosen.retained_chunks else plan

@@ -27,12 +27,13 @@ class Engine:
     """How a job is spread over ranks.
 
     Args:
-        gathered_element_bytes: Of a number in gathered weights and reduced gradients; `None`: as stored
-            (mixed precision keeps fp32 and gathers 2 bytes).
+        gathered_element_bytes: Bytes of an element in gathered weights and reduced gradients; `None`: as
+            stored (mixed precision keeps fp32 and gathers 2 bytes).
         offloads_weights, offloads_optimizer: Whether they lie on the host between uses.
-        max_live_numbers: Of gathered weights that ZeRO-3 keeps at a time (`stage3_max_live_parameters`).
-        bucket_numbers: Of gradients that ZeRO reduces at a time; `None`: the square of the hidden size, what
-            transformers puts for `"auto"`.
+        max_live_numbers: Elements of gathered weights that ZeRO-3 keeps at a time
+            (`stage3_max_live_parameters`).
+        bucket_numbers: Elements of gradients that ZeRO reduces at a time; `None`: the square of the hidden
+            size, what transformers puts for `"auto"`.
     """
 
     name: EngineName = "single"
@@ -76,7 +77,7 @@ class Engine:
         return device, host
 
     def gradients(self, sizes: ModelSizes, parts: Sequence[Weights], *, are_summed: bool = False) -> int:
-        """Of these weights, once they are reduced.
+        """Bytes of the gradients of these weights, once they are reduced.
 
         Args:
             are_summed: Over micro-batches, of which only the last is reduced, under FSDP2.

@@ -39,8 +39,8 @@ class Simulated:
     """Bytes over the weights.
 
     Args:
-        peak_bytes: Of the device, all layers.
-        host_bytes: Of the host, of the layers that were run.
+        peak_bytes: Peak of the device, all layers.
+        host_bytes: Bytes on the host, of the layers that were run.
         num_layers_run: How many were run.
     """
 
@@ -64,7 +64,7 @@ def simulate(
 
     Args:
         model: Chunked or not; its weights may be nowhere. Experts are not simulated as they are.
-        sizes: Of `model`.
+        sizes: The sizes of `model`.
         config: Without `"auto"`.
         autocast: The dtype of the run's autocast; under FSDP2, in which weights are gathered.
         engine: Single, or FSDP2, one rank of which is run.

@@ -130,7 +130,9 @@ class StepMoments:
         yield "a group's gradients", {**parts, "gradients": parts["gradients"] + copies}
 
     def embedding(self) -> Parts:
-        """Of tied weights the head's gradient waits, and the sum with the embedding's is another."""
+        """The embedding's backward. With tied weights the head's gradient waits, and its sum with the
+        embedding's is a
+        third tensor."""
         sizes = self.sizes
         weight = sizes.embedding.num_trainable * sizes.element_bytes
         grads = self._gradients(sizes.layers if sizes.is_tied else [*sizes.layers, sizes.head])
@@ -195,7 +197,7 @@ class StepMoments:
         return {"group inputs": inputs, "keys and values": kv, "states": states, "positions": self.positions}
 
     def _graph(self, layer: int) -> int:
-        """Of a layer below others in its cell: its output is not kept."""
+        """Graph of a layer below others in its cell, whose output is not kept."""
         output = self.sizes.stream.hidden_bytes * self.chunk_tokens
         return self.sizes.cells[layer].saved.at(self.chunk_tokens) - output
 
@@ -210,7 +212,7 @@ class StepMoments:
         return sum(self.sizes.cells[i].state_bytes for i in layers) * (self.num_chunks - 1) * self.num_rows
 
     def _retained(self, layers: range, num_chunks: int) -> Parts:
-        """Of whole groups."""
+        """Graphs of the retained chunks of whole groups."""
         last = {group[-1] for group in self.groups}
         saved = sum(
             self.sizes.cells[i].saved.at(self.chunk_tokens) if i in last else self._graph(i) for i in layers
@@ -223,6 +225,7 @@ class StepMoments:
         return self.sizes.embedding if self.sizes.is_tied else self.sizes.head
 
     def _gradients(self, done: Sequence[Weights]) -> int:
-        """Of what has been reduced: of these, or of all where they are summed over micro-batches."""
+        """Gradients that have been reduced: those of `done`, or all where they are summed over
+        micro-batches."""
         parts = [self.sizes.all_weights] if self.keeps_gradients else done
         return self.engine.gradients(self.sizes, parts, are_summed=self.keeps_gradients)

@@ -17,7 +17,7 @@ from chunkdist.models.flops import StepFlops, num_pairs
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.7, 0.55, 0.8, 0.8
 """What kernels are taken to reach of a card's ceilings."""
 _LAUNCH_S, _LAUNCHES = 5e-6, 60
-"""Of one kernel, and how many a layer has in one direction."""
+"""Seconds of one launch, and how many a layer has in one direction."""
 _PASSES_OVER_GRAPH = 3
 """How often the bytes of a cell's graph go through the memory: written, read, and as gradients."""
 
@@ -27,11 +27,11 @@ class StepTime:
     """Seconds.
 
     Args:
-        compute_s: Of the cells and the head.
-        host_s: Of the copies to and from the host, beside them.
-        collectives_s: Of gathers and reductions, beside them.
-        num_chunks: Of a row: a group's first chunk in the backward, and its last one in the forward, are
-            waited for.
+        compute_s: Time of the cells and the head.
+        host_s: Time of the copies to and from the host, beside them.
+        collectives_s: Time of gathers and reductions, beside them.
+        num_chunks: Chunks of a row: a group's first chunk in the backward, and its last one in the forward,
+            are waited for.
     """
 
     compute_s: float
@@ -56,11 +56,11 @@ def step_time(
     engine: Engine = SINGLE,
     host_bytes: int = 0,
 ) -> StepTime:
-    """Of one forward and backward of one rank.
+    """Predicted time of one forward and backward of one rank.
 
     Args:
         config: Without `"auto"`.
-        num_tokens: Of a row, one sequence.
+        num_tokens: Tokens of a row, one sequence.
         host_bytes: What waits on the host: written once, read once.
     """
     num_layers, tokens = len(sizes.cells), num_tokens * num_rows

@@ -97,7 +97,7 @@ class StepFlops:
 
         Args:
             position_ids: Any shape.
-            mask: Of the same shape; tokens with 0 are padding after the segment and are left out.
+            mask: The same shape; tokens with 0 are padding after the segment and are left out.
 
         Returns:
             int64, on the device of `position_ids` and without waiting for it: tokens, then pairs for each of
@@ -171,7 +171,7 @@ def pairs_by_layer(config: Any) -> list[tuple[int | None, int] | None]:
     the layer does not attend.
 
     Args:
-        config: Of the text model.
+        config: The text model's config.
     """
     num_layers = config.num_hidden_layers
     num_heads = config.num_attention_heads

@@ -22,7 +22,7 @@ _MIXERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCellBase, nn.ZeroP
 _MIXER_NAMES = re.compile(
     r"Mamba|SSM(?!LP)|RecurrentBlock|Rwkv|RWKV|DeltaNet|LinearAttention|ShortConv|Hyena|Indexer"
 )
-"""The same for classes that need no such module."""
+"""Classes that need no such module."""
 
 
 def find_layers(model: PreTrainedModel) -> tuple[list[nn.Module], nn.Module, list[nn.Module]]:

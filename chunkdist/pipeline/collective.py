@@ -85,7 +85,7 @@ def clip_grad_norm(pipeline: Pipeline, max_norm: float) -> Tensor:
 
 
 def whole_state_dict(pipeline: Pipeline, model: nn.Module) -> dict[str, Tensor] | None:
-    """Of all stages, in memory of the CPU, on the first rank of the pipeline; elsewhere `None`.
+    """The weights of all stages, in memory of the CPU, on the first rank of the pipeline; elsewhere `None`.
 
     Args:
         model: As its names are wanted: the pipeline's, or a PEFT model around it.

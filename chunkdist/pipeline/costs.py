@@ -48,10 +48,10 @@ def room_for_graphs(
     gradients of them. Another sequence as long may begin while it goes back: its K/V are there as well.
 
     Args:
-        num_layers: Of the stage with most of them.
+        num_layers: Layers of the stage with most of them.
         longest: Tokens of the longest sequence.
         optimizer: As in `TrainingArguments.optim`; the states of one that is not known count nothing.
-        available_bytes: Of one rank, for everything.
+        available_bytes: Memory of one rank, for everything.
 
     Returns:
         0: there is no room.

@@ -29,10 +29,10 @@ class PipelinePlan:
     """What `Pipeline` takes, and what the simulation says of it, over all batches.
 
     Args:
-        stages: Of each, its layers.
+        stages: The layers of each.
         retained_chunks: By stage.
         duration: In the unit of the costs.
-        bubble_share: Of the time of all stages, the part in which they wait.
+        bubble_share: The share of the time of all stages in which they wait.
         rerun_share: The part in which cells run again.
         peak_graphs: By stage, cells that have a graph at a time.
     """
@@ -80,7 +80,7 @@ def choose_pipeline(
     Args:
         batches: Tokens of the sequences of some optimizer steps.
         layers: What each layer costs, forward and backward together.
-        head_per_token: Of the output layer, in the same unit.
+        head_per_token: Cost of the output layer, in the same unit.
         max_graph_tokens: Tokens times layers of which one stage may hold graphs: bytes to spare, by the bytes
             of a layer's activations of a token. `None`: memory is not looked at.
         retained_chunks: To begin with.

@@ -33,7 +33,7 @@ class CellCosts:
         *,
         backward_ratio: float = 2.0,
     ) -> CellCosts:
-        """The same on all stages, of all micro-batches or of each."""
+        """Equal costs on all stages, for all micro-batches or for each."""
         count = len(schedule.micro_batches)
         each = tuple(forward) if isinstance(forward, Sequence) else (forward,) * count
         if len(each) != count:
@@ -60,7 +60,8 @@ class CellCosts:
         Args:
             runs: What the schedule was made of.
             stages: Without the output layer.
-            head_per_token: Of the output layer: it runs in the backwards of the last stage, and never again.
+            head_per_token: Cost of the output layer: it runs in the backwards of the last stage, and never
+                again.
         """
         if len(stages) != schedule.num_stages:
             raise ValueError(f"costs of {len(stages)} stages for {schedule.num_stages}: pass one of each")
@@ -103,13 +104,13 @@ class Timeline:
 
     @property
     def bubble_share(self) -> float:
-        """Of the time of all stages, the part in which they wait."""
+        """The share of the time of all stages in which they wait."""
         busy = sum(span.end - span.start for stage in self.spans for span in stage)
         return 1 - busy / (self.duration * len(self.spans))
 
     @property
     def rerun_share(self) -> float:
-        """Of the time of all stages, the part in which cells run again."""
+        """The share of the time of all stages in which cells run again."""
         rerun = sum(span.rerun_end - span.start for stage in self.spans for span in stage if _is_back(span))
         return rerun / (self.duration * len(self.spans))
 

@@ -69,7 +69,7 @@ class ModelStage(nn.Module):
         self.model = model
         self.is_first, self.is_last = layers.start == 0, layers.stop == len(all_layers)
         self.losses: list[Tensor] = []
-        """Of the micro-batches of the step, in the order of their backwards; on the last stage."""
+        """Losses of the micro-batches of the step, in the order of their backwards; on the last stage."""
         self.parameters_of_step: GroupParameters
         self._config = config
         states = layer_states(model.config.get_text_config(), all_layers)
@@ -115,7 +115,7 @@ class ModelStage(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Of this stage."""
+        """This stage's layers."""
         return [layer.layer for layer in self._layers]
 
     def new_stores(self, tokens: Chunk) -> list[LayerStores]:
@@ -287,7 +287,7 @@ def _alone(chunk: Chunk) -> Stream:
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Of what a layer is called with; of objects, only that they are of one type."""
+    """Whether two arguments of a layer are equal; objects, whether they are of one type."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return torch.equal(first, second)
     if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):

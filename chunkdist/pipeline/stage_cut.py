@@ -16,9 +16,9 @@ def cut_stages(
     have more groups.
 
     Args:
-        group_costs: Of the layer groups, in one unit: FLOPs, seconds.
-        embedding_cost: Of what the first stage has beside its groups.
-        head_cost: Of what the last stage has beside its groups: final norm, output layer and loss.
+        group_costs: Costs of the layer groups, in one unit: FLOPs, seconds.
+        embedding_cost: Cost of what the first stage has beside its groups.
+        head_cost: Cost of what the last stage has beside its groups: final norm, output layer and loss.
 
     Raises:
         ValueError: fewer groups than stages, no stage, or a negative cost.

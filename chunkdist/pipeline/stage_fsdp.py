@@ -20,7 +20,7 @@ class StageShards:
     """The units of a stage: one a layer, and one of what else it has.
 
     Args:
-        layers: Of the stage.
+        layers: The stage's layers.
         mesh: One-dimensional: the ranks that share the weights.
     """
 

@@ -38,7 +38,7 @@ class Pipeline:
 
     Args:
         model: The whole model; what other stages have is let go.
-        stages: Of all ranks, in their order, the layers: what `cut_stages` gives.
+        stages: The layers of all ranks, in their order: what `cut_stages` gives.
         group: The ranks of the pipeline; `None`: all.
         replicas: One-dimensional: the ranks that have the same stage in other pipelines, which train on other
             sequences; `None`: there are none. They begin with the weights of the first one, and a step ends
@@ -162,13 +162,14 @@ class Pipeline:
         return self._loss(device)
 
     def cells(self, samples: Sequence[Sample], runs: Sequence[Run], schedule: PipelineSchedule) -> StageCells:
-        """Of this stage. Their losses are parts of the mean over the supervised tokens of `samples`."""
+        """The micro-batches of this stage. Their losses are parts of the mean over the supervised tokens of
+        `samples`."""
         device = next(self.stage.parameters()).device
         inputs = [inputs_of(run, [samples[index] for index in run.sequences], device) for run in runs]
         return StageCells(self.stage, self.rank, schedule, runs, inputs)
 
     def runs(self, lengths: Sequence[int]) -> tuple[Run, ...]:
-        """Of sequences of so many tokens.
+        """The schedule of sequences of so many tokens.
 
         Raises:
             UnsupportedModelError: the model's positions would depend on how the tokens are passed.
@@ -179,7 +180,7 @@ class Pipeline:
         return runs
 
     def _take_grads(self) -> dict[nn.Parameter, Tensor]:
-        """Of earlier steps: what is summed over ranks at a step's end is its own."""
+        """Sets gradients of earlier steps aside: what is summed over ranks at a step's end is its own."""
         found = {p: p.grad for p in self.stage.parameters() if p.grad is not None}
         for parameter in found:
             parameter.grad = None
@@ -262,7 +263,7 @@ class StageCells(nn.Module):
         return self.cell(int(index)).run(None if self.stage.is_first else received)
 
     def cell(self, number: int) -> StageCell:
-        """Of a micro-batch; asked for in their order."""
+        """The cell of a micro-batch; they are asked for in their order."""
         run_number, chunk_number, _ = self._schedule.micro_batches[number]
         run = self._runs[run_number]
         stream = stream_of([*run.lengths, run.num_empty], run.chunk_size)
@@ -304,7 +305,7 @@ def _refuse_ignored(config: ChunkConfig) -> None:
 
 
 def inputs_of(run: Run, samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor]:
-    """Of a run, (1, T) each, filled up to whole chunks by a sequence of its own, without labels."""
+    """Inputs of a run, (1, T) each, filled up to whole chunks by a sequence of its own, without labels."""
     joined = join_sequences(samples)
     labels = F.pad(joined["labels"], (0, run.num_empty), value=NO_LABEL)
     inputs = {

@@ -37,11 +37,11 @@ _WHOLE_ARGUMENT = {REDUCE_SCATTER: 1}
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Of one kind of collective.
+    """Traffic of one kind of collective.
 
     Args:
         count: How many.
-        whole_bytes: Of the whole tensors: what is gathered, or reduced.
+        whole_bytes: Bytes of the whole tensors: what is gathered, or reduced.
         sent_bytes: What a rank sends in a ring of n ranks: (n - 1) / n of a gather or a reduce-scatter, twice
             that of an all-reduce, all of others.
     """

@@ -36,7 +36,7 @@ class GroupUnits:
     """The units that FSDP2 releases before the group runs: those of all its layers but the last.
 
     Args:
-        layers: Of the group, in their order.
+        layers: The group's layers, in their order.
         may_be_larger: Whether a unit may have layers of several groups.
 
     Raises:

@@ -34,7 +34,7 @@ def whole_weights(hf_deepspeed_config: Any) -> Iterator[None]:
     ones, layer by layer. DeepSpeed cuts them when it takes the model.
 
     Args:
-        hf_deepspeed_config: Of the training arguments; `None` without DeepSpeed.
+        hf_deepspeed_config: The training arguments' attribute; `None` without DeepSpeed.
     """
     if hf_deepspeed_config is None or not is_deepspeed_zero3_enabled():
         yield

@@ -36,7 +36,7 @@ class SampleReport:
 
     @property
     def tokens_kept(self) -> int:
-        """Of all rows."""
+        """Weights of the chunks, of all rows."""
         return self.num_rows * sum(chunk.num_tokens for chunk in self.kept)
 
 

@@ -148,7 +148,7 @@ class RunSampler:
         run_length: Mean number of neighbours kept together; below 1 / (1 - budget / k) they come together by
             chance as often: then chunks are independent.
         importance: Whether a chunk's probability is that of `ImportanceSampler`; else all have the same.
-        min_probability: Of `ImportanceSampler`.
+        min_probability: As `ImportanceSampler` has it.
     """
 
     budget: float = 8
@@ -190,7 +190,7 @@ class RunSampler:
 
     @staticmethod
     def probability_after(next_kept: bool, i: int, p: Sequence[float], ties: Sequence[float]) -> float:
-        """Of chunk i to be kept, when it is known whether chunk i + 1 is."""
+        """The probability that chunk i is kept, when it is known whether chunk i + 1 is."""
         return p[i] + ties[i] * (next_kept - p[i + 1])
 
     @staticmethod

@@ -21,7 +21,8 @@ def free_host_bytes(root: Path = Path("/"), *, num_ranks: int | None = None) -> 
 
 
 def _free_of_control_groups(root: Path) -> Iterator[int]:
-    """Of this process's group and those around it, versions 2 and 1; pages that can be read again from files
+    """Free bytes of this process's group and those around it, versions 2 and 1; pages that can be read again
+    from files
     count as free. A container sees its own group as the outermost one."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()

@@ -29,7 +29,7 @@ from chunkdist.stores.free_memory import free_host_bytes
 GIB = 2**30
 _PAGE_BYTES = 4096
 _USABLE_SHARE = 0.95
-"""Of the host memory that is free: at its end the kernel kills processes."""
+"""Share of the free host memory that may be used: at its end the kernel kills processes."""
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
@@ -46,12 +46,12 @@ class HostMemory:
 
     @property
     def held_bytes(self) -> int:
-        """Of all slabs. It grows to what the longest stream needs, and stays until `close`."""
+        """Bytes of all slabs. They grow to what the longest stream needs, and stay until `close`."""
         return sum(pool.held_bytes for pool in self._pools.values())
 
     @property
     def used_bytes(self) -> int:
-        """Of the slabs in which a tensor waits."""
+        """Bytes of the slabs in which a tensor waits."""
         return sum(pool.held_bytes - pool.idle_bytes for pool in self._pools.values())
 
     def put(self, x: Tensor) -> HostTensor:

@@ -63,7 +63,7 @@ class KVStore:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of keys and values, of all rows; 0 before the first write."""
+        """Bytes of keys and values of a token, of all rows; 0 before the first write."""
         return 0 if self._kv is None else sum(x[:, :1].nbytes for x in self._kv)
 
     def send(self, chunk: Chunk, host: HostMemory) -> None:

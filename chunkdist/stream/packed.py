@@ -42,7 +42,7 @@ def refuse_segments(model: nn.Module, longest: int) -> None:
 
 
 def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:
-    """Of all layers, or by kind of layer."""
+    """Rotary parameters of all layers, or by kind of layer."""
     if not isinstance(parameters, Mapping):
         return
     if any(isinstance(value, Mapping) for value in parameters.values()):

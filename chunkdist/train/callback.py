@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NOISY_VARIANCE, NUM_SAMPLES_TO_JUDGE = 3.0, 10
-"""Of SpaCO's samples: from this mean relative variance on, over so many, a person is warned."""
+"""A person is warned from this mean relative variance of SpaCO's samples on, over so many samples."""
 
 
 class ChunkCallback(TrainerCallback):
@@ -60,10 +60,10 @@ class ChunkCallback(TrainerCallback):
     - A file that cannot be written costs one warning; training goes on.
 
     Args:
-        config: Of the chunked model; `None` for a plain one, which gets the figures without the table.
+        config: The chunked model's config; `None` for a plain one, which gets the metrics without the table.
         model: The trainer's.
-        stream_tokens: Of the longest token stream, where a micro-batch is one.
-        counter: Of what the model is fed with; `None`: one is hooked to the model.
+        stream_tokens: Tokens of the longest stream, where a micro-batch is one.
+        counter: Counts what the model is fed with; `None`: one is hooked to the model.
     """
 
     def __init__(

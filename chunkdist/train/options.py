@@ -167,7 +167,8 @@ class OptionParser(TrlParser):
         return values, unknown
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
-        """As TRL's, but values of a YAML file pass the checks that values of the command line pass."""
+        """Sets defaults as TRL does, after values of a YAML file have passed the checks of the command
+        line."""
         self._from_yaml = set(values)
         actions = {action.dest: action for action in self._actions}
         for key, value in values.items():

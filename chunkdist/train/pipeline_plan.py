@@ -38,7 +38,7 @@ class PipelineQuestion:
         model: A causal LM, or a PEFT model of one, whole; its weights may be nowhere.
         batches: Tokens of the sequences of each step of a pipeline, in the order of training.
         longest: Tokens of the longest sample of all.
-        args: Of the trainer, with the options of a pipeline.
+        args: The trainer's arguments, with the options of a pipeline.
         device_type: Where graphs will be.
     """
 
@@ -74,7 +74,7 @@ class PipelineQuestion:
         return [name for name, value in values.items() if value == "auto"]
 
     def room(self, available_bytes: int) -> int:
-        """As `max_graph_tokens`, in a rank's memory."""
+        """`max_graph_tokens` for a rank's memory."""
         settings = step_sizes(self.args)
         sizes = ModelSizes.for_config(
             self.model,
@@ -120,7 +120,7 @@ class PipelineQuestion:
         )
 
     def timeline(self, plan: PipelinePlan) -> Timeline:
-        """Of the first batch."""
+        """Timeline of the first batch."""
         return simulate_plan(
             plan,
             self.batches[0],
@@ -165,7 +165,7 @@ class PipelineQuestion:
 
 
 def least_room(question: PipelineQuestion, device: torch.device) -> int | None:
-    """Of all ranks, in what is free; `None`: nothing is asked. Collective."""
+    """The least room of all ranks in what is free; `None`: nothing is to be chosen. Collective."""
     if not question.asked:
         return None
     share = USABLE_SHARE.get(device.type, min(USABLE_SHARE.values()))

@@ -112,7 +112,8 @@ def check_ranks(accelerator: Any) -> None:
 
 
 def engine_name(args: TrainingArguments) -> str:
-    """Of the sharding engine that the options and the launcher's environment ask for; ZeRO-1 and ZeRO-2 have
+    """The name of the sharding engine that the options and the launcher's environment ask for; ZeRO-1 and
+    ZeRO-2 have
     one name, as they have one format of checkpoints."""
     if getattr(args, "pipeline_stages", 1) > 1:
         return PIPELINE

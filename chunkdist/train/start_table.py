@@ -30,8 +30,8 @@ def start_table(
     """The choices for a run of `args` on `model`, one a row.
 
     Args:
-        report: Of `model`; its attention may not be known before the first step.
-        stream_tokens: Of the longest token stream, where a micro-batch is one.
+        report: How `model` is chunked; its attention may not be known before the first step.
+        stream_tokens: Tokens of the longest stream, where a micro-batch is one.
     """
     table = Table(title="chunkdist", title_justify="left", header_style="", show_lines=False)
     for column in ("what", "chosen", "why"):

@@ -39,7 +39,7 @@ def refuse_other_order(checkpoint: Path, order: StreamOrder | None) -> None:
     """Compares a run with the one that has saved `checkpoint`.
 
     Args:
-        order: Of the run; `None`: without `chunk_packing`.
+        order: The run's order; `None`: without `chunk_packing`.
 
     Raises:
         ValueError: its steps would have other sequences; says which values differ.

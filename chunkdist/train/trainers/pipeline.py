@@ -81,7 +81,7 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
         self.add_callback(self.order)
 
     def _choose(self, config: ChunkConfig) -> PipelinePlan:
-        """The same on all ranks: by the first batches of the first replica. Collective."""
+        """Chosen by the first batches of the first replica, and so alike on all ranks. Collective."""
         args: Any = self.args
         lengths = sample_lengths(self.train_dataset)
         first = islice(self._batches(replica=0), MOST_BATCHES)
@@ -196,7 +196,7 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
         )
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Of this stage."""
+        """This stage's layers."""
         return int(super().floating_point_ops(_tokens(inputs)))
 
     def _track_num_input_tokens(self, inputs: Samples) -> None:

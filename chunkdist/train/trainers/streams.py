@@ -91,7 +91,7 @@ class StreamTrainer(SFTTrainer):
         self._last_reported_step: int | None = None
         self._has_warned = False
         self._num_supervised: Iterator[int] = iter(())
-        """Of the micro-batches to come in this step, over all ranks."""
+        """Supervised tokens of the micro-batches to come in this step, over all ranks."""
         self._metric_weights: list[int] = []
         self._tokens_sampled = self._tokens_rerun = 0
         self.order = StreamOrder(
@@ -224,7 +224,7 @@ class StreamTrainer(SFTTrainer):
         )
 
     def _packing_figures(self) -> dict[str, float]:
-        """Of the optimizer steps since the last call; the plan tells all ranks', nobody is asked."""
+        """Counts of the optimizer steps since the last call; the plan knows all ranks', nobody is asked."""
         step = self.state.global_step
         steps = range(step if self._last_reported_step is None else self._last_reported_step, step)
         if not steps:
