@@ -22,7 +22,7 @@ export PIP_REQUIRE_VIRTUALENV := 1
 help:
 	@echo "make train    create .venv, train the default model (CONFIG=..., ARGS='--max_steps 10 ...')"
 	@echo "make test     run the tests (ARGS='-k ...')"
-	@echo "make lint     ruff format --check, ruff check"
+	@echo "make lint     ruff format --check, ruff check, lint-imports"
 	@echo "make types    mypy --strict"
 	@echo "make format   write the format"
 	@echo "make clean    remove .venv and caches"
@@ -55,6 +55,7 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
 
 types: $(READY)
 	$(BIN)/mypy

@@ -1,6 +1,6 @@
 """chunkdist: train causal language models on long sequences, chunk by chunk, with exact gradients."""
 
-from chunkdist.chunking import chunk_model, unchunk_model
+from chunkdist.chunking import ChunkReport, chunk_model, chunk_report, unchunk_model
 from chunkdist.config import ChunkConfig
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.spaco.samplers import (
@@ -13,6 +13,7 @@ from chunkdist.spaco.samplers import (
 
 __all__ = [
     "ChunkConfig",
+    "ChunkReport",
     "ChunkSampler",
     "FixedBudgetSampler",
     "ImportanceSampler",
@@ -20,5 +21,6 @@ __all__ = [
     "RunSampler",
     "UnsupportedModelError",
     "chunk_model",
+    "chunk_report",
     "unchunk_model",
 ]

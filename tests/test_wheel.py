@@ -1,4 +1,5 @@
-"""The wheel holds all that the `chunkdist` command needs: built, unpacked elsewhere, and run outside of the checkout."""
+"""The wheel holds all that the `chunkdist` command needs: built, unpacked elsewhere, and run outside of the
+checkout."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def _list_fault(values: Any, column: str) -> tuple[int, str] | None:
 
 
 def _first_odd(values: Any, column: str) -> tuple[int, str]:
-    """Of a column whose values differ in kind, or are no lists."""
+    """The fault of a column whose values differ in kind, or are no lists."""
     for row, value in enumerate(map(_decoded, values.to_pylist())):
         if not isinstance(value, list):
             return row, f"{column!r} is {_word(value)}, not a list of token ids"

@@ -252,7 +252,7 @@ def _mark(x: Tensor) -> tuple[int, int]:
 
 
 def _views(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Of a few numbers of each, spread over it, by device and dtype."""
+    """A few numbers of each, spread over it, by device and dtype."""
     found: dict[Any, list[Tensor]] = {}
     for x in tensors:
         if type(x) in _PLAIN and not x.is_meta and x.is_contiguous() and x.numel():

@@ -24,7 +24,8 @@ _NOTED_BYTES = 2**26
 _MIN_CHUNKS = 2
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 _HALF_TOLERANCE = 2e-3
-"""Of a token's norm. Rounding of bf16 itself does not count: both ways round the same sums, but for a few."""
+"""Bound, relative to a token's norm. Rounding of bf16 itself does not count: both ways round the same sums,
+but for a few."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +152,7 @@ class HookNotes:
 
 
 def _grad(x: Tensor) -> Tensor:
-    """Of an output; a function of the values, so that it is the same for a token in any piece."""
+    """Gradient of an output; a function of the values, so that it is the same for a token in any piece."""
     return torch.cos(3 * x.detach())
 
 

@@ -64,7 +64,7 @@ class LayerProbe:
     """Probes each layer once: layers of one class may differ in what is set on them.
 
     Args:
-        tolerance: Of the norm.
+        tolerance: Bound, relative to the norm.
         moves_weights: Whether trainable weights are moved for the probe: behind a matrix of zeros, as
             adapters begin with, a fault does not show.
         widens: Whether what is narrower than fp32 is in fp32 for the probe.

@@ -62,7 +62,7 @@ class LazyLogits(torch.Tensor):
     head: nn.Linear
     operations: tuple[Operation, ...]
     autocast: AutocastState
-    """Of the forward; the logits may be made after it."""
+    """Autocast of the forward; the logits may be made after it."""
     forward_run: LazyForward
     parent: LazyLogits | None
     """The logits that these are, after `change`; `None`: these are the head's."""

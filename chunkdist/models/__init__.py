@@ -1,0 +1,1 @@
+"""What is known of transformers' models: layers, arguments, FLOPs, exact classes."""

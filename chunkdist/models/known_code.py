@@ -68,7 +68,7 @@ def is_known_class(kind: type[nn.Module], layer: nn.Module, *, mixes: bool) -> b
 
 
 def _package_of(layer: nn.Module) -> list[str]:
-    """Of the model that a layer, maybe wrapped, is of."""
+    """The package of the model that a layer, maybe wrapped, belongs to."""
     for module in layer.modules():
         for kind in type(module).__mro__:
             if kind.__module__.startswith("transformers.models."):

@@ -1,0 +1,1 @@
+"""What waits for the backward: keys and values with their gradients, states, host memory."""

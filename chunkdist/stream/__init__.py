@@ -1,0 +1,1 @@
+"""The tokens of one forward: chunks, segments, and how they are read from what a caller passed."""

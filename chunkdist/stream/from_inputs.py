@@ -30,7 +30,7 @@ def read_stream(
 
     Args:
         cut_at_segments: Chunks end where segments do, too.
-        labels: Of the forward; `None`: not known.
+        labels: The forward's labels; `None`: not known.
 
     Raises:
         ValueError: left padding, or a mask of another shape; labels of padding; positions that do not begin

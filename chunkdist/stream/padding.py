@@ -30,7 +30,7 @@ class ForwardLabels:
     @contextmanager
     def noted(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Args:
-        names: Of the forward's parameters, in their order.
+        names: The forward's parameters, in their order.
         """
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         shifted = given.get("shift_labels")

@@ -1,1 +1,1 @@
-"""What ties chunkdist to trainers. Each module imports its own library; `import chunkdist` imports none."""
+"""Training: options, trainers, callbacks, checkpoints, and how a run starts and ends."""

@@ -93,7 +93,8 @@ RANGES: dict[str, Range] = {
     "lora_dropout": _SHARE,
     "test_split_size": Range(low=0, high=1, has_low=False, has_high=False),
 }
-"""Of every option that is a number, but `num_train_epochs`, which counts only without `max_steps`."""
+"""The range of every option that is a number, but `num_train_epochs`, which counts only without
+`max_steps`."""
 
 _STRATEGY_OF = {
     "logging_steps": "logging_strategy",
@@ -145,7 +146,7 @@ def check_values(values: Namespace, given: set[str], types_of_options: Iterable[
     """Refuses values of a wrong kind or out of range, before a dataclass is made of them.
 
     Args:
-        values: Of all options.
+        values: The values of all options.
         given: Names of the options that the user has written.
         types_of_options: The dataclasses.
 

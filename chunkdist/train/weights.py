@@ -22,7 +22,7 @@ from chunkdist.train.trainers.checked import first_line, print_once
 
 _NUM_NAMED = 3
 _REPORT = "LOAD REPORT"
-"""Of the table that transformers 5.23 logs; a line of ours says the same."""
+"""The first line of the table that transformers 5.23 logs; a line of ours says the same."""
 
 
 def load_model(name: str, *, allow_missing: bool, **given: Any) -> Any:
