@@ -22,6 +22,7 @@ import torch
 from chunkdist.bench import module_of
 from chunkdist.bench.figures import row_name, table
 from chunkdist.bench.options import checked
+from chunkdist.files import whole_file
 from chunkdist.memory import machine as allocator
 
 _PACKAGES = ("chunkdist", "torch", "transformers", "peft")
@@ -64,9 +65,8 @@ class Run:
         file: Path | None = self.options.json
         if file is not None:
             whole = {**self.result, "partial": True} if partial else self.result
-            part = file.with_name(f"{file.name}.part")
-            part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-            part.replace(file)
+            with whole_file(file) as unfinished:
+                unfinished.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
     def end(self) -> None:
         """Writes and prints all of it."""

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from chunkdist.files import save_figure
+from chunkdist.files import save_figure, whole_file
 
 Record = dict[str, Any]
 
@@ -42,7 +42,8 @@ class MetricsFile:
             return f"{self.path} is from an earlier run: renamed to {earlier.name}"
         records = self.read()
         kept = [record for record in records if record["step"] <= step]
-        _write_whole(self.path, "".join(map(_line, kept)).encode())
+        with whole_file(self.path) as unfinished:
+            unfinished.write_bytes("".join(map(_line, kept)).encode())
         dropped = len(records) - len(kept)
         return (
             f"{self.path}: dropped {dropped} lines of steps after {step}, where training goes on"
@@ -103,12 +104,3 @@ def _line(record: Record) -> str:
     """NaN and infinity are no JSON: null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(clean) + "\n"
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
