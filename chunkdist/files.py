@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to: it takes the place of `path` at the end, and is gone after an error."""
+    """A file beside `path` to write to: it takes the place of `path` at the end, and is gone after an
+    error."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         yield unfinished
