@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkdist.bench.figures import markdown, table
-from chunkdist.bench.run import source, text
+from chunkdist.bench.report import source, text
 from chunkdist.memory.cards import CARDS
 
 DOCS = Path(__file__).parent

@@ -3,8 +3,9 @@
     accelerate launch launchers/train.py --config configs/quickstart.yaml [--option value ...]
 
 Runs under `python`, `accelerate launch`, `deepspeed` and `torchrun` alike. Exit status 2: the input is at
-fault, and one line says how; 1: the gradient check or another rank failed; 1 with a traceback: the fault is
-our own; 75: a signal has stopped it, and a checkpoint is saved.
+fault, and one line says how; 1: the gradient check or another rank failed, or the weights are saved and
+something beside them is not; 1 with a traceback: the fault is our own; 3: nothing was trained, or the weights
+or losses are no numbers; 75: a signal has stopped it, and a checkpoint is saved.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from chunkdist.errors import BadSampleError
 from chunkdist.memory.machine import use_expandable_segments
 from chunkdist.train.build import build_trainer, check_blocker, chunk_trainer, first_batch
 from chunkdist.train.callback import ChunkCallback
+from chunkdist.train.ending import end_run
 from chunkdist.train.failures import FailureWatch, RankFailure, named_failures, speaks_here
 from chunkdist.train.faults import StepWatch, input_fault
 from chunkdist.train.options import TrainingOptions, parse_options
 from chunkdist.train.out_of_memory import explained_out_of_memory
-from chunkdist.train.saving import is_disk_full, removed_if_empty, save_model
+from chunkdist.train.save_check import try_saving
+from chunkdist.train.saving import is_disk_full, removed_if_empty
 from chunkdist.train.stopping import StopCallback, Stopped, StopSignals, leave
 from chunkdist.train.trainers.checked import CheckedSFTTrainer, print_once
 from chunkdist.train.trainers.pipeline import PipelineSFTTrainer
@@ -50,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             StopCallback.add_to(trainer, stop)
             with explained_out_of_memory(trainer, is_chunked=chunked):
                 trainer.train(resume_from_checkpoint=trainer.resumes_from)
-                print_once(f"model saved to {save_model(trainer)}")
-        return 0
+                ending = end_run(trainer)
+        return fail(ending.line, ending.status) if ending.status else 0
     except Stopped as stopped:
         return fail(stopped, stopped.status)
     except RankFailure as error:
@@ -74,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def set_up(options: TrainingOptions) -> CheckedSFTTrainer | None:
     """The trainer, its model chunked; `None` when the gradient check failed."""
     trainer, chunk_config = build_trainer(options)
+    try_saving(trainer, str(options.model.model_name_or_path))
     if not gradients_agree(trainer, chunk_config, options):
         return None
     chunk_trainer(trainer, chunk_config)

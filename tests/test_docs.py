@@ -85,7 +85,7 @@ def test_a_page_that_is_not_up_to_date_is_told_and_written(
 ) -> None:
     old = (ROOT / "docs" / "sharding.md").read_text()
     page = tmp_path / "sharding.md"
-    page.write_text(old.replace("| DDP ", "| DPP "))
+    page.write_text(old.replace("MiB gathered", "GiB gathered"))
     monkeypatch.setattr(script, "DOCS", tmp_path)
     monkeypatch.setattr(script, "BLOCKS", {page.name: script.BLOCKS[page.name]})
     assert script.main(["--check"]) == 1

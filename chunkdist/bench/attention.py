@@ -17,7 +17,7 @@ from chunkdist.attention import BACKENDS
 from chunkdist.attention.base import AttentionVariant, Backend, Span
 from chunkdist.attention.math import MathBackend
 from chunkdist.bench.options import parser_of
-from chunkdist.bench.run import Run
+from chunkdist.bench.report import Run
 from chunkdist.bench.timing import matmul_flops, median_s
 
 LARGEST_ERROR = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}

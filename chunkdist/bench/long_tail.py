@@ -28,8 +28,8 @@ from chunkdist import ChunkConfig, chunk_model, unchunk_model
 from chunkdist.bench.kernels import SEGMENTS
 from chunkdist.bench.models import Sizes
 from chunkdist.bench.options import parser_of
+from chunkdist.bench.report import Run
 from chunkdist.bench.rounds import allowed_difference, largest_difference
-from chunkdist.bench.run import Run
 from chunkdist.bench.timing import Cost, cost_of, report_progress, rotated, times
 from chunkdist.bench.variants import set_checkpointing
 from chunkdist.chunking import chunk_report

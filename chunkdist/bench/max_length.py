@@ -15,8 +15,8 @@ from typing import Any
 
 from chunkdist.bench.models import Sizes
 from chunkdist.bench.options import count, parser_of, sizes_of
+from chunkdist.bench.report import Run
 from chunkdist.bench.rounds import OUT_OF_MEMORY, attempt
-from chunkdist.bench.run import Run
 from chunkdist.bench.timing import report_progress
 from chunkdist.bench.variants import BASELINE, OFFLOADED, ONE_GROUP, REBUILT, Variant, baselines, chunked
 
@@ -33,7 +33,8 @@ def longest(
     """Searches the longest multiple of `step` up to `limit` that fits, to 1 / 16 of it, if a shorter one fits
     whenever a longer one does. After each trial, gives what is known: the longest that fits (0: none that was
     tried), the shortest that does not (`None`: all that were tried fit), and whether the search goes on."""
-    low, high, limit = 0, None, limit // step * step
+    high: int | None = None
+    low, limit = 0, limit // step * step
     length = max(step, min(start, limit) // step * step)
     while not is_late():
         if fits(length):

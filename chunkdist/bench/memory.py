@@ -23,7 +23,7 @@ from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.kernels import WHOLE
 from chunkdist.bench.models import SIZES, Sizes
 from chunkdist.bench.options import count, parser_of
-from chunkdist.bench.run import Run
+from chunkdist.bench.report import Run
 from chunkdist.bench.timing import report_progress
 from chunkdist.bench.variants import BASELINE, KEPT, OFFLOADED, ONE_GROUP, REBUILT, Variant, set_checkpointing
 from chunkdist.chunking import host_memory

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from chunkdist import ChunkConfig
 from chunkdist.bench.options import count, parser_of, sizes_of
-from chunkdist.bench.run import Run
+from chunkdist.bench.report import Run
 from chunkdist.bench.timing import cost_of
 from chunkdist.bench.variants import BASELINE, Variant, prepared
 

@@ -31,7 +31,7 @@ from torch.multiprocessing.spawn import start_processes
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.models import SIZES, Sizes
 from chunkdist.bench.options import count, parser_of
-from chunkdist.bench.run import Run
+from chunkdist.bench.report import Run
 from chunkdist.bench.timing import report_progress
 from chunkdist.loss.lazy_logits import lazy_logits
 from chunkdist.sharding.collectives import CollectiveCounter

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from chunkdist import ChunkConfig, FixedBudgetSampler, chunk_model, unchunk_model
 from chunkdist.bench.models import Sizes
 from chunkdist.bench.options import count, parser_of, sizes_of
-from chunkdist.bench.run import Run
+from chunkdist.bench.report import Run
 from chunkdist.bench.timing import cost_of, report_progress, rotated
 
 NUM_CHUNKS = 128

@@ -16,8 +16,8 @@ from typing import Any
 
 from chunkdist.bench.models import Sizes
 from chunkdist.bench.options import count, parser_of, sizes_of
+from chunkdist.bench.report import Run
 from chunkdist.bench.rounds import OUT_OF_MEMORY, Rounds
-from chunkdist.bench.run import Run
 from chunkdist.bench.timing import matmul_flops, report_progress, step_flops, times
 from chunkdist.bench.variants import EXTRAS, Variant, baselines, chunked, extras
 

@@ -78,7 +78,7 @@ class HookNotes:
             yield
         finally:
             self._is_over = True
-            if self.hook.slots.get(self.hook.key) is self:
+            if self.hook.key in self.hook.slots:
                 self.hook.slots[self.hook.key] = self.hook.function
 
     def check(self, own_parameters: set[int]) -> bool:
@@ -203,24 +203,20 @@ def _result_dims(whole: Any, pieces: list[Any]) -> list[int | None]:
 def _joined(parts: list[Any], dims: list[int | None]) -> Any:
     """The tensors of `parts` one after another; what has no dim of tokens is the first's."""
     columns = list(zip(*(_tensors_of(part) for part in parts), strict=False))
-    joined = iter([c[0] if d is None else torch.cat(c, dim=d) for c, d in zip(columns, dims, strict=False)])
-    return _map(parts[0], lambda x: next(joined, x))
+    joined = [c[0] if d is None else torch.cat(c, dim=d) for c, d in zip(columns, dims, strict=False)]
+    return _with_tensors(parts[0], joined)
 
 
 def _cut(whole: Any, dims: list[int | None]) -> list[Any]:
     """In two or three."""
     tensors = _tensors_of(whole)
+    num = min([3, *(x.shape[d] for x, d in zip(tensors, dims, strict=True) if d is not None)])
     pieces = []
-    for index in range(
-        num := min(3, *(x.shape[d] for x, d in zip(tensors, dims, strict=True) if d is not None), 3)
-    ):
-        cuts = iter(
-            [
-                x if d is None else x.tensor_split(num, dim=d)[index]
-                for x, d in zip(tensors, dims, strict=True)
-            ]
-        )
-        pieces.append(_map(whole, lambda x, cuts=cuts: next(cuts)))
+    for index in range(num):
+        cuts = [
+            x if d is None else x.tensor_split(num, dim=d)[index] for x, d in zip(tensors, dims, strict=True)
+        ]
+        pieces.append(_with_tensors(whole, cuts))
     return pieces
 
 
@@ -256,6 +252,12 @@ def _tensors_of(x: Any) -> list[Tensor]:
     found: list[Tensor] = []
     _map(x, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
     return found
+
+
+def _with_tensors(like: Any, tensors: list[Tensor]) -> Any:
+    """`like`, with other tensors in the places of its own."""
+    rest = iter(tensors)
+    return _map(like, lambda x: next(rest, x))
 
 
 def _map(x: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -24,14 +24,25 @@ from chunkdist.data.loading import (
 from chunkdist.data.sample_stream import SampleStream, checked_samples, first_sample
 from chunkdist.data.samples import LongSamples
 from chunkdist.sharding.zero3 import whole_weights
-from chunkdist.train.checkpoints import checkpoint_to_resume, resume_line
+from chunkdist.train.agreement import agreed
+from chunkdist.train.checkpoint_weights import refuse_other_weights
+from chunkdist.train.checkpoints import resumption_of
 from chunkdist.train.faults import asked_by
+from chunkdist.train.fingerprints import samples_fingerprint
 from chunkdist.train.needed_packages import usable_attention
 from chunkdist.train.option_amounts import check_amounts, chunk_size_line
 from chunkdist.train.options import TrainingOptions
-from chunkdist.train.ranks import check_engine, check_ranks, leave_offloaded_unpinned
+from chunkdist.train.ranks import (
+    UNSHARDED,
+    check_engine,
+    check_ranks,
+    engine_name,
+    leave_offloaded_unpinned,
+    num_launched_ranks,
+)
 from chunkdist.train.refuse_options import check_options
 from chunkdist.train.router_loss import router_loss_coefficient
+from chunkdist.train.run_record import RunRecord, changed_steps, refuse_other_options
 from chunkdist.train.stream_order import refuse_other_order
 from chunkdist.train.streaming import wants_streaming
 from chunkdist.train.token_check import check_token_ids
@@ -87,7 +98,10 @@ def build_trainer(
     chunk_config = check_options(options)
     training, model_options = options.training, options.model
     check_engine(training)
-    checkpoint = checkpoint_to_resume(training)
+    resumption = agreed(lambda: resumption_of(training))
+    checkpoint, record = resumption.checkpoint, RunRecord.of(options, num_launched_ranks())
+    if checkpoint is not None:
+        refuse_other_options(checkpoint, record)
     train_dataset, eval_dataset = _datasets(options)
     tokenizer = _tokenizer(options)
     for dataset in (train_dataset, eval_dataset):
@@ -166,10 +180,17 @@ def build_trainer(
     check_ranks(trainer.accelerator)
     check_amounts(trainer)
     leave_offloaded_unpinned(trainer.accelerator)
+    record = record.with_samples(agreed(lambda: samples_fingerprint(trainer.train_dataset)))
+    trainer.run = record.going_on(checkpoint, resumption.run)
     if checkpoint is not None:
         refuse_other_order(checkpoint, getattr(trainer, "order", None))
+        refuse_other_options(checkpoint, record)
+        if RunRecord.read(checkpoint) is None and engine_name(training) == UNSHARDED:
+            refuse_other_weights(checkpoint, trainer.model)
         trainer.resumes_from = str(checkpoint)
-        print_once(resume_line(checkpoint))
+    for line in (resumption.line(), checkpoint and changed_steps(checkpoint, record)):
+        if line:
+            print_once(line)
     return trainer, chunk_config
 
 

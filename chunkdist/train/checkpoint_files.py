@@ -1,18 +1,23 @@
 """What a checkpoint's files say about it: whether they are all there, which engine wrote them, on how many
 ranks.
 
-A list of the files and their sizes is written into the checkpoint before it gets its name. Checkpoints of
-other programs have none; of them, the files without which a run could not go on are asked for.
+A list of the files, their sizes and checksums (xxh3) is written into the checkpoint before it gets its name.
+Checkpoints of other programs have none; of them, the files without which a run could not go on are asked for.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import xxhash
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from chunkdist.train.checkpoint_pickles import unsafe_pickle
 from chunkdist.train.ranks import FSDP, PIPELINE, UNSHARDED, ZERO3, ZERO12
 
 FILE_LIST = "chunkdist_files.json"
@@ -23,26 +28,43 @@ _OPTIMIZERS = {
     FSDP: ("optimizer_0/.metadata", "optimizer.bin"),
     PIPELINE: ("optimizer_rank0.pt",),
 }
+_BLOCK_BYTES = 2**22
+_RUNS_CODE = {".pt", ".pth", ".bin", ".pkl", ".distcp"}
+"""Endings of pickled files: one that is not listed was not written with the others."""
 _FSDP_WEIGHTS = ("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin")
 
 
 def list_files(checkpoint: Path, num_ranks: int) -> None:
     """Writes the list, into a checkpoint that has not got its name yet."""
-    sizes = {
-        str(path.relative_to(checkpoint)): path.stat().st_size
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
-    }
-    text = json.dumps({"num_ranks": num_ranks, "bytes": sizes}, indent=1)
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != FILE_LIST]
+    names = [str(path.relative_to(checkpoint)) for path in files]
+    sizes = dict(zip(names, (path.stat().st_size for path in files), strict=True))
+    sums = dict(zip(names, checksums(files), strict=True))
+    text = json.dumps({"num_ranks": num_ranks, "bytes": sizes, "xxh3": sums}, indent=1)
     (checkpoint / FILE_LIST).write_text(text, encoding="utf-8")
 
 
+def checksums(files: Sequence[Path]) -> list[str]:
+    """The xxh3 sums, some files at a time: hashing leaves the interpreter's lock."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_checksum, files))
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def fault_of(checkpoint: Path) -> str | None:
-    """Why a run cannot go on from a checkpoint; `None`: it can."""
+    """Why a run cannot go on from a checkpoint, which is read to its end for that; `None`: it can."""
     return (
         _unreadable(checkpoint / TRAINER_STATE_NAME, "global_step")
         or _damage(checkpoint)
         or _missing(checkpoint)
+        or unsafe_pickle(checkpoint)
     )
 
 
@@ -87,13 +109,24 @@ def _damage(checkpoint: Path) -> str | None:
     unreadable = _unreadable(checkpoint / FILE_LIST, "num_ranks", "bytes")
     if unreadable is not None:
         return unreadable
-    listed = json.loads((checkpoint / FILE_LIST).read_text(encoding="utf-8"))["bytes"]
-    for name, num_bytes in listed.items():
+    listed = json.loads((checkpoint / FILE_LIST).read_text(encoding="utf-8"))
+    for name, num_bytes in listed["bytes"].items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != num_bytes:
             return f"{name} has {path.stat().st_size} bytes and had {num_bytes} when it was saved"
+    for path in sorted(checkpoint.rglob("*")):
+        name = str(path.relative_to(checkpoint))
+        is_converted = "_universal" in name  # by DeepSpeed's script, after it was saved
+        is_pickle = path.suffix in _RUNS_CODE or path.name == ".metadata"
+        if is_pickle and name not in listed["bytes"] and path.is_file() and not is_converted:
+            return f"{name} is not one of the files that were saved"
+    sums = listed.get("xxh3", {})  # lists of earlier versions have none
+    found = checksums([checkpoint / name for name in sums])
+    for (name, expected), checksum in zip(sums.items(), found, strict=True):
+        if checksum != expected:
+            return f"{name} is not what was saved: its checksum differs"
     return None
 
 

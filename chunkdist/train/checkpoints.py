@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from chunkdist.train.checkpoint_files import (
     zero_states,
 )
 from chunkdist.train.ranks import engine_name, num_launched_ranks
+from chunkdist.train.run_record import RunRecord
 from chunkdist.train.saving import whole_or_absent
 
 if TYPE_CHECKING:
@@ -66,58 +68,123 @@ def whole_checkpoint(
     wait_for_everyone()
 
 
-def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means: for `true` the last complete one of `output_dir`.
+@dataclass(frozen=True, kw_only=True)
+class Resumption:
+    """What `resume_from_checkpoint` comes to.
+
+    Args:
+        checkpoint: Where the run goes on; `None`: it begins.
+        run: The id of the run that goes on; `None`: another run begins, be it with a checkpoint.
+        passed_over: Why checkpoints with higher steps were not taken.
+        was_asked: Whether the option was set.
+    """
+
+    checkpoint: Path | None = None
+    run: str | None = None
+    passed_over: tuple[str, ...] = ()
+    was_asked: bool = False
+
+    def line(self) -> str | None:
+        """What a person is told."""
+        if not self.was_asked:
+            return None
+        reasons = f" (passed over: {'; '.join(self.passed_over)})" if self.passed_over else ""
+        if self.checkpoint is None:
+            return f"resume_from_checkpoint: this run has no checkpoint yet{reasons}, it begins"
+        saved, num_ranks = num_ranks_of(self.checkpoint), num_launched_ranks()
+        begun = f"resuming from {self.checkpoint}{reasons}"
+        if saved == num_ranks:
+            return begun
+        return (
+            f"{begun} of {saved} ranks on {num_ranks}: random draws begin afresh, and a step has the same "
+            "samples only if ranks x per_device_train_batch_size x gradient_accumulation_steps is what it was"
+        )
+
+
+def resumption_of(args: TrainingArguments) -> Resumption:
+    """What to resume. For `true` that is the last complete checkpoint of this run, which is the one whose id
+    `output_dir` holds; without any, the run begins.
+
+    Checkpoints are read to their ends: on one rank of a machine is enough.
 
     Raises:
-        ValueError: it is not complete, there is none, another engine has saved it, or DeepSpeed has cut it
-            for another number of ranks.
+        ValueError: it is not complete, all of this run are damaged, another engine has saved it, or DeepSpeed
+            has cut it for another number of ranks.
     """
     option: str | bool | None = args.resume_from_checkpoint
     word = str(option).lower()
     if option is None or word == "false":
-        return None
+        return Resumption()
     folder = Path(args.output_dir or ".")
-    if word == "true":
-        newest_first = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step, reverse=True)
-        faults = {path: _fault(path) for path in newest_first}
-        checkpoint = next((path for path, fault in faults.items() if fault is None), None)
-        if checkpoint is None:
-            reasons = "; ".join(f"{path.name}: {fault}" for path, fault in faults.items())
-            raise ValueError(
-                f"resume_from_checkpoint=true, but {folder} holds no complete checkpoint"
-                f"{f' ({reasons})' if reasons else ''}: leave the option out to begin afresh"
-            )
-    else:
-        checkpoint = Path(str(option))
-        fault = _fault(checkpoint)
-        if fault is not None:
-            raise ValueError(
-                f"resume_from_checkpoint={checkpoint} is no complete checkpoint: {fault}; write true for the "
-                "last complete one of output_dir"
-            )
-    _refuse_other_engine(checkpoint, engine_name(args))
-    _refuse_other_ranks(checkpoint, num_launched_ranks())
-    return checkpoint
+    found = _last_of_run(folder) if word == "true" else _named(folder, Path(str(option)))
+    if found.checkpoint is not None:
+        _refuse_other_engine(found.checkpoint, engine_name(args))
+        _refuse_other_ranks(found.checkpoint, num_launched_ranks())
+    return found
 
 
-def resume_line(checkpoint: Path) -> str:
-    """What is resumed, and what cannot be as it was."""
-    saved, num_ranks = num_ranks_of(checkpoint), num_launched_ranks()
-    newer = [
-        path
-        for path in checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if _step(path) > _step(checkpoint)
-    ]
-    faults = [f"{path.name}: {fault}" for path in sorted(newer, key=_step) if (fault := _fault(path))]
-    passed_over = f" (newer, but not complete: {'; '.join(faults)})" if faults else ""
-    if saved == num_ranks:
-        return f"resuming from {checkpoint}{passed_over}"
-    return (
-        f"resuming from {checkpoint}{passed_over} of {saved} ranks on {num_ranks}: random draws begin "
-        "afresh, and a step has the same samples only if ranks x per_device_train_batch_size x "
-        "gradient_accumulation_steps is what it was"
-    )
+def _last_of_run(folder: Path) -> Resumption:
+    own = RunRecord.read(folder)
+    passed_over, faults = [], []
+    for path in _newest_first(folder):
+        record = RunRecord.read(path)
+        if own is not None and (record is None or record.run != own.run):
+            passed_over.append(f"{path.name} is of another run")
+            continue
+        fault = _fault(path)
+        if fault is None:
+            run = record.run if record is not None else None
+            return Resumption(checkpoint=path, run=run, passed_over=(*passed_over, *faults), was_asked=True)
+        faults.append(f"{path.name}: {fault}")
+    if faults:
+        raise ValueError(
+            f"resume_from_checkpoint=true, but {folder} holds no complete checkpoint of this run "
+            f"({'; '.join(faults)}): leave the option out to begin afresh"
+        )
+    if own is not None and own.begun_from is not None:
+        begun = _named(folder, Path(own.begun_from))
+        return replace(begun, run=own.run, passed_over=tuple(passed_over))
+    return Resumption(passed_over=tuple(passed_over), was_asked=True)
+
+
+def _named(folder: Path, checkpoint: Path) -> Resumption:
+    """The run that saved it goes on only from its last checkpoint: otherwise there would be two of each
+    step."""
+    fault = _fault(checkpoint)
+    if fault is not None:
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint} is no complete checkpoint: {fault}; write true for the "
+            "last complete one of output_dir"
+        )
+    own, record = RunRecord.read(folder), RunRecord.read(checkpoint)
+    run = None
+    if own is not None and record is not None and own.run == record.run:
+        last = next((path for path in _newest_first(folder) if _run_of(path) == own.run), checkpoint)
+        run = own.run if last.resolve() == checkpoint.resolve() else None
+    return Resumption(checkpoint=checkpoint, run=run, was_asked=True)
+
+
+def delete_older(folder: Path, limit: int | None, *, newest: Path, best: str | None) -> None:
+    """Leaves `limit` checkpoints of the run that has saved `newest`, among them that one and the best.
+    Those of other runs stay: transformers would count them, and delete by their step or age."""
+    if limit is None or limit <= 0:
+        return
+    run = _run_of(newest)
+    own = [path for path in _newest_first(folder) if _run_of(path) == run]
+    kept = [path for path in own if path == newest or (best is not None and path == Path(best))]
+    others = [path for path in own if path not in kept]
+    for path in others[max(0, limit - len(kept)) :]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    paths = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
+    return sorted(paths, key=_step, reverse=True)
+
+
+def _run_of(checkpoint: Path) -> str | None:
+    record = RunRecord.read(checkpoint)
+    return None if record is None else record.run
 
 
 def _fault(path: Path) -> str | None:

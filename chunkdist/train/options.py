@@ -26,7 +26,7 @@ from chunkdist.train.ranks import (
     start_gloo,
     tell_ranks,
 )
-from chunkdist.train.roll_call import check_launch, meet
+from chunkdist.train.roll_call import check_launch, forget_stale_rank, meet
 from chunkdist.train.yaml_options import read_yaml
 
 
@@ -85,6 +85,10 @@ class TrainArguments(SFTConfig):
             tell_ranks(self.distributed_state)
         elif needs_gloo() and (launcher_wants_fsdp() or self.fsdp):
             allow_fsdp(self.distributed_state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What transformers pickles into each `training_args.bin`: everything but the key to the Hub."""
+        return {**self.__dict__, "hub_token": None}
 
     def _validate_args(self) -> None:
         """For transformers, bf16 without a GPU needs `use_cpu`, which DeepSpeed must not be given."""
@@ -209,6 +213,7 @@ class OptionParser(TrlParser):
 def parse_options(arguments: Sequence[str] | None = None) -> TrainingOptions:
     """The options of this process's command line, or of `arguments`."""
     check_launch()
+    forget_stale_rank()
     return OptionParser().parse(sys.argv[1:] if arguments is None else arguments)
 
 

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from datetime import timedelta
 
 from torch import distributed
@@ -58,6 +58,15 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> None:
     missing = [name for name in needed if size > 1 and not environment.get(name)]
     if missing:
         raise LaunchError(f"WORLD_SIZE={size} without {' and '.join(missing)}: {_UNSET}")
+
+
+def forget_stale_rank(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Drops a LOCAL_RANK that an earlier launch has left in the shell. Accelerate (1.15) would look for the
+    other ranks by it."""
+    alone = environment.get("WORLD_SIZE") in (None, "", "1") and not environment.get("MASTER_ADDR")
+    if alone and "LOCAL_RANK" in environment:
+        rank = environment.pop("LOCAL_RANK")
+        print(f"LOCAL_RANK={rank} is ignored: there is no MASTER_ADDR, so this is one process", flush=True)
 
 
 def meet(timeout: timedelta, environment: Mapping[str, str] = os.environ) -> distributed.TCPStore | None:

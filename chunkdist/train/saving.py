@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chunkdist.train.agreement import any_rank
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -31,6 +33,10 @@ _LAST = {"config.json", "adapter_config.json"}
 
 class DiskFullError(OSError):
     """A file could not be written to its end; the message says where, and what is left of it."""
+
+
+class PartlySavedError(RuntimeError):
+    """The trained weights are saved, and something beside them is not."""
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -79,6 +85,7 @@ def save_model(trainer: Trainer) -> Path:
 
     Raises:
         DiskFullError: there is no space; `output_dir` holds what it held before.
+        PartlySavedError: the weights are saved, and something else is not: a config, the tokenizer, a push.
         RuntimeError: the sharding engine gave no weights.
     """
     target = Path(trainer.args.output_dir or ".")
@@ -99,16 +106,32 @@ def save_model(trainer: Trainer) -> Path:
                     "stage3_gather_16bit_weights_on_model_save: true"
                 )
             _move_all(unfinished, target)
+    failed = getattr(trainer, "save_failures", [])
+    if any_rank(bool(failed)):
+        raise PartlySavedError(
+            f"the trained weights are saved to {target}, but not "
+            f"{'; '.join(failed) or 'all that belongs to them'}"
+        )
     if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        _push(trainer, target)
     return target
+
+
+def _push(trainer: Trainer, target: Path) -> None:
+    try:
+        trainer.push_to_hub()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise PartlySavedError(
+            f"the model is saved to {target}, but not pushed to the Hub: {reason}"
+        ) from error
 
 
 def _move_all(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir(), key=lambda path: (path.name in _LAST, path.name)):
         destination = target / path.name
-        if destination.is_dir():
-            shutil.rmtree(destination)
+        if destination.is_dir() and not destination.is_symlink() and path.is_dir():
+            shutil.rmtree(destination)  # a second adapter's folder
         os.replace(path, destination)
     source.rmdir()
 

@@ -198,7 +198,8 @@ class StopCallback(TrainerCallback):
         stop.saves = bool(trainer.args.enable_jit_checkpoint)
         if stop.saves:
             stop.is_leaving = RawValue("b", 0)
-            trainer.is_leaving = stop.is_leaving  # type: ignore[attr-defined]  # read by `CheckedSFTTrainer`
+            keeper: Any = trainer  # `CheckedSFTTrainer` reads it for its other loaders
+            keeper.is_leaving = stop.is_leaving
             trainer.add_callback(cls(stop, trainer))
 
     def on_train_begin(

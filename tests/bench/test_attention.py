@@ -11,7 +11,7 @@ from chunkdist.attention.cpu_flash import CpuFlashBackend
 from chunkdist.bench import attention
 from chunkdist.bench.attention import Case
 from chunkdist.bench.options import parser_of
-from chunkdist.bench.run import Run
+from chunkdist.bench.report import Run
 
 CASES = [
     Case(case="prefix", num_queries=13, num_before=7, num_heads=4, num_kv_heads=2, head_dim=8),

@@ -11,7 +11,7 @@ import torch
 
 from chunkdist.bench import profile
 from chunkdist.bench.options import parser_of
-from chunkdist.bench.run import Run
+from chunkdist.bench.report import Run
 
 
 def test_a_pause_of_the_host_is_no_kernel(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from chunkdist.bench import BENCHMARKS
-from chunkdist.bench.run import text
+from chunkdist.bench.report import text
 from chunkdist.bench.variants import BASELINE, KEPT, OFFLOADED, PLANNED, REBUILT, baselines, chunked
 from tests.helpers.tiny_run import ROOT
 
+pytestmark = pytest.mark.slow
 OTHERS = ("trl", "datasets", "deepspeed", "wandb", "matplotlib", "rich", "bitsandbytes", "flash_attn")
 OPTIONS = {
     "attention": [],

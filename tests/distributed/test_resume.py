@@ -141,6 +141,33 @@ def test_another_number_of_ranks_works_or_is_refused(two_ranks: Ranks, one_rank:
         assert not said or "was saved under ZeRO-3, and this job runs under FSDP2" in said
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_the_best_evaluation_is_what_is_saved(two_ranks: Ranks, folder: Path, engine: str) -> None:
+    """The first one; the checkpoint that follows is kept to go on from."""
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "dataset_test_split": "train",
+        "chunk_method": "seco",
+        "spaco_budget": 8,
+    }
+    first = run(two_ranks, engine, folder, **{**best, "load_best_model_at_end": False, "max_steps": 1})
+    expected = loaded(folder, lora=False)
+    shutil.rmtree(folder / "out")
+    constant = {"lr_scheduler_type": "constant"}
+    assert len(first) == 1
+    run(two_ranks, engine, folder, **best, **constant, max_steps=3, save_steps=1, save_total_limit=1)
+    assert sorted(path.name for path in (folder / "out").glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-3",
+    ]
+    for name, value in loaded(folder, lora=False).items():
+        assert torch.allclose(value, expected[name], rtol=0, atol=1e-6), name
+
+
 def save_slowly(folder: Path) -> list[str]:
     """Rank 1 is slow to write, and slow to flush: what it finds at both times, and what is listed. Both ranks
     move, as on two machines that share a disk."""

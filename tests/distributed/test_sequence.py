@@ -133,14 +133,19 @@ def a_part_by_hand() -> str | None:
 def trainer(size: str, after_the_trainer: bool) -> str:
     """transformers' Trainer, told to cut sequences in two."""
     from accelerate.state import PartialState
-    from accelerate.utils import ParallelismConfig
+    from accelerate.utils import DeepSpeedSequenceParallelConfig, ParallelismConfig
     from transformers import Trainer, TrainingArguments
 
     skip_shm_build()
     row = {name: x[0] for name, x in batch(num_tokens=NUM_TOKENS).items()}
     row["position_ids"] = torch.arange(NUM_TOKENS)
     with left_as_it_was(), tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, Any] = {"parallelism_config": ParallelismConfig(**{size: 2})}
+        sizes: dict[str, Any] = {size: 2}
+        if size == "sp_size":
+            sizes["sp_handler"] = DeepSpeedSequenceParallelConfig(
+                sp_seq_length_is_variable=True, sp_attn_implementation="sdpa"
+            )
+        settings: dict[str, Any] = {"parallelism_config": ParallelismConfig(**sizes)}
         if size == "sp_size":
             os.environ.pop("ACCELERATE_USE_CPU", None)
             settings["deepspeed"] = {

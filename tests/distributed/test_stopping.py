@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(model: Path, tmp_path: Path) -> Path:
     shutil.copytree(model, tmp_path / "model")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2, timeout_s=400)  # of which most is imports, on a busy machine
+    yield ranks
+    ranks.stop()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -345,6 +345,14 @@ def test_accelerates_settings_at_odds(main: Any, base: dict[str, Any], tmp_path:
     refused(main, base, tmp_path, "deepspeed is not set", env={"ACCELERATE_USE_DEEPSPEED": "true"})
 
 
+def test_a_rank_left_from_another_job_hides_no_line(
+    main: Any, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    refused(main, base, tmp_path, "max_steps=0", max_steps=0)
+
+
 def test_a_fault_of_our_own_is_no_line(
     main: Any, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

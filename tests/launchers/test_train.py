@@ -149,12 +149,11 @@ def test_a_run_resumed_from_a_checkpoint_ends_where_the_whole_one_does(
     }
     whole = weights(train(launcher, tiny_model, FITTING, seed=5, **common))
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
-    # Another seed, other weights to begin with: were it not resumed, it would end elsewhere.
     for resume in (tmp_path / "out" / "checkpoint-2", True):
-        assert_same(
-            whole, weights(train(launcher, tiny_model, FITTING, resume_from_checkpoint=resume, **common))
-        )
+        resumed = train(launcher, tiny_model, FITTING, seed=5, resume_from_checkpoint=resume, **common)
+        assert_same(whole, weights(resumed))
         shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    # Another seed, other weights to begin with: it ends elsewhere.
     afresh = weights(train(launcher, tiny_model, FITTING, **common))
     assert any((afresh[name] - value).abs().max() > 1e-2 for name, value in whole.items())
 

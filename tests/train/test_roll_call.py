@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 
 from chunkdist.train import roll_call
-from chunkdist.train.roll_call import LaunchError, check_launch, meet
+from chunkdist.train.roll_call import LaunchError, check_launch, forget_stale_rank, meet
 
 SOON = timedelta(seconds=1.5)
 TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -125,6 +125,16 @@ def test_ranks_meet_and_others_say_who_is_missing() -> None:
 def test_one_process_and_ranks_of_torchrun_have_nobody_to_meet() -> None:
     assert meet(SOON, {}) is None
     assert meet(SOON, TWO | {"TORCHELASTIC_USE_AGENT_STORE": "True"}) is None
+
+
+def test_a_stale_local_rank_is_dropped_and_a_launchers_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    for stale in ({"LOCAL_RANK": "1"}, {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "RANK": "0"}):
+        forget_stale_rank(stale)
+        assert "LOCAL_RANK" not in stale
+        assert "is ignored" in capsys.readouterr().out
+    of_a_launcher = TWO | {"WORLD_SIZE": "1"}
+    forget_stale_rank(of_a_launcher)
+    assert of_a_launcher["LOCAL_RANK"] == "0"
 
 
 def test_one_machine_is_waited_for_less_long() -> None:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard  # type: ignore[import-untyped]
 from datasets import IterableDataset
 from torch.utils.data import DataLoader
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
 from chunkdist.data.sample_stream import SampleStream, StreamFit
 from chunkdist.data.sampler import LongestFirst
 from chunkdist.data.samples import LongSamples, fit_samples, sample_lengths
 from chunkdist.errors import BadSampleError
-from chunkdist.train.checkpoints import whole_checkpoint
 from chunkdist.train.faults import asked_by
+from chunkdist.train.kept_trainer import KeptTrainer
+from chunkdist.train.lines import first_line as first_line
+from chunkdist.train.lines import print_once as print_once
 from chunkdist.train.stopping import keep_workers
 from chunkdist.train.streaming import prepare_stream
 
@@ -30,15 +27,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class CheckedSFTTrainer(SFTTrainer):
-    """`SFTTrainer` that truncates and drops no sample unasked, and leaves no half-written checkpoint."""
+class CheckedSFTTrainer(KeptTrainer):
+    """`SFTTrainer` that truncates and drops no sample unasked, and loses no work."""
 
     def __init__(self, *, long_samples: LongSamples, **kwargs: Any) -> None:
         self._long_samples = long_samples
-        self._checkpoints: Path | None = None
-        """Where checkpoints are made while one is being saved."""
-        self.resumes_from: str | None = None
-        """What to give to `train` as `resume_from_checkpoint`."""
         self.tokenized: dict[str, Dataset] = {}
         """The samples by the name of their data, before any is cut, until their ids have been looked at."""
         self.streams: dict[str, StreamFit] = {}
@@ -147,41 +140,6 @@ class CheckedSFTTrainer(SFTTrainer):
         """A model without weights, which is not to be trained, stays where it is."""
         if not next(model.parameters()).is_meta:
             super()._move_model_to_device(model, device)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Transformers' own, but the checkpoint has its name when it is whole, and older ones go after."""
-        args = self.args
-        target = Path(super()._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit, push = args.save_total_limit, args.push_to_hub
-        with whole_checkpoint(target, args, self.accelerator.wait_for_everyone) as folder:
-            self._checkpoints, args.save_total_limit, args.push_to_hub = folder, None, False
-            try:
-                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
-            finally:
-                self._checkpoints, args.save_total_limit, args.push_to_hub = None, limit, push
-            if self.state.best_model_checkpoint == str(folder / target.name):
-                self.state.best_model_checkpoint = str(target)
-                if args.should_save:
-                    self.state.save_to_json(str(folder / target.name / TRAINER_STATE_NAME))
-        if push:
-            self._push_from_checkpoint(str(target))
-        if args.should_save:
-            rotate_checkpoints(str(target.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._checkpoints or super()._get_output_dir(trial))
-
-
-def print_once(line: str) -> None:
-    """Prints on the first process of the whole job."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(line, flush=True)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the error's message; without one, its kind."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
 
 
 def _tokenize_or_name_culprit(dataset: Dataset, tokenize: Callable[[Dataset], Dataset], name: str) -> Dataset:

@@ -1,0 +1,17 @@
+"""What a run says in one line."""
+
+from __future__ import annotations
+
+import os
+
+
+def print_once(line: str) -> None:
+    """Prints on the first process of the whole job."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(line, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message; without one, its kind."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
