@@ -17,7 +17,7 @@ from chunkdist.train.model_parts import first_words
 from chunkdist.train.saving import PartlySavedError, save_model
 
 if TYPE_CHECKING:
-    from chunkdist.train.kept_trainer import KeptTrainer
+    from chunkdist.train.trainers.kept import KeptTrainer
 
 NOTHING_TRAINED = 3
 """The exit status of a run that took no step, or whose weights or losses are no numbers."""

@@ -17,11 +17,11 @@ from chunkdist.data.sampler import LongestFirst
 from chunkdist.data.samples import LongSamples, fit_samples, sample_lengths
 from chunkdist.errors import BadSampleError
 from chunkdist.train.faults import asked_by
-from chunkdist.train.kept_trainer import KeptTrainer
 from chunkdist.train.lines import first_line as first_line
 from chunkdist.train.lines import print_once as print_once
 from chunkdist.train.stopping import keep_workers
 from chunkdist.train.streaming import prepare_stream
+from chunkdist.train.trainers.kept import KeptTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset

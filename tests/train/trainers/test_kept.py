@@ -22,8 +22,8 @@ from transformers import PreTrainedConfig, TrainerCallback
 
 from chunkdist.train import ending
 from chunkdist.train.checkpoints import UNFINISHED
-from chunkdist.train.kept_trainer import KeptTrainer
 from chunkdist.train.run_record import RECORD
+from chunkdist.train.trainers.kept import KeptTrainer
 from tests.helpers.tiny_run import ROOT, TEXTS, command_line, load_script, make_model_folder
 
 ROWS = TEXTS[:2] * 4
