@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from chunkdist.attention import BACKENDS
-from chunkdist.attention.base import AttentionVariant, Backend, Span
+from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, RowGradient, Span
 from chunkdist.attention.math import MathBackend
 from chunkdist.bench.options import parser_of
 from chunkdist.bench.report import Run
@@ -88,12 +88,12 @@ def _inputs(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _run(backend: Backend, case: Case, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> list[Tensor]:
-    spans, variant = case.spans, case.variant
-    out, lse = backend.forward(q, k, v, spans, variant)
+    row = AttentionRow(q, k, v, case.spans, case.variant)
+    out, lse = backend.forward(row)
     wide = torch.promote_types(q.dtype, torch.float32)
     before = torch.ones((), dtype=wide, device=q.device)
     kv_grads = before.expand(k.shape).clone(), before.expand(v.shape).clone()
-    dq = backend.backward(grad_out, q, k, v, out, lse, kv_grads, spans, variant)
+    dq = backend.backward(row, RowGradient(grad_out, out, lse, kv_grads))
     return [out, lse, dq, *(grad - before for grad in kv_grads)]
 
 
@@ -102,12 +102,12 @@ def rates(
 ) -> dict[str, float]:
     """FLOP/s of the forward (4 per pair, head and unit of the head dim) and of the backward (10)."""
     q, k, v, grad_out = _inputs(case, device, dtype)
-    spans, variant = case.spans, case.variant
-    out, lse = backend.forward(q, k, v, spans, variant)
+    row = AttentionRow(q, k, v, case.spans, case.variant)
+    out, lse = backend.forward(row)
     kv_grads = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-    forward_s = median_s(lambda: backend.forward(q, k, v, spans, variant), min_run_s=min_run_s)
-    given = (grad_out, q, k, v, out, lse, kv_grads, spans, variant)
-    backward_s = median_s(lambda: backend.backward(*given), min_run_s=min_run_s)
+    forward_s = median_s(lambda: backend.forward(row), min_run_s=min_run_s)
+    given = RowGradient(grad_out, out, lse, kv_grads)
+    backward_s = median_s(lambda: backend.backward(row, given), min_run_s=min_run_s)
     pairs = case.num_queries * (case.num_before + (case.num_queries + 1) / 2) * case.num_heads * case.head_dim
     return {
         "forward_s": forward_s,

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from chunkdist.attention import AttentionChoice
-from chunkdist.attention.base import AttentionVariant, Span
+from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient, Span
 
 WHOLE, SEGMENTS, PREFIX = "chunkdist_bench_whole", "chunkdist_bench_segments", "chunkdist_bench_prefix"
 """Causal on whole rows; on each segment that `position_ids` tell apart; and after a prefix."""
@@ -28,7 +28,7 @@ class SpanKernel(torch.autograd.Function):
         rows = [x[0].transpose(0, 1) for x in (q, k, v)]
         variant = AttentionVariant(scale=scale)
         backend = _CHOICE.backend_for(rows[0], variant)
-        out_TND, lse_NT = backend.forward(rows[0], rows[1], rows[2], spans, variant)
+        out_TND, lse_NT = backend.forward(AttentionRow(rows[0], rows[1], rows[2], spans, variant))
         ctx.save_for_backward(*rows, out_TND, lse_NT)
         ctx.backend, ctx.spans, ctx.variant = backend, spans, variant
         return out_TND[None]
@@ -42,7 +42,8 @@ class SpanKernel(torch.autograd.Function):
             v_SKD.new_zeros(v_SKD.shape, dtype=torch.promote_types(v_SKD.dtype, torch.float32)),
         )
         dq_TND = ctx.backend.backward(
-            grad_out[0], q_TND, k_SKD, v_SKD, out_TND, lse_NT, kv_grads, ctx.spans, ctx.variant
+            AttentionRow(q_TND, k_SKD, v_SKD, ctx.spans, ctx.variant),
+            RowGradient(grad_out[0], out_TND, lse_NT, kv_grads),
         )
         dk, dv = (grad.to(k_SKD.dtype) for grad in kv_grads)
         return None, None, *(x.transpose(0, 1)[None] for x in (dq_TND, dk, dv))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 
 from chunkdist.data.columns import TOKEN_COLUMNS, text_fault, token_fault
 from chunkdist.data.corpus import read_standard_library, split_documents
@@ -29,7 +29,7 @@ from chunkdist.data.ragged import tables
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-    AnyDataset = Dataset | IterableDataset
+    AnyDataset: TypeAlias = Dataset | IterableDataset
 
 STDLIB_NAME = "python-stdlib"
 

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -104,7 +105,7 @@ class Additions:
                     continue
                 found = self._look(layer, with_paths=True)
                 self._ask_layer(layer, given, hidden, stream, found)
-                own = [HookNotes(hook, lambda layer=layer: _num_tokens(layer)) for hook in found.hooks]
+                own = [HookNotes(hook, partial(_num_tokens, layer)) for hook in found.hooks]
                 for note in own:
                     stack.enter_context(note.in_place())
                 notes.append((layer, found, own))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from chunkdist.config import ChunkConfig
@@ -17,7 +16,7 @@ from chunkdist.config import ChunkConfig
 ARGUMENT = "output_hidden_states"
 
 
-def refuse_hidden_states(asked: Any, decoder: PreTrainedModel, config: ChunkConfig) -> None:
+def refuse_hidden_states(asked: Any, decoder: Any, config: ChunkConfig) -> None:
     """Raises where hidden states are asked for, in a forward with a graph, that no group begins or ends with.
 
     Args:
@@ -44,7 +43,7 @@ def refuse_hidden_states(asked: Any, decoder: PreTrainedModel, config: ChunkConf
         )
 
 
-def _indices(asked: Any, decoder: PreTrainedModel, num_layers: int) -> set[int]:
+def _indices(asked: Any, decoder: Any, num_layers: int) -> set[int]:
     every = set(range(num_layers + 1))
     can_select = "hidden_states" in _CAN_RECORD_REGISTRY.get(decoder)
     if isinstance(asked, bool) or not can_select:

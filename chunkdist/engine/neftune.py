@@ -51,4 +51,5 @@ def _add_noise(stream: Stream, module: nn.Module, inputs: Any, output: Tensor) -
     lengths_BT1 = torch.tensor(lengths, device=output.device)[..., None]
     alpha: Any = module.neftune_noise_alpha
     scale_BT1 = alpha / torch.sqrt(lengths_BT1 * output.shape[-1])
-    return output + torch.zeros_like(output).uniform_(-1, 1) * scale_BT1.to(output.dtype)
+    noisy: Tensor = output + torch.zeros_like(output).uniform_(-1, 1) * scale_BT1.to(output.dtype)
+    return noisy

@@ -68,7 +68,7 @@ def _loss(pipeline: Pipeline, batch: Sequence[Sample]) -> Tensor:
 def clip_grad_norm(pipeline: Pipeline, max_norm: float) -> Tensor:
     """Scales all stages' gradients down to `max_norm`; their norm before that, over all stages."""
     parameters = [p for p in pipeline.stage.parameters() if p.grad is not None]
-    own = [local_part(p.grad) for p in parameters if p is not _second_of_tied(pipeline)]  # type: ignore[arg-type]
+    own = [local_part(p.grad) for p in parameters if p is not _second_of_tied(pipeline)]
     device = next(pipeline.stage.parameters()).device
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for grad in own:
@@ -80,7 +80,7 @@ def clip_grad_norm(pipeline: Pipeline, max_norm: float) -> Tensor:
     norm = squares.sqrt().float()
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch's clip_grad_norm_
     for parameter in parameters:
-        local_part(parameter.grad).mul_(scale)  # type: ignore[arg-type]
+        local_part(parameter.grad).mul_(scale)
     return norm
 
 

@@ -118,7 +118,8 @@ def _is_part(arguments: dict[str, Any]) -> Tensor | None:
     found = positions[..., 0] > 0
     if positions.shape[-1] > 1:
         found = found & (positions[..., 1] > positions[..., 0])
-    return found.all(0) if positions.ndim == 3 else found
+    every: Tensor = found.all(0) if positions.ndim == 3 else found
+    return every
 
 
 def _starts_from_lengths(

@@ -188,9 +188,10 @@ def build_trainer(
         if RunRecord.read(checkpoint) is None and engine_name(training) == UNSHARDED:
             refuse_other_weights(checkpoint, trainer.model)
         trainer.resumes_from = str(checkpoint)
-    for line in (resumption.line(), checkpoint and changed_steps(checkpoint, record)):
-        if line:
-            print_once(line)
+    lines = [resumption.line()]
+    lines += [] if checkpoint is None else [changed_steps(checkpoint, record)]
+    for said in filter(None, lines):
+        print_once(said)
     return trainer, chunk_config
 
 

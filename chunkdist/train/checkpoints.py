@@ -125,7 +125,8 @@ def resumption_of(args: TrainingArguments) -> Resumption:
 
 def _last_of_run(folder: Path) -> Resumption:
     own = RunRecord.read(folder)
-    passed_over, faults = [], []
+    passed_over: list[str] = []
+    faults: list[str] = []
     for path in _newest_first(folder):
         record = RunRecord.read(path)
         if own is not None and (record is None or record.run != own.run):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 import xxhash
 
 _COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")

@@ -30,6 +30,7 @@ def small_parts(trainer: Trainer) -> dict[str, Callable[[Path], Any]]:
     model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     parts: dict[str, Callable[[Path], Any]] = {}
     if isinstance(model, PeftModel):
+        config: Any
         for config in model.peft_config.values():
             parts["the adapter's config (adapter_config.json)"] = config.save_pretrained
     else:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from datetime import timedelta
 
 from torch import distributed
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__ (2.13)
 
 ONE_MACHINE_S = 300.0
 """How long ranks of one machine are waited for; those of several, `ddp_timeout` (30 minutes unless set)."""
@@ -69,7 +70,7 @@ def forget_stale_rank(environment: MutableMapping[str, str] = os.environ) -> Non
         print(f"LOCAL_RANK={rank} is ignored: there is no MASTER_ADDR, so this is one process", flush=True)
 
 
-def meet(timeout: timedelta, environment: Mapping[str, str] = os.environ) -> distributed.TCPStore | None:
+def meet(timeout: timedelta, environment: Mapping[str, str] = os.environ) -> TCPStore | None:
     """Waits until all ranks are there. Returns the store where they met: the process group that torch then
     makes uses the same one, so it is to be kept until then. `None` where there is nobody to meet, or all
     have met.
@@ -123,7 +124,7 @@ def _number(name: str, value: str) -> int:
         raise LaunchError(f"{name}={value!r} is no whole number: {_UNSET}") from None
 
 
-def _host_store(host: str, port: int, deadline: float) -> distributed.TCPStore:
+def _host_store(host: str, port: int, deadline: float) -> TCPStore:
     try:
         return _open(host, port, is_master=True, deadline=deadline)
     except (RuntimeError, ValueError) as error:
@@ -138,9 +139,7 @@ def _host_store(host: str, port: int, deadline: float) -> distributed.TCPStore:
         ) from error
 
 
-def _reach_store(
-    host: str, port: int, wait_s: float, deadline: float, *, speaks: bool
-) -> distributed.TCPStore:
+def _reach_store(host: str, port: int, wait_s: float, deadline: float, *, speaks: bool) -> TCPStore:
     faults: list[str] = []
 
     def is_reached() -> bool:
@@ -168,8 +167,8 @@ def _reach_store(
         ) from error
 
 
-def _open(host: str, port: int, *, is_master: bool, deadline: float) -> distributed.TCPStore:
-    return distributed.TCPStore(
+def _open(host: str, port: int, *, is_master: bool, deadline: float) -> TCPStore:
+    return TCPStore(
         host,
         port,
         is_master=is_master,
@@ -197,7 +196,7 @@ def _await(
     return True
 
 
-def _absent(store: distributed.TCPStore, size: int) -> list[int]:
+def _absent(store: TCPStore, size: int) -> list[int]:
     return [rank for rank in range(size) if not store.check([f"chunkdist/present/{rank}"])]
 
 

@@ -224,8 +224,9 @@ class StopCallback(TrainerCallback):
         if not is_between or not self._agree(args):
             return
         args.save_only_model = False
+        model: Any = self._trainer.model
         # transformers' own callback (5.23) calls this private method, too.
-        self._trainer._save_checkpoint(self._trainer.model, trial=None)
+        self._trainer._save_checkpoint(model, trial=None)
         self._leave(state)
 
     def on_save(

@@ -21,7 +21,7 @@ def check_token_ids(trainer: CheckedSFTTrainer) -> None:
             the output layer; names the first one.
     """
     num_embeddings, num_outputs = num_rows(trainer.model)
-    has_padding = bool(trainer.args.pad_to_multiple_of)
+    has_padding = bool(getattr(trainer.args, "pad_to_multiple_of", None))
     for name, (dataset, batch_size) in tokenized_data(trainer).items():
         differ = refuse_ids_outside(
             dataset, name=f"{name} data", num_embeddings=num_embeddings, num_outputs=num_outputs
@@ -31,7 +31,8 @@ def check_token_ids(trainer: CheckedSFTTrainer) -> None:
         fit.limits = num_embeddings, num_outputs
         has_padding |= trainer.args.per_device_train_batch_size > 1 or name != "train"
     if trainer.streams:
-        next(iter(trainer.train_dataset.once()), None)  # the first sample, before anything is written
+        train: Any = trainer.train_dataset
+        next(iter(train.once()), None)  # the first sample, before anything is written
     refuse_padding_outside(trainer, num_embeddings, is_used=has_padding)
     say_larger_tokenizer(trainer, num_embeddings)
 
@@ -84,4 +85,4 @@ def say_larger_tokenizer(trainer: CheckedSFTTrainer, num_embeddings: int) -> Non
 
 def _size(layer: nn.Module, name: str) -> int:
     size = getattr(layer, name, None)
-    return int(size) if size is not None else int(layer.weight.shape[0])  # type: ignore[union-attr, arg-type, index]
+    return int(size) if size is not None else int(layer.weight.shape[0])  # type: ignore[index]

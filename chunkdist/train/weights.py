@@ -40,9 +40,10 @@ def load_model(name: str, *, allow_missing: bool, **given: Any) -> Any:
     takes_other_shapes = allow_missing or given.pop("ignore_mismatched_sizes", False)
     try:
         with _without_report():
-            model, report = create_model_from_path(
+            loaded: Any = create_model_from_path(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **given
             )
+            model, report = loaded
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

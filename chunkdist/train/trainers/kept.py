@@ -49,12 +49,12 @@ class KeptTrainer(SFTTrainer):
         trial: Any,
     ) -> tuple[int, int]:
         """TRL's count of tokens goes on, too, and the run has its id before its first step."""
-        trained: tuple[int, int] = super()._init_training_state(  # type: ignore[no-untyped-call]
+        trained: tuple[int, int] = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         saved = None if resume_from_checkpoint is None else RunRecord.read(Path(resume_from_checkpoint))
         if saved is not None and saved.num_tokens is not None:
-            self._total_train_tokens = saved.num_tokens
+            self._total_train_tokens: Any = saved.num_tokens
         self.first_step, self.steps_taken = self.state.global_step, 0
         if self.run is not None and self.args.should_save:
             self.run.write(Path(self.args.output_dir or "."))
@@ -71,7 +71,7 @@ class KeptTrainer(SFTTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """The best evaluation has a checkpoint, though others are saved more rarely."""
-        is_best: bool = super()._determine_best_metric(metrics, trial)  # type: ignore[no-untyped-call]
+        is_best: bool = super()._determine_best_metric(metrics, trial)
         if is_best and self.args.load_best_model_at_end:
             self.control.should_save = True
         return is_best
@@ -116,7 +116,7 @@ class KeptTrainer(SFTTrainer):
             print_once(f"the weights are saved, but not {'; '.join(self.save_failures)}")
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()  # type: ignore[no-untyped-call]
+        super()._load_best_model()
         self._has_best = True
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
