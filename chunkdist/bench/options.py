@@ -100,9 +100,7 @@ def _limit_memory(parser: argparse.ArgumentParser, memory_gib: float) -> None:
 
 
 def _activate_flash(parser: argparse.ArgumentParser, name: str) -> None:
-    known: list[str] = getattr(
-        torch_attention, "list_flash_attention_impls", list
-    )()  # newer than torch 2.11, maybe
+    known: list[str] = getattr(torch_attention, "list_flash_attention_impls", list)()  # not in torch 2.11
     if name not in known:
         parser.error(f"--flash-impl {name}: this torch knows {', '.join(known) or 'none'}: leave it out")
     try:
