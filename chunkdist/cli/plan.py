@@ -52,12 +52,12 @@ def run_plan(options: TrainingOptions, asked: PlanOptions, console: Console) -> 
     if options.training.pipeline_stages > 1:
         return run_pipeline_plan(options, config, meta_model(options), asked, console)
     settings = step_sizes(options.training)
-    length = asked.length or settings["num_tokens"]
+    length = asked.length or settings.num_tokens
     if length is None:
         raise ValueError("max_length is not set, so there is no length to plan for: write --length N")
     model = meta_model(options)
     engine = Engine(
-        name=asked.engine, num_ranks=asked.num_ranks, gathered_element_bytes=settings["activation_bytes"]
+        name=asked.engine, num_ranks=asked.num_ranks, gathered_element_bytes=settings.activation_bytes
     )
     sizes = sizes_of(model, options, config, engine)
     job = job_of(model, sizes, options, asked, engine)
@@ -68,7 +68,7 @@ def run_plan(options: TrainingOptions, asked: PlanOptions, console: Console) -> 
     table_of_bytes(console, chosen, job)
     print_choice(console, job, chosen, length, is_asked=is_asked)
     if asked.simulate:
-        print_simulation(console, model, job, chosen, length, settings["activation_bytes"])
+        print_simulation(console, model, job, chosen, length, settings.activation_bytes)
     return 0
 
 
@@ -97,7 +97,7 @@ def meta_model(options: TrainingOptions) -> Any:
 
 def sizes_of(model: Any, options: TrainingOptions, config: ChunkConfig, engine: Engine) -> ModelSizes:
     """Sizes of the model as the run will have it on a GPU."""
-    mixed = step_sizes(options.training)["activation_bytes"]
+    mixed = step_sizes(options.training).activation_bytes
     sizes = ModelSizes.for_config(
         model, config, device_type="cuda", activation_bytes=mixed, weights_dtype=engine.weights_dtype
     )
@@ -122,10 +122,10 @@ def job_of(
         card=card,
         available_bytes=usable_bytes(card.memory_bytes),
         host_bytes=int(asked.host_gib * GIB),
-        num_rows=settings["num_rows"],
+        num_rows=settings.num_rows,
         engine=engine,
-        optimizer=settings["optimizer"],
-        num_micro_batches=settings["num_micro_batches"],
+        optimizer=settings.optimizer,
+        num_micro_batches=settings.num_micro_batches,
     )
 
 

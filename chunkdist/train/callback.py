@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,8 +114,8 @@ class ChunkCallback(TrainerCallback):
         self._forget_time()
         if self._config is not None:
             sizes = step_sizes(args, self._stream_tokens)
-            if sizes["num_tokens"] is not None:
-                resolve_auto_values(self._model, **sizes, engine=engine_of(args))
+            if sizes.num_tokens is not None:
+                resolve_auto_values(self._model, **asdict(sizes), engine=engine_of(args))
         if not state.is_world_process_zero:
             return
         self._try(lambda: self._open_metrics(state.global_step))

@@ -44,7 +44,7 @@ def explanation(trainer: Trainer) -> str:
     model, args = trainer.model, trainer.args
     assert model is not None
     settings = step_sizes(args, getattr(trainer, "stream_tokens", None))
-    num_tokens, config = settings["num_tokens"], chunk_report(model).config
+    num_tokens, config = settings.num_tokens, chunk_report(model).config
     if num_tokens is None:
         return "the length of the rows is not known: write max_length"
     device = next(model.parameters()).device
@@ -52,16 +52,16 @@ def explanation(trainer: Trainer) -> str:
     unused = reserved - torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     engine = engine_of(args)
     job = Job(
-        sizes=model_sizes(model, settings["activation_bytes"], engine.weights_dtype),
+        sizes=model_sizes(model, settings.activation_bytes, engine.weights_dtype),
         flops=StepFlops.of(model),
         card=card_of(device),
         # All that this process could have, other processes' not counted; a margin for what makes gaps.
         available_bytes=int((free_bytes(device) - unused + reserved) * USABLE_SHARE["cuda"]),
         host_bytes=int(free_host_bytes() * USABLE_SHARE["cpu"]),
-        num_rows=settings["num_rows"],
+        num_rows=settings.num_rows,
         engine=engine,
-        optimizer=settings["optimizer"],
-        num_micro_batches=settings["num_micro_batches"],
+        optimizer=settings.optimizer,
+        num_micro_batches=settings.num_micro_batches,
     )
     parts = job.estimate(config, num_tokens).device
     largest = sorted(parts.items(), key=lambda part: -part[1])[:_NUM_LARGEST]

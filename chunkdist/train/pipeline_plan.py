@@ -80,7 +80,7 @@ class PipelineQuestion:
             self.model,
             self.config,
             device_type=self._device_type,
-            activation_bytes=settings["activation_bytes"],
+            activation_bytes=settings.activation_bytes,
         )
         stages, costs, head = self.args.pipeline_stages, self._costs, self._head
         cuts = tried_cuts(self.batches, costs, num_stages=stages, head_per_token=head)
@@ -88,7 +88,7 @@ class PipelineQuestion:
             sizes,
             num_layers=max(len(stage) for cut in cuts for stage in cut),
             longest=self.longest,
-            optimizer=settings["optimizer"],
+            optimizer=settings.optimizer,
             available_bytes=available_bytes,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,20 +49,39 @@ def num_tokens(args: TrainingArguments) -> int | None:
     return getattr(args, "max_length", None)
 
 
-def step_sizes(args: TrainingArguments, stream_tokens: int | None = None) -> dict[str, Any]:
-    """What an estimate asks about a trainer's steps; `num_tokens` may be `None`: not known."""
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """What an estimate asks about a trainer's steps.
+
+    Args:
+        num_tokens: Tokens of the longest row; `None`: not known.
+        num_rows: Rows of a micro-batch.
+        activation_bytes: Bytes of an activation's element under autocast; `None`: without it.
+        optimizer: As `TrainingArguments.optim` names it.
+        num_micro_batches: Micro-batches of a step.
+    """
+
+    num_tokens: int | None
+    num_rows: int
+    activation_bytes: int | None
+    optimizer: str
+    num_micro_batches: int
+
+
+def step_sizes(args: TrainingArguments, stream_tokens: int | None = None) -> StepSizes:
+    """The sizes of a trainer's steps, of one stream each where `stream_tokens` is its length."""
     tokens, rows = num_tokens(args), args.per_device_train_batch_size
     if stream_tokens is not None:
         tokens, rows = stream_tokens, 1
     elif getattr(args, "packing", False) or getattr(args, "padding_free", False):
         tokens, rows = (tokens * rows if tokens else tokens), 1
-    return {
-        "num_tokens": tokens,
-        "num_rows": rows,
-        "activation_bytes": 2 if args.bf16 or args.fp16 else None,
-        "optimizer": str(getattr(args.optim, "value", args.optim)),
-        "num_micro_batches": args.gradient_accumulation_steps,
-    }
+    return StepSizes(
+        num_tokens=tokens,
+        num_rows=rows,
+        activation_bytes=2 if args.bf16 or args.fp16 else None,
+        optimizer=str(getattr(args.optim, "value", args.optim)),
+        num_micro_batches=args.gradient_accumulation_steps,
+    )
 
 
 def _schedule_rows(
@@ -111,14 +130,16 @@ def _memory_rows(
     model: nn.Module, report: ChunkReport, args: TrainingArguments, stream_tokens: int | None
 ) -> list[tuple[str, str, str]]:
     sizes = step_sizes(args, stream_tokens)
-    tokens, activation_bytes = sizes.pop("num_tokens"), sizes.pop("activation_bytes")
+    tokens = sizes.num_tokens
     engine = engine_of(args)
     estimate = estimate_memory(
-        model_sizes(model, activation_bytes, engine.weights_dtype),
+        model_sizes(model, sizes.activation_bytes, engine.weights_dtype),
         report.config,
         num_tokens=tokens or report.chunk_size,
+        num_rows=sizes.num_rows,
         engine=engine,
-        **sizes,
+        optimizer=sizes.optimizer,
+        num_micro_batches=sizes.num_micro_batches,
     )
     growing = f"{estimate.sequence_bytes_per_token / 1024:,.0f} KiB a token"
     parts = _parts(estimate, growing)
