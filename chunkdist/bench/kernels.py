@@ -37,10 +37,8 @@ class SpanKernel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q_TND, k_SKD, v_SKD, out_TND, lse_NT = ctx.saved_tensors
-        kv_grads = (
-            k_SKD.new_zeros(k_SKD.shape, dtype=torch.promote_types(k_SKD.dtype, torch.float32)),
-            v_SKD.new_zeros(v_SKD.shape, dtype=torch.promote_types(v_SKD.dtype, torch.float32)),
-        )
+        wide = torch.promote_types(k_SKD.dtype, torch.float32)
+        kv_grads = torch.zeros_like(k_SKD, dtype=wide), torch.zeros_like(v_SKD, dtype=wide)
         dq_TND = ctx.backend.backward(
             AttentionRow(q_TND, k_SKD, v_SKD, ctx.spans, ctx.variant),
             RowGradient(grad_out[0], out_TND, lse_NT, kv_grads),
