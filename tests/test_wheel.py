@@ -52,7 +52,7 @@ def test_commands_run_outside_of_the_checkout(site: Path, tmp_path: Path, tiny_m
         "model_name_or_path": str(tiny_model),
         "from_scratch": True,
         "dataset_name": str(write_rows(tmp_path / "rows.jsonl", TEXTS)),
-        "max_length": 128,
+        "max_length": 256,
         "chunk_size": 16,
         "use_cpu": True,
         "output_dir": str(tmp_path / "out"),

@@ -7,14 +7,13 @@ is whatever calls transformers' `AttentionInterface`. What cannot be computed ex
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from types import MethodType
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from chunkdist.engine.as_run import refuse_offset_adapters
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.forward import running
 from chunkdist.engine.group import LayerGroup
-from chunkdist.engine.layer import GroupLayer
+from chunkdist.engine.layer import CopiedNotPickled, GroupLayer
 from chunkdist.engine.method import method_like
 from chunkdist.engine.neftune import noise_by_segment
 from chunkdist.engine.probe import LayerProbe, needs_probe
@@ -49,7 +48,7 @@ AttentionInterface.register(ATTENTION_NAME, attend)
 AttentionMaskInterface.register(ATTENTION_NAME, chunk_mask)
 
 
-class ChunkedModel:
+class ChunkedModel(CopiedNotPickled):
     """Everything that `chunk_model` puts into a model.
 
     Args:
@@ -147,14 +146,6 @@ class ChunkedModel:
         if height > num_layers:
             raise ValueError(f"layers_per_group={height}, but the model has {num_layers} layers: write 'all'")
         return height
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ChunkedModel:
-        memo[id(self)] = twin = object.__new__(type(self))
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return twin
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise TypeError("a chunked model cannot be pickled: call unchunk_model first, or save_pretrained")
 
     def _group(self, modules: list[nn.Module], first_index: int | None) -> LayerGroup:
         """A group of decoder layers, or, without an index, of modules that treat each token alone."""

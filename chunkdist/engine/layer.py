@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,19 @@ from chunkdist.stores.state_relay import StateKey, StateStore
 from chunkdist.stream.stream import Chunk, Stream
 
 
-class GroupLayer:
+class CopiedNotPickled:
+    """A part of a chunked model: a copy of the model has its own."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = twin = object.__new__(type(self))
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError("a chunked model cannot be pickled: call unchunk_model first, or save_pretrained")
+
+
+class GroupLayer(CopiedNotPickled):
     """Stands in for one layer's `forward`, set on the instance: hooks around its call run as before."""
 
     def __init__(self, layer: nn.Module, state: LayerState | None, context: ChunkContext) -> None:
