@@ -141,7 +141,6 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
         ({"packing": True, "packing_strategy": "wrapped"}, "attend to each other"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skips the checks"),
-        ({"dataset_streaming": True}, "cannot be checked before training"),
         ({"dataset_name": None}, "dataset_name is missing"),
         ({"datasets": [{"path": "a"}]}, "both set"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
