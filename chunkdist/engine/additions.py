@@ -237,7 +237,9 @@ class Additions:
         shown = True
         with undisturbed_rng(hidden):
             for note in notes:
-                if not note.only_looks:
+                if note.only_looks:
+                    note.forget()
+                else:
                     shown &= note.check(own_parameters)
         return shown
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
 from chunkdist.check.gradients import check_gradients
-from chunkdist.engine import additions
+from chunkdist.engine import additions, hook_probe
 from tests.helpers.models import batch, gradients, largest_difference, padded_batch, tiny_llama, with_lora
 
 CONFIG = ChunkConfig(chunk_size=7)
@@ -370,6 +370,22 @@ class TestHooksThatOnlyLook:
             gradients(model, batch())
             handle.remove()
         assert len(caplog.records) == 1
+
+    def test_what_was_noted_does_not_wait_for_the_backward(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        noted: list[weakref.ref[Tensor]] = []
+
+        def copied(x: Tensor) -> Tensor:
+            noted.append(weakref.ref(result := x.clone()))
+            return result
+
+        monkeypatch.setattr(hook_probe, "_copy", copied)
+        model = chunk_model(tiny_llama(num_layers=2), CONFIG)
+        model.model.layers[1].mlp.register_forward_hook(lambda *args: None)
+        loss = model(**batch()).loss
+        gc.collect()
+        assert noted
+        assert all(reference() is None for reference in noted)
+        loss.backward()
 
     def test_one_that_hands_on_what_it_got(self, caplog: pytest.LogCaptureFixture) -> None:
         model = model_with(lambda layer, _: layer.mlp.register_forward_hook(lambda m, i, o: o), steered)
