@@ -101,7 +101,8 @@ class KVRebuild:
 
     def add_control_variate(self, part: range, hidden: Hidden, store: KVStore) -> None:
         """Unweighted minus weighted K/V gradient of these chunks reaches the parameters of the norm and the
-        k/v projections without a rerun. Its mean over the samples is 0. Parameters are aliased by the caller."""
+        k/v projections without a rerun. Its mean over the samples is 0. Parameters are aliased by the
+        caller."""
         left_out = store.left_out_of(self._stream.tokens_of(part))
         if not left_out:
             return

@@ -28,7 +28,7 @@ class Casts(TorchDispatchMode):
 
 @pytest.mark.parametrize("height", [1, 2])
 def test_autocast_casts_weights_once_for_all_chunks(height: int) -> None:
-    """The casts of a backward: one for each chunk that is run again, and one for the keys and values of all."""
+    """In a backward: once for each chunk that is run again, and once for the keys and values of all."""
     model = tiny_llama(num_layers=2, dtype=torch.float32, intermediate_size=80)
     own = model.model.layers[0].self_attn.k_proj.weight
     chunk_model(model, ChunkConfig(chunk_size=10, layers_per_group=height, rebuild_kv=True))
