@@ -51,7 +51,7 @@ class _Found:
 
     hooks: list[Hook] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
-    observers: list[tuple[int, str]] = field(default_factory=list)
+    observers: list[str] = field(default_factory=list)
     """Backward hooks: they are among `code`, and told of."""
     key: list[Any] = field(default_factory=list)
 
@@ -69,10 +69,10 @@ class Additions:
         self._asks_classes = probe is None
         self._classes: dict[tuple[type, type, bool], bool] = {}
         self._functions: dict[int, tuple[Any, bool]] = {}
-        """By id, with the function: so no other one takes that id."""
+        """By id, as long as the function lives: it may be one step's, and hold tensors."""
         self._passed: WeakKeyDictionary[GroupLayer, list[tuple[Any, ...]]] = WeakKeyDictionary()
         """The keys of what has been asked last: training and evaluation take turns."""
-        self._told: set[int] = set()
+        self._told: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Additions:
         return Additions(copy.deepcopy(self.probe, memo))
@@ -152,7 +152,7 @@ class Additions:
             for key, function in getattr(torch_module, name).items():
                 if not self._is_known(function):
                     found.code.append(f"the global hook {name_of(function)}")
-                    found.observers.append((key, found.code[-1]))
+                    found.observers.append(found.code[-1])
                     found.key.append(key)
         return found
 
@@ -189,13 +189,18 @@ class Additions:
             for key, function in module.__dict__[attribute].items():
                 if not self._is_known(function):
                     found.code.append(f"the backward hook {name_of(function)} on {path}")
-                    found.observers.append((key, found.code[-1]))
+                    found.observers.append(found.code[-1])
                     found.key.append(key)
 
     def _is_known(self, function: Any) -> bool:
-        if id(function) not in self._functions:
-            self._functions[id(function)] = function, is_known_function(function)
-        return self._functions[id(function)][1]
+        functions, key = self._functions, id(function)
+        if key not in functions:
+            is_known = is_known_function(function)
+            try:
+                functions[key] = ref(function, lambda _: functions.pop(key, None)), is_known
+            except TypeError:  # an object with slots: its id may be another one's soon
+                return is_known
+        return functions[key][1]
 
     def _ask_layer(
         self,
@@ -232,17 +237,19 @@ class Additions:
         shown = True
         with undisturbed_rng(hidden):
             for note in notes:
-                if not note.only_looks:
+                if note.only_looks:
+                    note.forget()
+                else:
                     shown &= note.check(own_parameters)
         return shown
 
     def _tell(self, layer: GroupLayer, found: _Found, notes: list[HookNotes]) -> None:
         if not layer.layer.training or not torch.is_grad_enabled():
             return
-        watching = [(note.hook.key, note.hook.describe()) for note in notes if note.only_looks]
-        for key, what in [*watching, *found.observers]:
-            if key not in self._told:
-                self._told.add(key)
+        watching = [note.hook.describe() for note in notes if note.only_looks]
+        for what in [*watching, *found.observers]:
+            if what not in self._told:  # by name: a hook may be put there anew in each step
+                self._told.add(what)
                 logger.warning(
                     "chunkdist: %s sees one chunk at a time, without a graph, and again in the backward: a "
                     "loss of what it keeps has no gradient; a hook on a whole layer sees the whole sequence, "

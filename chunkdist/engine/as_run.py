@@ -231,8 +231,17 @@ def _contents(container: Any) -> _Contents:
 
 
 def _same(now: _Contents, before: _Contents) -> bool:
-    """Values are the same objects; keys, and elements of lists and sets, may be equal ones."""
-    return now[0] == before[0] and len(now[1]) == len(before[1]) and all(map(is_, now[1], before[1]))
+    """Values are the same objects; names and numbers, as keys and in lists and sets, may be equal ones."""
+    return (
+        len(now[0]) == len(before[0])
+        and len(now[1]) == len(before[1])
+        and all(map(_is_equal, now[0], before[0]))
+        and all(map(is_, now[1], before[1]))
+    )
+
+
+def _is_equal(x: Any, y: Any) -> bool:
+    return x is y or (isinstance(x, (str, int, float)) and type(x) is type(y) and x == y)
 
 
 def _tensors_of(modules: Sequence[nn.Module]) -> list[Tensor]:
@@ -281,7 +290,7 @@ def _differs(x: Tensor, y: Tensor) -> Callable[[], bool]:
     answer = torch.empty((), dtype=torch.bool, pin_memory=True)
     answer.copy_(differs, non_blocking=True)
     is_there = torch.cuda.Event()
-    is_there.record()
+    is_there.record(torch.cuda.current_stream(x.device))  # layers of a group may be on several devices
 
     def read() -> bool:
         is_there.synchronize()

@@ -81,6 +81,10 @@ class HookNotes:
             if self.hook.key in self.hook.slots:
                 self.hook.slots[self.hook.key] = self.hook.function
 
+    def forget(self) -> None:
+        """Lets go of what was noted: the rerun in the backward meets this object again, and holds it."""
+        self._calls = []
+
     def check(self, own_parameters: set[int]) -> bool:
         """Compares all calls at once with one after another; whether that showed anything.
 

@@ -24,8 +24,7 @@ def rebuild_parts(
     stream: Stream, run: range, sampled: Sequence[int], rng: Sequence[RngState], *, between_sampled: bool
 ) -> list[range]:
     """The chunks of a dependent run whose keys and values others of the `sampled` read, by index, in
-    consecutive
-    parts.
+    consecutive parts.
 
     Args:
         rng: By chunk, what its forward began with. Where random numbers were drawn, each chunk is a part.
@@ -80,34 +79,34 @@ class KVRebuild:
             parts = rebuild_parts(self._stream, run, sampled, self._rng, between_sampled=False)
         else:
             parts = [range(i, i + 1) for i in run if self._stream.is_read_later(i, sampled)]
-        for part in parts:
-            tokens = self._stream.tokens_of(part)
-            if not one_layer:
-                self._rng[part[0]].restore()
-                with self._autocast.apply():
+        with self._autocast.apply():  # once: at its end the casts of the weights are thrown away
+            for part in parts:
+                tokens = self._stream.tokens_of(part)
+                if not one_layer:
+                    self._rng[part[0]].restore()
                     self._run_layers(tokens, tokens_of(hidden, tokens))
-            elif (store := stores[0]) is not None and self._layers[0].calls_attention:
-                store.write(tokens, *self.keys_and_values(part, hidden))
+                elif (store := stores[0]) is not None and self._layers[0].calls_attention:
+                    store.write(tokens, *self.keys_and_values(part, hidden))
 
     def keys_and_values(self, part: range, hidden: Hidden) -> tuple[Tensor, Tensor]:
-        """Runs consecutive chunks of a one-layer group up to their attention: K and V, (B, T, K, D) each."""
+        """Runs consecutive chunks of a one-layer group up to their attention: K and V, (B, T, K, D) each.
+        The caller has applied autocast."""
         tokens = self._stream.tokens_of(part)
         self._rng[part[0]].restore()
         try:
-            with self._autocast.apply():
-                self._run_layers(tokens, tokens_of(hidden, tokens).detach(), stop_at_kv=True)
+            self._run_layers(tokens, tokens_of(hidden, tokens).detach(), stop_at_kv=True)
         except KeysAndValues as found:
             return found.k_BTKD, found.v_BTKD
         raise AssertionError("the layer ran to its end without attending")
 
     def add_control_variate(self, part: range, hidden: Hidden, store: KVStore) -> None:
         """Unweighted minus weighted K/V gradient of these chunks reaches the parameters of the norm and the
-        k/v
-        projections without a rerun. Its mean over the samples is 0. Parameters are aliased by the caller."""
+        k/v projections without a rerun. Its mean over the samples is 0. Parameters are aliased by the
+        caller."""
         left_out = store.left_out_of(self._stream.tokens_of(part))
         if not left_out:
             return
-        with torch.enable_grad():
+        with torch.enable_grad(), self._autocast.apply():
             found = self.keys_and_values(part, hidden)
         pairs = [(x, grads.to(x.dtype)) for x, grads in zip(found, left_out, strict=True) if x.requires_grad]
         if pairs:

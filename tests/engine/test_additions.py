@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
 from chunkdist.check.gradients import check_gradients
-from chunkdist.engine import additions
+from chunkdist.engine import additions, hook_probe
 from tests.helpers.models import batch, gradients, largest_difference, padded_batch, tiny_llama, with_lora
 
 CONFIG = ChunkConfig(chunk_size=7)
@@ -310,6 +312,24 @@ def test_a_hook_that_does_nothing_yet_is_asked_again() -> None:
         model(**batch())
 
 
+def test_hooks_of_earlier_steps_are_let_go() -> None:
+    """With what they hold: tensors of their step."""
+    model = chunk_model(tiny_llama(num_layers=2), CONFIG)
+    held = []
+    for _ in range(3):
+        steering = V.clone()
+        handle = model.model.layers[1].mlp.register_forward_hook(
+            lambda module, args, output, steering=steering: output + steering
+        )
+        held.append(weakref.ref(steering))
+        gradients(model, batch())
+        handle.remove()
+        del steering, handle
+    gradients(model, batch())
+    gc.collect()
+    assert [reference() for reference in held] == [None] * 3
+
+
 def test_hooks_on_whole_layers_stay(caplog: pytest.LogCaptureFixture) -> None:
     """They get the whole sequence, with its graph."""
 
@@ -342,6 +362,30 @@ class TestHooksThatOnlyLook:
         assert "on mlp of layer 1 (LlamaDecoderLayer) sees one chunk at a time, without a graph" in forward
         assert "backward hook <lambda>" in backward
         assert "\n" not in forward
+
+    def test_one_that_is_put_there_anew_in_each_step(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = chunk_model(tiny_llama(num_layers=2), CONFIG)
+        for _ in range(3):
+            handle = model.model.layers[1].mlp.register_forward_hook(lambda *args: None)
+            gradients(model, batch())
+            handle.remove()
+        assert len(caplog.records) == 1
+
+    def test_what_was_noted_does_not_wait_for_the_backward(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        noted: list[weakref.ref[Tensor]] = []
+
+        def copied(x: Tensor) -> Tensor:
+            noted.append(weakref.ref(result := x.clone()))
+            return result
+
+        monkeypatch.setattr(hook_probe, "_copy", copied)
+        model = chunk_model(tiny_llama(num_layers=2), CONFIG)
+        model.model.layers[1].mlp.register_forward_hook(lambda *args: None)
+        loss = model(**batch()).loss
+        gc.collect()
+        assert noted
+        assert all(reference() is None for reference in noted)
+        loss.backward()
 
     def test_one_that_hands_on_what_it_got(self, caplog: pytest.LogCaptureFixture) -> None:
         model = model_with(lambda layer, _: layer.mlp.register_forward_hook(lambda m, i, o: o), steered)

@@ -189,6 +189,32 @@ def test_two_forwards_with_two_adapters_and_one_backward() -> None:
     assert largest_difference(found(chunk_model(adapters(), CONFIGS["rerun"])), found(adapters())) < 1e-10
 
 
+def test_a_module_that_collects_tensors_in_a_list_of_its_own() -> None:
+    """The list holds other tensors when the first backward comes, and these are not compared by value."""
+
+    def collect(module: Any, args: Any, output: Tensor) -> None:
+        module.seen.append(output.detach())
+
+    found = []
+    for config in (None, CONFIGS["rerun"]):
+        model = plain()
+        mlp = layer(model).mlp
+        mlp.seen = []
+        mlp.register_forward_hook(collect)
+        if config is not None:
+            chunk_model(model, config)
+        first = model(**INPUTS).loss
+        mlp.seen.clear()
+        second = model(**INPUTS).loss
+        of_second = list(mlp.seen)
+        first.backward()
+        assert all(x is y for x, y in zip(mlp.seen, of_second, strict=True))
+        second.backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        found.append({"loss": second.detach(), **grads})
+    assert largest_difference(*found) < 1e-10
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("lent", ["all", "frozen but for q_proj", "computed"])
 def test_functional_call(lent: str, config: str) -> None:
