@@ -135,6 +135,8 @@ class Additions:
                 self._classes[type(module), kind, state.mixes] = known
             forward = layer.original_forward if module is root else own.get("forward")
             is_set = forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+            if known and not is_set and not self._is_known(type(module).forward):  # set on the class
+                forward, is_set = type(module).forward, True
             has_hooks = module is not root and (
                 own["_forward_hooks"]
                 or own["_forward_pre_hooks"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
 from chunkdist.check.gradients import check_gradients
@@ -394,6 +395,24 @@ def test_a_global_hook() -> None:
     finally:
         handle.remove()
     gradients(model, batch())
+
+
+@pytest.mark.parametrize("kind", [LlamaMLP, LlamaDecoderLayer])
+@pytest.mark.parametrize("change", [mean_of_tokens, bounded])
+def test_a_forward_set_on_the_class_after_chunking(
+    kind: Any, change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain, forward = (
+        chunk_model(tiny_llama(num_layers=2), CONFIG),
+        tiny_llama(num_layers=2),
+        kind.forward,
+    )
+    monkeypatch.setattr(kind, "forward", lambda self, x, **kwargs: change(forward(self, x, **kwargs)))
+    if change is mean_of_tokens:
+        with pytest.raises(UnsupportedModelError, match=f"{kind.__name__}|mlp"):
+            model(**batch())
+    else:
+        assert largest_difference(gradients(model, batch()), gradients(plain, batch())) < 1e-10
 
 
 def test_a_norm_of_the_users_runs_whole() -> None:
