@@ -105,13 +105,13 @@ class Additions:
                     continue
                 found = self._look(layer, with_paths=True)
                 self._ask_layer(layer, given, hidden, stream, found)
-                own = [HookNotes(hook, partial(_num_tokens, layer)) for hook in found.hooks]
+                own = [HookNotes(hook, layer.layer, partial(_num_tokens, layer)) for hook in found.hooks]
                 for note in own:
                     stack.enter_context(note.in_place())
                 notes.append((layer, found, own))
             yield
         for layer, found, own in notes:
-            if self._ask_hooks(layer, own, hidden) and hidden.shape[1] >= _MIN_TOKENS:
+            if self._ask_hooks(own, hidden) and hidden.shape[1] >= _MIN_TOKENS:
                 passed = self._passed.setdefault(layer, [])
                 passed[_NUM_KEYS:] = []
                 passed.insert(0, (*found.key, torch.is_grad_enabled()))
@@ -228,14 +228,13 @@ class Additions:
                 "numbers of its own, cannot be chunked inside of a layer"
             ) from error
 
-    def _ask_hooks(self, layer: GroupLayer, notes: list[HookNotes], hidden: Tensor) -> bool:
+    def _ask_hooks(self, notes: list[HookNotes], hidden: Tensor) -> bool:
         """Whether all of them have been compared with an effect."""
-        own_parameters = {id(parameter) for parameter in layer.layer.parameters()}
         shown = True
         with undisturbed_rng(hidden):
             for note in notes:
                 if not note.only_looks:
-                    shown &= note.check(own_parameters)
+                    shown &= note.check()
         return shown
 
     def _tell(self, layer: GroupLayer, found: _Found, notes: list[HookNotes]) -> None:
