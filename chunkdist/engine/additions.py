@@ -105,13 +105,13 @@ class Additions:
                     continue
                 found = self._look(layer, with_paths=True)
                 self._ask_layer(layer, given, hidden, stream, found)
-                own = [HookNotes(hook, partial(_num_tokens, layer)) for hook in found.hooks]
+                own = [HookNotes(hook, layer.layer, partial(_num_tokens, layer)) for hook in found.hooks]
                 for note in own:
                     stack.enter_context(note.in_place())
                 notes.append((layer, found, own))
             yield
         for layer, found, own in notes:
-            if self._ask_hooks(layer, own, hidden) and hidden.shape[1] >= _MIN_TOKENS:
+            if self._ask_hooks(own, hidden) and hidden.shape[1] >= _MIN_TOKENS:
                 passed = self._passed.setdefault(layer, [])
                 passed[_NUM_KEYS:] = []
                 passed.insert(0, (*found.key, torch.is_grad_enabled()))
@@ -135,6 +135,8 @@ class Additions:
                 self._classes[type(module), kind, state.mixes] = known
             forward = layer.original_forward if module is root else own.get("forward")
             is_set = forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+            if known and not is_set and not self._is_known(type(module).forward):  # set on the class
+                forward, is_set = type(module).forward, True
             has_hooks = module is not root and (
                 own["_forward_hooks"]
                 or own["_forward_pre_hooks"]
@@ -231,16 +233,15 @@ class Additions:
                 "numbers of its own, cannot be chunked inside of a layer"
             ) from error
 
-    def _ask_hooks(self, layer: GroupLayer, notes: list[HookNotes], hidden: Tensor) -> bool:
+    def _ask_hooks(self, notes: list[HookNotes], hidden: Tensor) -> bool:
         """Whether all of them have been compared with an effect."""
-        own_parameters = {id(parameter) for parameter in layer.layer.parameters()}
         shown = True
         with undisturbed_rng(hidden):
             for note in notes:
                 if note.only_looks:
                     note.forget()
                 else:
-                    shown &= note.check(own_parameters)
+                    shown &= note.check()
         return shown
 
     def _tell(self, layer: GroupLayer, found: _Found, notes: list[HookNotes]) -> None:

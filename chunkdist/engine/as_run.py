@@ -4,8 +4,8 @@ Without chunks, a backward knows nothing of what was done to the model since the
 adapters, hooks and weights that were there. A rerun would meet another adapter, another mode, hooks that are
 gone (PEFT and intervention libraries set some for the time of a call), or the model's own weights instead of
 those that `torch.func.functional_call` lent it. So all that hangs on the modules is noted when the group has
-run: attributes, hooks, submodules, parameters and buffers, by identity. Inside `restored`, what has changed
-is what it was.
+run: attributes, hooks, submodules, parameters and buffers, by identity; so are the hooks on all modules and
+the forwards of the modules' classes. Inside `restored`, what has changed is what it was.
 
 What cannot be put back is refused: weights that were written to. Writes are seen as autograd sees them, by
 version; those through `.data`, which have none, by a few numbers of each weight. FSDP2 puts other storage
@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import is_, itemgetter
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -35,6 +37,16 @@ _REPLACED_BY_NOBODY = frozenset(vars(nn.Module())) - {
     *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
 }
 """Attributes of every module whose content is looked at, or changes nothing."""
+_HOOKS_ON_ALL: Any = SimpleNamespace(
+    **{
+        name: x
+        for name, x in vars(torch_module).items()
+        if name.startswith("_global_") and isinstance(x, dict)
+    },
+    _parameters={},
+    _buffers={},
+)
+"""Stands beside the modules: hooks on every module are in dicts of torch's (2.13)."""
 _Contents = tuple[tuple[Any, ...], tuple[Any, ...]]
 """Keys and values of a dict; elements of a list or set."""
 
@@ -57,7 +69,7 @@ class Notes:
         if self._last is None or not self._last.is_current():
             modules = [module for layer in layers for module in layer.modules()]
             refuse_offset_adapters(modules)
-            self._last = _Structure(modules)
+            self._last = _Structure([*modules, _HOOKS_ON_ALL])
         return LayersAsRun(self, self._last, is_sharded=any(isinstance(x, FSDPModule) for x in layers))
 
     def forget(self) -> None:
@@ -85,7 +97,7 @@ class LayersAsRun:
         """
         structure = self._structure
         changed = [] if structure.is_current() else [x for x in structure.states if not x.is_current()]
-        now = [_ModuleState(state.module) for state in changed]
+        now = [type(state)(state.module) for state in changed]
         thawed = [x for x in self._frozen if x.requires_grad]
         if changed:
             self._notes.forget()
@@ -119,14 +131,18 @@ class _Structure:
     """What hangs on modules. Compared in a few passes over flat lists: most times nothing has changed."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.states = [_ModuleState(module) for module in modules]
+        self._classes = tuple({type(module): None for module in modules if isinstance(module, nn.Module)})
+        self._forwards = self._all_forwards()
+        self.states: list[_ModuleState | _ClassState] = [_ModuleState(module) for module in modules]
+        self.states += map(_ClassState, self._classes)
         self.tensors = _tensors_of(modules)
         self._attributes = [module.__dict__ for module in modules]
         self._getters = [
             itemgetter(*(key for key in x if key not in _REPLACED_BY_NOBODY)) for x in self._attributes
         ]
         self._values = tuple(self._all_values())
-        containers = [container for state in self.states for container, _ in state.containers]
+        modules_only = [state for state in self.states if isinstance(state, _ModuleState)]
+        containers = [container for state in modules_only for container, _ in state.containers]
         self._empty = [x for x in containers if not x]
         self._dicts = [x for x in containers if x and isinstance(x, dict)]
         self._others = [x for x in containers if x and not isinstance(x, dict)]
@@ -135,6 +151,9 @@ class _Structure:
 
     def _all_values(self) -> Iterator[Any]:
         return chain.from_iterable(get(x) for get, x in zip(self._getters, self._attributes, strict=True))
+
+    def _all_forwards(self) -> list[Any]:
+        return [kind.forward for kind in self._classes]
 
     def _all_lengths(self) -> list[int]:
         return [*map(len, self._attributes), *map(len, self._dicts), *map(len, self._others)]
@@ -148,6 +167,7 @@ class _Structure:
             return (
                 not any(self._empty)
                 and self._all_lengths() == self._lengths
+                and all(map(is_, self._all_forwards(), self._forwards))
                 and all(map(is_, self._all_values(), self._values))
                 and all(map(is_, self._all_contents(), self._contents))
             )
@@ -201,6 +221,30 @@ class _ModuleState:
     def name_of(self, x: Tensor) -> str:
         named = {**self.module._parameters, **self.module._buffers}
         return next((name for name, own in named.items() if own is x), "")
+
+
+class _ClassState:
+    """The forward of a class, which some code replaces for all modules of it."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        self.module: Any = kind
+        self._forward: Any = kind.forward
+        self._is_own = "forward" in vars(kind)
+
+    def is_current(self) -> bool:
+        return self.module.forward is self._forward
+
+    def put_back(self) -> None:
+        if not self._is_own and "forward" in vars(self.module):
+            del self.module.forward
+        if self.module.forward is not self._forward:
+            self.module.forward = self._forward
+
+    def refuse_merged(self) -> None:
+        """No adapter is merged into a class."""
+
+    def name_of(self, x: Tensor) -> str:
+        return ""
 
 
 def refuse_offset_adapters(modules: Sequence[nn.Module]) -> None:

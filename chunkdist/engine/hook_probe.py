@@ -1,14 +1,17 @@
 """Asks a forward hook inside of a layer whether it treats each token alone.
 
 A hook there is called once a chunk, with a chunk's tokens. What it is called with in the first pass is noted
-for some chunks; then it is called with all of them at once, and with each alone: results and gradients must
-be the same. Nothing but the hook is compared, so that a change of a thousandth is seen beside large hidden
-states.
+for some chunks; then it is called with all of them at once, with each alone, and with the first token and
+the rest: results, also those of the pass itself, and gradients must be the same. Nothing but the hook is
+compared, so that a change of a thousandth is seen beside large hidden states.
+
+A hook that changes nothing is not called more often than the pass calls it: it may count, or keep what it
+sees. It is watched in the first rerun, which is the first to have a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkdist.engine.token_pieces import (
+    cut,
+    first_and_rest,
+    joined,
+    map_tensors,
+    result_dims,
+    tensors_of,
+    token_dims,
+)
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.models.known_code import name_of
+from chunkdist.replay import undisturbed_rng
 
 _NOTED_BYTES = 2**26
 """Chunks are noted up to this size, a hook at a time; at least `_MIN_CHUNKS`."""
@@ -45,31 +58,73 @@ class Hook:
 
 
 class HookNotes:
-    """Stands in a hook's place for a pass, calls it, and notes what it is called with."""
+    """Stands in a hook's place for a pass and its rerun, calls it, and notes what it is called with."""
 
-    def __init__(self, hook: Hook, num_tokens: Callable[[], int]) -> None:
+    def __init__(self, hook: Hook, layer: nn.Module, num_tokens: Callable[[], int]) -> None:
         self.hook = hook
+        self._layer = layer
         self.only_looks = True
         """Whether it changed nothing, and returned nothing else than it got."""
         self._num_tokens = num_tokens
         self._calls: list[tuple[int, list[Any]]] = []
+        self._results: list[Any] = []
+        """Of the same calls."""
         self._num_bytes = 0
         self._is_over = False
 
     def __call__(self, module: nn.Module, *inputs: Any) -> Any:
-        tensors = _tensors_of(inputs)
-        copies = None
-        if not self._is_over and (self._num_bytes < _NOTED_BYTES or len(self._calls) < _MIN_CHUNKS):
-            copies = [_map(x, _copy) for x in inputs]
-            self._num_bytes += sum(x.numel() * x.element_size() for x in tensors)
-        versions = [_version_of(x) for x in tensors]
-        result = self.hook.function(module, *inputs)
+        tensors = tensors_of(inputs)
+        is_noted = self._is_over or self._num_bytes < _NOTED_BYTES or len(self._calls) < _MIN_CHUNKS
+        copies = [map_tensors(x, _copy) for x in inputs] if is_noted else []
+        versions, num_hooks = [_version_of(x) for x in tensors], _num_tensor_hooks(tensors)
+        result = self._call(module, inputs)
         same = result is None or any(result is x for x in (inputs[-1], inputs[0]))
-        if not same or versions != [_version_of(x) for x in tensors]:
+        changes = not same or versions != [_version_of(x) for x in tensors]
+        has_tensor_hooks = _num_tensor_hooks(tensors) > num_hooks
+        if self._is_over:
+            if self.only_looks and (changes or has_tensor_hooks):
+                self._ask_in_rerun(copies, changes=changes)
+            return result
+        if changes or has_tensor_hooks:
             self.only_looks = False
-        if copies is not None:
+        if is_noted:
             self._calls.append((self._num_tokens(), copies))
+            self._results.append(
+                map_tensors(self._result(inputs, result), _copy) if changes else self._result(copies, None)
+            )
+            self._num_bytes += sum(x.numel() * x.element_size() for x in tensors)
         return result
+
+    def _call(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        try:
+            return self.hook.function(module, *inputs)
+        except Exception as error:
+            if type(error) not in (
+                RuntimeError,
+                IndexError,
+                ValueError,
+            ):  # memory, or a way to stop a forward
+                raise
+            raise UnsupportedModelError(
+                f"{self.hook.describe()} fails: {error}. Inside of a layer it is called with one chunk at a "
+                "time, and in the forward without a graph; put it on a whole layer, whose hooks get the "
+                "whole sequence and its graph"
+            ) from error
+
+    def _result(self, inputs: Any, result: Any) -> Any:
+        return inputs[0 if self.hook.is_pre else -1] if result is None else result
+
+    def _ask_in_rerun(self, copies: list[Any], *, changes: bool) -> None:
+        """In the forward, without a graph, the hook has changed nothing."""
+        if changes:
+            raise UnsupportedModelError(
+                f"{self.hook.describe()} changes what it gets only where there is a graph (it asks for "
+                "torch.is_grad_enabled or requires_grad), and inside of a layer the forward runs without "
+                "one: let it do the same in both, or put it on a whole layer"
+            )
+        self._calls, self._results = [(self._num_tokens(), copies)], [self._result(copies, None)]
+        with undisturbed_rng(tensors_of(copies)[0]):
+            self.check()
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -83,48 +138,51 @@ class HookNotes:
 
     def forget(self) -> None:
         """Lets go of what was noted: the rerun in the backward meets this object again, and holds it."""
-        self._calls = []
+        self._calls, self._results = [], []
 
-    def check(self, own_parameters: set[int]) -> bool:
+    def check(self) -> bool:
         """Compares all calls at once with one after another; whether that showed anything.
 
         Raises:
             UnsupportedModelError: the hook looks at other tokens, or trains what is not in its layer.
         """
-        parts, self._calls = [(n, inputs) for n, inputs in self._calls if n > 0], []
+        calls, self._calls = list(zip(self._calls, self._results, strict=True)), []
+        calls, self._results = [call for call in calls if call[0][0] > 0], []
+        parts, in_pass = [call for call, _ in calls], [result for _, result in calls]
         if sum(n for n, _ in parts) < 2:
             return False
-        dims = [_token_dims(parts, place) for place in range(len(_tensors_of(parts[0][1])))]
-        if any(len(_tensors_of(inputs)) != len(dims) for _, inputs in parts) or all(d is None for d in dims):
+        dims = [token_dims(parts, place) for place in range(len(tensors_of(parts[0][1])))]
+        if any(len(tensors_of(inputs)) != len(dims) for _, inputs in parts) or all(d is None for d in dims):
             raise UnsupportedModelError(
                 f"{self.hook.describe()}: what it gets has no dim of tokens, so it cannot be asked whether "
                 "it treats each token alone; put it on a whole layer, whose hooks get the whole sequence"
             )
-        whole = _joined([inputs for _, inputs in parts], dims)
-        pieces = [inputs for _, inputs in parts] if len(parts) > 1 else _cut(whole, dims)
-        expected, grads = self._run(whole, own_parameters)
-        runs = [self._run(piece, own_parameters) for piece in pieces]
-        found = _joined([result for result, _ in runs], _result_dims(expected, [r for r, _ in runs]))
-        error = _largest_error(_tensors_of(expected), _tensors_of(found))
-        if grads is not None:
+        whole = joined([inputs for _, inputs in parts], dims)
+        expected, grads = self._run(whole)
+        error = _error_of(expected, in_pass)
+        for pieces in (
+            [inputs for _, inputs in parts] if len(parts) > 1 else cut(whole, dims),
+            first_and_rest(whole, dims),
+        ):
+            runs = [self._run(piece) for piece in pieces]
+            error = max(error, _error_of(expected, [result for result, _ in runs]))
             parts_grads: Any = [piece_grads for _, piece_grads in runs]
-            if all(piece is not None for piece in parts_grads):
-                joined = _joined(
-                    parts_grads, [d for d, x in zip(dims, _tensors_of(whole), strict=True) if _floats(x)]
-                )
-                error = max(error, _largest_error(grads, joined))
+            if grads is not None and all(piece is not None for piece in parts_grads):
+                along = [d for d, x in zip(dims, tensors_of(whole), strict=True) if _floats(x)]
+                error = max(error, _largest_error(grads, joined(parts_grads, along)))
         if not error <= 1:
             raise UnsupportedModelError(
-                f"{self.hook.describe()} looks at other tokens than each one alone, or draws random "
-                "numbers: inside of a layer it is called with one chunk at a time, and makes something else "
-                "of it than of the whole sequence; put it on a whole layer, whose hooks get all tokens"
+                f"{self.hook.describe()} looks at other tokens than each one alone, draws random numbers, or "
+                "does not do the same at each call: inside of a layer it is called with one chunk at a time, "
+                "and makes something else of it than of the whole sequence; put it on a whole layer, whose "
+                "hooks get all tokens"
             )
-        before, after = _tensors_of(whole[0] if self.hook.is_pre else whole[-1]), _tensors_of(expected)
+        before, after = tensors_of(whole[0] if self.hook.is_pre else whole[-1]), tensors_of(expected)
         return len(before) != len(after) or any(
             a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=True)
         )
 
-    def _run(self, inputs: list[Any], own_parameters: set[int]) -> tuple[Any, list[Tensor] | None]:
+    def _run(self, inputs: list[Any]) -> tuple[Any, list[Tensor] | None]:
         """What the hook makes of `inputs`, and gradients of their floating-point tensors."""
         leaves: list[Tensor] = []
 
@@ -134,25 +192,38 @@ class HookNotes:
             leaves.append(x.detach().clone().requires_grad_())
             return leaves[-1].clone()  # hooks may write into it
 
-        given = [_map(x, leaf) for x in inputs]
+        given = [map_tensors(x, leaf) for x in inputs]
         try:
             result = self.hook.function(self.hook.module, *given)
         except Exception as error:
             raise UnsupportedModelError(
                 f"{self.hook.describe()} fails with other numbers of tokens than the one that it got: {error}"
             ) from error
-        result = given[0 if self.hook.is_pre else -1] if result is None else result
-        outputs = [x for x in _tensors_of(result) if x.requires_grad]
+        result = self._result(given, result)
+        own_parameters = {id(parameter) for parameter in self._layer.parameters()}
+        outputs = [x for x in tensors_of(result) if x.requires_grad]
         if foreign := _trained(outputs) - {id(x) for x in leaves} - own_parameters:
             raise UnsupportedModelError(
                 f"{self.hook.describe()} trains {len(foreign)} tensors that are no parameters of its layer, "
                 "which a chunked step does not see: make them parameters of a module inside of the layer"
             )
         if not outputs or not leaves:
-            return _map(result, lambda x: x.detach()), None
+            return map_tensors(result, lambda x: x.detach()), None
         grads = torch.autograd.grad(outputs, leaves, [_grad(x) for x in outputs], allow_unused=True)
         grads_or_zeros = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
-        return _map(result, lambda x: x.detach()), grads_or_zeros
+        return map_tensors(result, lambda x: x.detach()), grads_or_zeros
+
+
+def _error_of(expected: Any, pieces: list[Any]) -> float:
+    """In units of the tolerance, of the results of pieces against that of the whole."""
+    if len({len(tensors_of(piece)) for piece in pieces}) > 1:
+        return float("inf")
+    found = joined(pieces, result_dims(expected, pieces))
+    return _largest_error(tensors_of(expected), tensors_of(found))
+
+
+def _num_tensor_hooks(tensors: list[Tensor]) -> int:
+    return sum(len(x._backward_hooks or ()) for x in tensors)  # torch 2.13
 
 
 def _grad(x: Tensor) -> Tensor:
@@ -174,54 +245,6 @@ def _largest_error(expected: list[Tensor], found: list[Tensor]) -> float:
         ratio = (difference / (tolerance * (norm + 1e-3 * norm.max()) + 1e-300)).max().item()
         worst = max(worst, ratio if ratio == ratio else float("inf"))
     return worst
-
-
-def _token_dims(parts: list[tuple[int, list[Any]]], place: int) -> int | None:
-    """The dim of one of the tensors that runs along the tokens; `None`: there is none."""
-    tensors = [_tensors_of(inputs)[place] for _, inputs in parts if place < len(_tensors_of(inputs))]
-    if len({x.ndim for x in tensors}) != 1:
-        return None
-    dims = range(tensors[0].ndim)
-    along = [d for d in dims if all(x.shape[d] == n for x, (n, _) in zip(tensors, parts, strict=False))]
-    if along:
-        return next((d for d in along if d > 0), along[0])
-    rest = {(*x.shape[1:],) for x in tensors}
-    is_flat = len(rest) == 1 and tensors[0].ndim >= 2 and all(x.shape[0] > 1 for x in tensors)
-    return 0 if is_flat and (tensors[0].ndim == 2 or len({x.shape[0] for x in tensors}) > 1) else None
-
-
-def _result_dims(whole: Any, pieces: list[Any]) -> list[int | None]:
-    """Along which dims the results of pieces add up to that of the whole."""
-    dims: list[int | None] = []
-    for place, x in enumerate(_tensors_of(whole)):
-        parts = [_tensors_of(piece)[place] for piece in pieces if place < len(_tensors_of(piece))]
-        fits = [
-            d
-            for d in range(x.ndim)
-            if all(p.ndim == x.ndim for p in parts) and sum(p.shape[d] for p in parts) == x.shape[d]
-        ]
-        dims.append(fits[0] if fits else None)
-    return dims
-
-
-def _joined(parts: list[Any], dims: list[int | None]) -> Any:
-    """The tensors of `parts` one after another; what has no dim of tokens is the first's."""
-    columns = list(zip(*(_tensors_of(part) for part in parts), strict=False))
-    joined = [c[0] if d is None else torch.cat(c, dim=d) for c, d in zip(columns, dims, strict=False)]
-    return _with_tensors(parts[0], joined)
-
-
-def _cut(whole: Any, dims: list[int | None]) -> list[Any]:
-    """In two or three."""
-    tensors = _tensors_of(whole)
-    num = min([3, *(x.shape[d] for x, d in zip(tensors, dims, strict=True) if d is not None)])
-    pieces = []
-    for index in range(num):
-        cuts = [
-            x if d is None else x.tensor_split(num, dim=d)[index] for x, d in zip(tensors, dims, strict=True)
-        ]
-        pieces.append(_with_tensors(whole, cuts))
-    return pieces
 
 
 def _trained(outputs: list[Tensor]) -> set[int]:
@@ -250,26 +273,3 @@ def _copy(x: Tensor) -> Tensor:
 
 def _version_of(x: Tensor) -> Any:
     return x.detach().clone().sum().item() if x.is_inference() else x._version
-
-
-def _tensors_of(x: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _map(x, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
-
-
-def _with_tensors(like: Any, tensors: list[Tensor]) -> Any:
-    """`like`, with other tensors in the places of its own."""
-    rest = iter(tensors)
-    return _map(like, lambda x: next(rest, x))
-
-
-def _map(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(x, Tensor):
-        return function(x)
-    if isinstance(x, Mapping):
-        return {key: _map(item, function) for key, item in x.items()}
-    if isinstance(x, (tuple, list)):
-        items = [_map(item, function) for item in x]
-        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
-    return x

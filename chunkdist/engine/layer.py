@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NoReturn, Self, SupportsIndex
 
 import torch
@@ -38,7 +39,8 @@ class GroupLayer(CopiedNotPickled):
         self.layer = layer
         self.state = state
         self.context = context
-        self.original_forward: Callable[..., Any] = layer.forward
+        self._own_forward: Callable[..., Any] | None = layer.__dict__.get("forward")
+        """What was set on the instance before."""
         self.signature = LayerSignature(layer)
         self.cache_argument = self.signature.cache if state is not None and state.relays else None
         self.tuple_length: int | None = None
@@ -49,6 +51,18 @@ class GroupLayer(CopiedNotPickled):
         """Shapes and dtypes of the state that the layer hands on; known once it has run."""
         self.on_call: Callable[[GroupLayer, Tensor, dict[str, Any]], Any]
         """What the layer's group makes of a call, set by it."""
+
+    @property
+    def original_forward(self) -> Callable[..., Any]:
+        """What the layer would run; the forward of its class is that of now."""
+        if self._own_forward is not None:
+            return self._own_forward
+        forward: Callable[..., Any] = MethodType(type(self.layer).forward, self.layer)
+        return forward
+
+    @original_forward.setter
+    def original_forward(self, forward: Callable[..., Any]) -> None:
+        self._own_forward = forward
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over chunks is not to be unrolled
     def forward(self, *args: Any, **kwargs: Any) -> Any:

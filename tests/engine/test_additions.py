@@ -7,6 +7,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
 from chunkdist.check.gradients import check_gradients
@@ -405,6 +407,90 @@ class TestHooksThatOnlyLook:
         assert largest_difference(gradients(model, batch()), expected) < 1e-10
 
 
+def only_with_a_graph(seen: list[int]) -> Any:
+    return lambda module, args, output: output * 2 if torch.is_grad_enabled() else None
+
+
+def only_with_a_graph_in_place(seen: list[int]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.mul_(2)
+
+    return hook
+
+
+def norm_of_gradients(seen: list[int]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(norm_of_all)
+
+    return hook
+
+
+def first_call(seen: list[int]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        seen.append(1)
+        return output * 2 if len(seen) == 1 else None
+
+    return hook
+
+
+def not_single_tokens(seen: list[int]) -> Any:
+    return lambda module, args, output: output * 2 if output.shape[1] > 1 else None
+
+
+def by_a_mask_of_the_sequence(seen: list[int]) -> Any:
+    mask = torch.arange(batch()["input_ids"].shape[1]) % 2 == 0
+    return lambda module, args, output: output * mask[None, :, None]
+
+
+def with_a_hook_on_what_it_gets(seen: list[int]) -> Any:
+    return lambda module, args, output: output.register_hook(lambda grad: grad * 2) and None
+
+
+class TestHooksOfOtherShapes:
+    """Each would train something else than without chunks, or fail in torch."""
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            *(
+                only_with_a_graph,
+                only_with_a_graph_in_place,
+                norm_of_gradients,
+                first_call,
+                not_single_tokens,
+            ),
+            *(by_a_mask_of_the_sequence, with_a_hook_on_what_it_gets),
+        ],
+    )
+    @pytest.mark.parametrize("retained", [0, 1])
+    def test_refused(self, make: Any, retained: int) -> None:
+        model = chunk_model(tiny_llama(num_layers=2), replace(CONFIG, retained_chunks=retained))
+        model.model.layers[1].mlp.register_forward_hook(make([]))
+        with pytest.raises(UnsupportedModelError, match=r"hook .* on mlp of layer 1"):
+            gradients(model, batch())
+
+    def test_a_gradient_that_is_changed_by_token(self) -> None:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(bounded)
+
+        found = []
+        for model in (tiny_llama(num_layers=2), chunk_model(tiny_llama(num_layers=2), CONFIG)):
+            model.model.layers[1].mlp.register_forward_hook(hook)
+            found += [gradients(model, batch()) for _ in range(2)]
+        assert largest_difference(found[2], found[0]) < 1e-10
+        assert largest_difference(found[3], found[1]) < 1e-10
+
+    def test_one_that_only_looks_is_called_by_the_passes_alone(self) -> None:
+        model, seen = chunk_model(tiny_llama(num_layers=2), CONFIG), []
+        model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+        gradients(model, batch())
+        num_chunks = -(-batch()["input_ids"].shape[1] // 7)
+        assert len(seen) == 2 * num_chunks
+
+
 def test_a_hook_that_trains_something_else_is_refused() -> None:
     """As of a steering vector that is learnt: the group does not know of it."""
     trained = nn.Parameter(V.clone())
@@ -438,6 +524,24 @@ def test_a_global_hook() -> None:
     finally:
         handle.remove()
     gradients(model, batch())
+
+
+@pytest.mark.parametrize("kind", [LlamaMLP, LlamaDecoderLayer])
+@pytest.mark.parametrize("change", [mean_of_tokens, bounded])
+def test_a_forward_set_on_the_class_after_chunking(
+    kind: Any, change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain, forward = (
+        chunk_model(tiny_llama(num_layers=2), CONFIG),
+        tiny_llama(num_layers=2),
+        kind.forward,
+    )
+    monkeypatch.setattr(kind, "forward", lambda self, x, **kwargs: change(forward(self, x, **kwargs)))
+    if change is mean_of_tokens:
+        with pytest.raises(UnsupportedModelError, match=f"{kind.__name__}|mlp"):
+            model(**batch())
+    else:
+        assert largest_difference(gradients(model, batch()), gradients(plain, batch())) < 1e-10
 
 
 def test_a_norm_of_the_users_runs_whole() -> None:

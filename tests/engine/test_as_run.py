@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.modules.module import register_module_forward_hook
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model, unchunk_model
 from chunkdist.check.gradients import check_gradients
@@ -113,6 +115,28 @@ def no_adapter(model: Any) -> None:
     train_all_adapters(model)
 
 
+def add_hook_on_all(model: Any) -> None:
+    def edit(module: nn.Module, args: Any, output: Any) -> Any:
+        return output * 2 if type(module) is LlamaMLP else None
+
+    model.handle = [register_module_forward_hook(edit)]
+
+
+def drop_hook_on_all(model: Any) -> None:
+    model.handle.pop().remove()
+
+
+def patch_classes(model: Any) -> None:
+    model.forwards = {kind: kind.forward for kind in (LlamaMLP, LlamaDecoderLayer)}
+    for kind, forward in model.forwards.items():
+        kind.forward = lambda self, x, forward=forward, **kwargs: forward(self, x, **kwargs) * 2
+
+
+def unpatch_classes(model: Any) -> None:
+    for kind, forward in model.forwards.items():
+        kind.forward = forward
+
+
 RESTORED: dict[str, tuple[Callable[[], Any], Change, Change]] = {
     "another adapter": (adapters, nothing, other_adapter),
     "no adapter": (adapters, nothing, no_adapter),
@@ -120,6 +144,8 @@ RESTORED: dict[str, tuple[Callable[[], Any], Change, Change]] = {
     "another scaling": (adapters, nothing, lambda model: scale(model, 5.0)),
     "a hook removed": (plain, add_hook, drop_hooks),
     "a hook added": (plain, nothing, add_hook),
+    "a hook on all modules removed": (plain, add_hook_on_all, drop_hook_on_all),
+    "forwards set on classes for the time of a call": (plain, patch_classes, unpatch_classes),
     "a module replaced": (plain, nothing, replace),
     "a parameter replaced": (plain, nothing, replace_parameter),
     "a forward overridden": (plain, nothing, override),
