@@ -262,9 +262,9 @@ def test_a_change_of_the_set_is_asked_and_one_that_is_known_is_not(monkeypatch: 
     asked: list[str] = []
     check = additions.HookNotes.check
 
-    def note(self: Any, own: Any) -> bool:
+    def note(self: Any) -> bool:
         asked.append(self.hook.path)
-        return check(self, own)
+        return check(self)
 
     monkeypatch.setattr(additions.HookNotes, "check", note)
     model = model_with(forward_hook, steered)

@@ -16,7 +16,8 @@ DIMS = [1, None, 1]
 @pytest.mark.parametrize("pieces_of", [cut, first_and_rest])
 def test_cut_and_joined(pieces_of: Any) -> None:
     pieces = pieces_of(WHOLE, DIMS)
-    assert len(pieces) > 1 and result_dims(WHOLE, pieces) == DIMS
+    assert len(pieces) > 1
+    assert result_dims(WHOLE, pieces) == DIMS
     for x, y in zip(tensors_of(joined(pieces, DIMS)), tensors_of(WHOLE), strict=True):
         assert torch.equal(x, y)
 
