@@ -189,7 +189,10 @@ def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     context = decoder.__dict__.get(_CONTEXT)
     chunked = nullcontext(kwargs) if context is None else running(context, decoder, args, kwargs)
     with chunked as kwargs, noise_by_segment(decoder, context):
-        return decoder.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
+        output = decoder.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
+    if context is not None and context.stream is None:
+        context.labels.watch(output)
+    return output
 
 
 def _method(forward: Callable[..., Any], module: nn.Module) -> MethodType:

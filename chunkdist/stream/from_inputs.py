@@ -46,9 +46,10 @@ def read_stream(
     if num_tokens == 0:
         raise ValueError("input_ids have no tokens: pass at least one")
     mask = arguments.get("attention_mask")
-    is_part = _is_part(arguments)
+    is_part, labels = _is_part(arguments), labels or ForwardLabels()
+    labels.mask = None
     if mask is not None:
-        _refuse_mask(mask, is_part, num_tokens, labels or ForwardLabels())
+        _refuse_mask(mask, is_part, num_tokens, labels)
     starts: tuple[tuple[int, ...], ...] = ((0,),) * num_rows
     cu_seq_lens, position_ids = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
     if cu_seq_lens is not None and not isinstance(cu_seq_lens, FakeTensor):
@@ -86,9 +87,9 @@ def _refuse_mask(mask: object, is_part: Tensor | None, num_tokens: int, labels: 
     if isinstance(mask, FakeTensor):
         return
     rises = (mask[:, 1:] != 0) & (mask[:, :-1] == 0)
-    facts = [rises.any(), labels.on_padding(mask)]
+    facts = [rises.any(), labels.on_padding(mask), (mask == 0).any()]
     facts += [] if is_part is None else [is_part.any().to(mask.device)]
-    has_gap, has_labels, *begins_later = torch.stack(facts).tolist()  # one wait
+    has_gap, has_labels, has_padding, *begins_later = torch.stack(facts).tolist()  # one wait
     if has_gap:
         raise ValueError(
             "attention_mask has left padding or a gap, and chunks run from the left: set padding_side='right'"
@@ -97,6 +98,7 @@ def _refuse_mask(mask: object, is_part: Tensor | None, num_tokens: int, labels: 
         labels.refuse()
     if any(begins_later):
         _refuse_part()
+    labels.mask = mask if has_padding else None
 
 
 def _refuse_part() -> NoReturn:

@@ -2,18 +2,20 @@
 
 Chunks are causal without a mask: a padded token sees the padded tokens before it, where the plain model hides
 them. No real token sees a padded one, so that only what is computed at padded tokens differs, and counts only
-if it has a label.
+if it has a label, or a loss of the caller's own takes it: then a gradient arrives there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import Variable
 from torch.nn import functional as F
 
 _NO_LABEL = -100
@@ -26,6 +28,8 @@ class ForwardLabels:
         self._labels: Tensor | None = None
         self._is_shifted = False
         self._ignored = _NO_LABEL
+        self.mask: Tensor | None = None
+        """(B, T), 0 where the decoder's tokens are padding; `None`: there is no padding."""
 
     @contextmanager
     def noted(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -53,6 +57,13 @@ class ForwardLabels:
             labels = F.pad(labels[:, 1:], (0, 1), value=self._ignored)
         return ((labels.to(mask_BT.device) != self._ignored) & (mask_BT == 0)).any()
 
+    def watch(self, output: Any) -> None:
+        """Refuses gradients of what a decoder has made of padding, at the end of their backward."""
+        mask, self.mask = self.mask, None
+        hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+        if mask is not None and isinstance(hidden, Tensor) and hidden.requires_grad:
+            hidden.register_hook(partial(_refuse_gradients, mask))
+
     def refuse(self) -> None:
         """Raises on labels of padding."""
         raise ValueError(
@@ -60,3 +71,19 @@ class ForwardLabels:
             f"{self._ignored}: in chunks padded tokens see each other, so their losses would not be the "
             f"plain model's; write labels[attention_mask == 0] = {self._ignored}"
         )
+
+
+def _refuse_gradients(mask_BT: Tensor, grad_BTH: Tensor) -> None:
+    """A hook of hidden states. A GPU is not waited for before all of the backward has been given to it."""
+    counts = grad_BTH.abs().amax(-1) > 0  # a loss that is NaN is none of padding
+    found = (counts & (mask_BT == 0).to(grad_BTH.device)).any()
+
+    def read() -> None:
+        if bool(found):
+            raise ValueError(
+                "a loss takes hidden states or logits of padding (where attention_mask is 0): in chunks "
+                "padded tokens see each other, so they are not the plain model's; leave them out of the "
+                "loss, with labels of -100 or a factor of 0"
+            )
+
+    Variable._execution_engine.queue_callback(read)  # type: ignore[attr-defined]  # torch 2.13

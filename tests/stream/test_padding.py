@@ -130,6 +130,51 @@ def test_a_forward_that_failed_leaves_no_labels() -> None:
     model.model(**inputs)
 
 
+def own_loss(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    logits = model(**inputs).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+OF_PADDING = {
+    "labels": lambda model, inputs: own_loss(model, inputs, inputs["input_ids"]),
+    "logits beside the loss": lambda model, inputs: (
+        (out := model(**inputs, labels=padded_batch([37, 20])["labels"])).loss
+        + out.logits.logsumexp(-1).square().mean()
+    ),
+    "hidden states": lambda model, inputs: model.model(**inputs).last_hidden_state.square().mean(),
+    "a tuple": lambda model, inputs: model.model(**inputs, return_dict=False)[0].square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", OF_PADDING)
+@pytest.mark.parametrize("chunk_size", [7, 100])
+def test_a_loss_of_padding_is_refused_in_its_backward(name: str, chunk_size: int) -> None:
+    model, inputs = chunk_model(tiny_llama(), ChunkConfig(chunk_size=chunk_size)), padded_batch([37, 20])
+    inputs.pop("labels")
+    loss = OF_PADDING[name](model, inputs)
+    with pytest.raises(ValueError, match="a loss takes hidden states or logits of padding"):
+        loss.backward()
+
+
+def test_a_loss_of_ones_own_without_padding() -> None:
+    found = []
+    for model in (tiny_llama(), chunk_model(tiny_llama(), CONFIG)):
+        inputs = padded_batch([37, 20])
+        labels = inputs.pop("labels")
+        (loss := own_loss(model, inputs, labels)).backward()
+        found.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+        model.zero_grad()
+        own_loss(
+            model, {"input_ids": inputs["input_ids"]}, inputs["input_ids"]
+        ).backward()  # nothing is padded
+    assert largest_difference(found[1], found[0]) < 1e-10
+
+
+def test_a_loss_that_is_not_a_number_is_not_said_to_be_of_padding() -> None:
+    model = chunk_model(tiny_llama(), CONFIG)
+    (model(**padded_batch([37, 20])).loss * float("nan")).backward()
+
+
 def test_the_gradient_check_refuses() -> None:
     with pytest.raises(ValueError, match=REFUSAL):
         check_gradients(tiny_llama(num_layers=2, dtype=torch.float32), with_labels_on_padding(), CONFIG)
