@@ -97,7 +97,8 @@ class LayersAsRun:
         """
         structure = self._structure
         changed = [] if structure.is_current() else [x for x in structure.states if not x.is_current()]
-        now = [type(state)(state.module) for state in changed]
+        kinds: list[Any] = [type(state) for state in changed]
+        now = [kind(state.module) for kind, state in zip(kinds, changed, strict=True)]
         thawed = [x for x in self._frozen if x.requires_grad]
         if changed:
             self._notes.forget()
