@@ -50,8 +50,13 @@ def difference(engine: EngineName | None, wrapped: bool, tied: bool) -> tuple[fl
     return worst, _error(found.loss, expected.loss), tiled.call_count
 
 
-def difference_of_logits(engine: EngineName) -> float:
-    """The largest relative error of a gradient of a loss that comes from `outputs.loss` and the logits."""
+def difference_of_logits(engine: EngineName, find_unused: bool = False) -> float:
+    """The largest relative error of a gradient of a loss that comes from `outputs.loss` and the logits.
+
+    Args:
+        find_unused: DDP's `find_unused_parameters`, which sends a model's outputs through a function of its
+            own.
+    """
     case = Case(engine=engine)
     inputs = micro_batches(case, distributed.get_rank())[0]
     plain = model_of(case, wrapped=False, dtype=torch.float32 if "zero" in engine else torch.float64)
@@ -60,7 +65,7 @@ def difference_of_logits(engine: EngineName) -> float:
         backward: Any = Tensor.backward
         read: Any = lambda p: p.grad  # noqa: E731
         if engine == "ddp":
-            run: Any = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+            run: Any = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
         elif engine.startswith("fsdp2"):
             shard_fsdp2(model, case)
             run, read = model, lambda p: p.grad.full_tensor()

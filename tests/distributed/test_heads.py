@@ -6,7 +6,7 @@ import pytest
 
 from tests.distributed.cases import EngineName
 from tests.distributed.heads import difference, difference_of_logits
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import RankError, Ranks
 
 UNDER: tuple[EngineName, ...] = ("ddp", "fsdp2", "fsdp2 head", "zero2", "zero3")
 WAYS = [(wrapped, tied) for wrapped in (False, True) for tied in (False, True)]
@@ -29,6 +29,11 @@ def test_one_process(wrapped: bool, tied: bool) -> None:
 def test_two_ranks(two_ranks: Ranks, engine: EngineName, wrapped: bool, tied: bool) -> None:
     for found in two_ranks.run(difference, engine, wrapped, tied):
         check(engine, found)
+
+
+def test_a_loss_of_the_logits_behind_ddp_that_finds_unused_parameters_is_refused(two_ranks: Ranks) -> None:
+    with pytest.raises(RankError, match="were given as they are to a function that torch cannot see"):
+        two_ranks.run(difference_of_logits, "ddp", True)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2 head", "zero2", "zero3"])
