@@ -28,7 +28,7 @@ from chunkdist.engine.hook_probe import Hook, HookNotes
 from chunkdist.engine.layer import GroupLayer
 from chunkdist.engine.probe import TOLERANCE, LayerProbe
 from chunkdist.errors import UnsupportedModelError
-from chunkdist.models.known_code import is_known_class, is_known_function, name_of
+from chunkdist.models.known_code import is_known_class, is_known_function, makes_weights, name_of
 from chunkdist.replay import undisturbed_rng
 from chunkdist.stream.stream import Stream
 
@@ -184,9 +184,13 @@ class Additions:
         for attribute, is_pre in _HOOKS:
             slots = module.__dict__[attribute]
             for key, function in slots.items():
-                if not self._is_known(function):
+                if self._is_known(function):
+                    continue
+                if makes_weights(function):
+                    found.code.append(f"{name_of(function)} on {path}")
+                else:
                     found.hooks.append(Hook(module, path, slots, key, is_pre, function))
-                    found.key += [key, module.training]
+                found.key += [key, module.training]
         for attribute in _BACKWARD_HOOKS:
             for key, function in module.__dict__[attribute].items():
                 if not self._is_known(function):

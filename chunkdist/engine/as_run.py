@@ -132,10 +132,12 @@ class _Structure:
     """What hangs on modules. Compared in a few passes over flat lists: most times nothing has changed."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._classes = tuple({type(module): None for module in modules if isinstance(module, nn.Module)})
+        self._classes: tuple[type[nn.Module], ...] = tuple(
+            {type(module): None for module in modules if isinstance(module, nn.Module)}
+        )
         self._forwards = self._all_forwards()
         self.states: list[_ModuleState | _ClassState] = [_ModuleState(module) for module in modules]
-        self.states += map(_ClassState, self._classes)
+        self.states += [_ClassState(class_) for class_ in self._classes]
         self.tensors = _tensors_of(modules)
         self._attributes = [module.__dict__ for module in modules]
         self._getters = [
@@ -227,8 +229,8 @@ class _ModuleState:
 class _ClassState:
     """The forward of a class, which some code replaces for all modules of it."""
 
-    def __init__(self, kind: type[nn.Module]) -> None:
-        self.module: Any = kind
+    def __init__(self, kind: Any) -> None:
+        self.module = kind
         self._forward: Any = kind.forward
         self._is_own = "forward" in vars(kind)
 

@@ -46,6 +46,11 @@ _TORCH_CLASSES = frozenset(
 _TORCH_MIXERS = frozenset(f"torch.nn.modules.{name}" for name in ("conv", "rnn", "padding"))
 
 
+_WEIGHTS_OF_CALLS = "torch.nn.utils.spectral_norm"
+"""A hook that is torch's, and makes another weight at each call in training (the old one; the parametrization
+is a class of its own, and asked)."""
+
+
 def is_known_class(kind: type[nn.Module], layer: nn.Module, *, mixes: bool) -> bool:
     """Whether a class, of a module inside of `layer` or of the layer itself, is known to treat each token
     alone, apart from what the engine sees (attention, and state in the layer's cache).
@@ -79,7 +84,12 @@ def _package_of(layer: nn.Module) -> list[str]:
 def is_known_function(function: Callable[..., Any]) -> bool:
     """Whether a hook, or a forward set on a module, is a known package's, and so is what it wraps."""
     packages = [_package(part) for part in _parts(function)]
-    return all(package in _PACKAGES for package in packages)
+    return all(package in _PACKAGES for package in packages) and not makes_weights(function)
+
+
+def makes_weights(function: Callable[..., Any]) -> bool:
+    """Whether a hook changes nothing that passes through it, but its module's weight, at each call."""
+    return type(function).__module__ == _WEIGHTS_OF_CALLS
 
 
 def name_of(function: Callable[..., Any]) -> str:

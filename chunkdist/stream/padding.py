@@ -87,4 +87,4 @@ def _refuse_gradients(mask_BT: Tensor, grad_BTH: Tensor) -> None:
                 "loss, with labels of -100 or a factor of 0"
             )
 
-    Variable._execution_engine.queue_callback(read)  # type: ignore[attr-defined]  # torch 2.13
+    Variable._execution_engine.queue_callback(read)  # torch 2.13

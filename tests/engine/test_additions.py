@@ -500,6 +500,15 @@ def test_a_hook_that_trains_something_else_is_refused() -> None:
         model(**batch())
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_weight_that_is_another_one_at_each_call(norm: Any) -> None:
+    model = chunk_model(tiny_llama(num_layers=2), CONFIG)
+    norm(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(UnsupportedModelError, match="up_proj of layer 1"):
+        model(**batch())
+
+
 def test_a_backward_hook_that_mixes_gradients() -> None:
     def place(layer: Any, change: Change) -> None:
         layer.mlp.register_full_backward_hook(lambda module, grads, _: (change(grads[0]),))
