@@ -13,7 +13,6 @@ import chunkdist.attention.function as attention_function
 import chunkdist.models.layers as model_layers
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
 from chunkdist.attention.function import Cell
-from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.probe import LayerProbe
 from chunkdist.models.exact_classes import CLASSES, TRANSFORMERS_VERSION
 from chunkdist.stores.kv_store import KVStore
@@ -129,7 +128,9 @@ def test_sees_state_that_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_decoder_that_is_passed_by_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ChunkContext, "running", lambda self, decoder, args, kwargs: nullcontext(kwargs))
+    monkeypatch.setattr(
+        "chunkdist.engine.chunked_model.running", lambda context, decoder, args, kwargs: nullcontext(kwargs)
+    )
     record = run_class("LlamaForCausalLM")
     assert record.outcome == "refused"
     assert "something else than the forward of its decoder" in record.reason
