@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = str(error) if is_disk_full(error) else input_fault(error, is_set_up=steps.has_begun)
         if line is None:
             raise
-        return fail(line)
+        return fail(line, cause=error)
     finally:
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()  # a gloo process that just leaves sometimes aborts
@@ -98,9 +98,9 @@ def gradients_agree(trainer: CheckedSFTTrainer, config: ChunkConfig | None, opti
     return bool(result.passed)
 
 
-def fail(error: BaseException | str, status: int = 2) -> int:
+def fail(error: BaseException | str, status: int = 2, *, cause: BaseException | None = None) -> int:
     """One line on each machine; launchers repeat the exit status, not the line."""
-    if speaks_here(error):
+    if speaks_here(cause or error):
         print(f"chunkdist: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return status
 

@@ -8,8 +8,8 @@ run: attributes, hooks, submodules, parameters and buffers, by identity; so are 
 the forwards of the modules' classes. Inside `restored`, what has changed is what it was.
 
 What cannot be put back is refused: weights that were written to. Writes are seen as autograd sees them, by
-version; those through `.data`, which have none, by a few numbers of each weight. FSDP2 puts other storage
-under its parameters, and there the numbers tell; ZeRO-3 puts other numbers there, and nothing does.
+version; those through `.data`, which have none, by a few numbers of each weight. Engines may put other
+storage under a parameter; ZeRO-3 puts other numbers there, and nothing tells.
 """
 
 from __future__ import annotations
@@ -84,9 +84,8 @@ class LayersAsRun:
         self._notes, self._structure = notes, structure
         tensors = structure.tensors
         self._frozen = [x for x in tensors if not x.requires_grad]
-        self._marks = [] if is_sharded else [_mark(x) for x in tensors]
-        self._views = _views(tensors)
-        self._numbers = _numbers(self._views)
+        self._versions = [] if is_sharded else [_version(x) for x in tensors]
+        self._numbers = _numbers(tensors)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -110,7 +109,7 @@ class LayersAsRun:
             for x in thawed:
                 x.requires_grad_(False)
             self._refuse_written()
-            has_other_numbers = _differ(self._numbers, _numbers(self._views))
+            has_other_numbers = _differ(self._numbers, _numbers(structure.tensors))
             yield
             if has_other_numbers():
                 _refuse("a weight of the layers has")
@@ -122,7 +121,7 @@ class LayersAsRun:
 
     def _refuse_written(self) -> None:
         tensors = self._structure.tensors
-        written = [x for x, before in zip(tensors, self._marks, strict=False) if _mark(x) != before]
+        written = [x for x, before in zip(tensors, self._versions, strict=False) if _version(x) != before]
         for state in self._structure.states if written else ():
             if name := state.name_of(written[0]):
                 _refuse(f"{name} of {type(state.module).__name__} has")
@@ -302,28 +301,26 @@ def _tensors_of(modules: Sequence[nn.Module]) -> list[Tensor]:
     return list(found.values())
 
 
-def _mark(x: Tensor) -> tuple[int, int]:
-    """Another one after a write in place, or with other `.data`."""
-    return 0 if x.is_inference() else x._version, x.untyped_storage()._cdata if type(x) in _PLAIN else 0
+def _version(x: Tensor) -> int:
+    """Another one after a write in place, but not with other `.data`: engines may move weights."""
+    return 0 if x.is_inference() else x._version
 
 
-def _views(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """A few numbers of each, spread over it, by device and dtype."""
+def _numbers(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A few numbers of each, spread over it, by device and dtype. They hold no weight's storage."""
     found: dict[Any, list[Tensor]] = {}
     for x in tensors:
         if type(x) in _PLAIN and not x.is_meta and x.is_contiguous() and x.numel():
             num = min(x.numel(), _NUM_SAMPLES)
             view = x.detach().as_strided((num,), (x.numel() // num,), x.storage_offset())
             found.setdefault((x.device, x.dtype), []).append(view)
-    return list(found.values())
-
-
-def _numbers(views: list[list[Tensor]]) -> list[Tensor]:
-    return [torch.cat(same).view(torch.uint8) for same in views]
+    return [torch.cat(same).view(torch.uint8) for same in found.values()]
 
 
 def _differ(before: list[Tensor], now: list[Tensor]) -> Callable[[], bool]:
     """Whether they do, to be asked later: a GPU is not waited for until then."""
+    if len(before) != len(now):
+        return lambda: True
     answers = [_differs(x, y) for x, y in zip(before, now, strict=True)]
     return lambda: any(answer() for answer in answers)
 

@@ -9,8 +9,10 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from chunkdist.sharding.sequence import refuse_parallelism_config
 from chunkdist.train.json_options import read_json, read_json_file
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def check_deepspeed(values: Namespace) -> None:
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if isinstance(stage, bool) or stage not in _STAGES:
         raise ValueError(f"deepspeed: zero_optimization.stage={stage!r}: write 0, 1, 2 or 3")
+    refuse_parallelism_config(None, SimpleNamespace(get_value=config.get))
     for name in _COUNTS:
         count = config.get(name, "auto")
         if count != "auto" and (isinstance(count, bool) or not isinstance(count, int) or count < 1):

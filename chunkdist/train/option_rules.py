@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from chunkdist.sharding.sequence import refuse_parallelism_config
 from chunkdist.train.json_options import read_json, read_json_file
 
 _NONE = type(None)
@@ -170,6 +171,7 @@ def check_values(values: Namespace, given: set[str], types_of_options: Iterable[
 def _check_kind(name: str, value: Any, hint: Any) -> None:
     parts = _parts(hint)
     if name == "parallelism_config" and value is not None:
+        refuse_parallelism_config(value)
         raise ValueError(
             "parallelism_config is not taken: what shards a chunked run is DDP, FSDP2, ZeRO or "
             "pipeline_stages; leave it out"

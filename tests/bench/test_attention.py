@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from chunkdist.attention.base import AttentionRow, RowGradient
 from chunkdist.attention.cpu_flash import CpuFlashBackend
 from chunkdist.bench import attention
 from chunkdist.bench.attention import Case
@@ -22,14 +24,15 @@ CASES = [
 @pytest.mark.parametrize("fault", ["one key less", "gradients not added", "gradient too small"])
 def test_a_wrong_backend_fails_and_is_not_timed(fault: str) -> None:
     class Wrong(CpuFlashBackend):
-        def forward(self, q: Any, k: Any, v: Any, *rest: Any) -> Any:
-            return super().forward(q, k, torch.cat([v[:-1], v[-1:] * 0]) if "key" in fault else v, *rest)
+        def forward(self, row: AttentionRow) -> Any:
+            less = torch.cat([row.v_SKD[:-1], row.v_SKD[-1:] * 0])
+            return super().forward(replace(row, v_SKD=less) if "key" in fault else row)
 
-        def backward(self, *args: Any) -> Any:
+        def backward(self, row: AttentionRow, given: RowGradient) -> Any:
             if fault == "gradients not added":
-                for grad in args[6]:
+                for grad in given.kv_grads:
                     grad.zero_()
-            dq = super().backward(*args)
+            dq = super().backward(row, given)
             return dq * 0.98 if fault == "gradient too small" else dq
 
     run = Run(parser_of("attention", ""), ["--smoke"])

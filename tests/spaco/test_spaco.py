@@ -23,7 +23,7 @@ from chunkdist import (
 )
 from chunkdist.chunking import chunk_report
 from chunkdist.engine.group import GroupCall
-from chunkdist.engine.kv_rebuild import projected_parts
+from chunkdist.engine.kv_rebuild import rebuild_parts
 from chunkdist.replay import RngState
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stream.stream import Stream, cut
@@ -274,17 +274,17 @@ def test_importance_spends_its_budget() -> None:
     assert p[:-4].tolist() == pytest.approx([4 / 60] * 60)
 
 
-@pytest.mark.parametrize("between_kept", [True, False])
-def test_chunks_that_are_only_projected_go_together(between_kept: bool) -> None:
+@pytest.mark.parametrize("between_sampled", [True, False])
+def test_chunks_that_are_only_projected_go_together(between_sampled: bool) -> None:
     stream = Stream(num_tokens=24, chunks=cut(24, 4), segment_starts=((0,),))
     same = [RngState(torch.zeros(2), [], [], "cpu")] * 6
     drawn = [RngState(torch.full((2,), i), [], [], "cpu") for i in range(6)]
-    find = functools.partial(projected_parts, stream, range(6), between_kept=between_kept)
-    halves = [range(2), range(2, 4)] if between_kept else [range(4)]
+    find = functools.partial(rebuild_parts, stream, range(6), between_sampled=between_sampled)
+    halves = [range(2), range(2, 4)] if between_sampled else [range(4)]
     assert find([2, 4], same) == halves
     assert find([2, 4], drawn) == [range(i, i + 1) for i in range(4)]
     long = Stream(num_tokens=4096, chunks=cut(4096, 512), segment_starts=((0,),))
-    parts = projected_parts(long, range(8), [7], [same[0]] * 8, between_kept=between_kept)
+    parts = rebuild_parts(long, range(8), [7], [same[0]] * 8, between_sampled=between_sampled)
     assert parts == [range(2), range(2, 4), range(4, 6), range(6, 7)]
 
 

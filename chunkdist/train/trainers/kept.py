@@ -48,7 +48,7 @@ class KeptTrainer(SFTTrainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        """TRL's count of tokens goes on, too, and the run has its id before its first step."""
+        """TRL's count of tokens goes on, too."""
         trained: tuple[int, int] = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -56,8 +56,6 @@ class KeptTrainer(SFTTrainer):
         if saved is not None and saved.num_tokens is not None:
             self._total_train_tokens: Any = saved.num_tokens
         self.first_step, self.steps_taken = self.state.global_step, 0
-        if self.run is not None and self.args.should_save:
-            self.run.write(Path(self.args.output_dir or "."))
         return trained
 
     def _run_epoch(self, *given: Any, **values: Any) -> None:
@@ -143,6 +141,11 @@ class _StepCounter(TrainerCallback):
 
     def __init__(self, trainer: KeptTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, *given: Any, **values: Any) -> None:
+        """The run has its id before its first step, and not before all is ready for that."""
+        if self._trainer.run is not None and args.should_save:
+            self._trainer.run.write(Path(args.output_dir or "."))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
