@@ -164,7 +164,7 @@ def test_what_is_auto_is_chosen_alike_on_all_ranks(model: Path, tmp_path: Path, 
     ("options", "said"),
     [
         ({"pipeline_stages": 3}, "pipeline_stages=3 with 2 rank(s): start a multiple of 3"),
-        ({"pipeline_stages": 0}, "pipeline_stages=0: write at least 1"),
+        ({"pipeline_stages": 0}, "pipeline_stages=0: write 1 or more"),
         ({"chunk_method": "spaco"}, "chunk_method=spaco with pipeline_stages=2: a pipeline backpropagates"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 with pipeline_stages=2: a step"),
         ({"chunk_packing": True}, "chunk_packing=True with pipeline_stages=2: sequences share chunks"),
