@@ -19,9 +19,9 @@ from chunkdist import (
     IndependentSampler,
     RunSampler,
     chunk_model,
-    projected,
 )
 from chunkdist.chunking import chunk_report
+from chunkdist.engine import kv_rebuild
 from chunkdist.engine.group import GroupCall
 from chunkdist.engine.kv_rebuild import rebuild_parts
 from chunkdist.replay import RngState
@@ -303,7 +303,7 @@ def test_dropout_before_the_attention_is_the_forwards(
         return gradients(model, batch(num_tokens=24))
 
     together = found()
-    monkeypatch.setattr(projected, "_MAX_TOKENS", 0)
+    monkeypatch.setattr(kv_rebuild, "_MAX_TOKENS", 0)
     assert largest_difference(together, found()) < 1e-12
 
 
