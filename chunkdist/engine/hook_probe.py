@@ -68,7 +68,7 @@ class HookNotes:
         self._num_tokens = num_tokens
         self._calls: list[tuple[int, list[Any]]] = []
         self._results: list[Any] = []
-        """Of the same calls."""
+        """What the hook made of the same calls."""
         self._num_bytes = 0
         self._is_over = False
 

@@ -138,7 +138,7 @@ def _names_beside(metadata: Path) -> set[str]:
 
 
 def _names_of_archive(file: IO[bytes]) -> set[str]:
-    """Of what `torch.save` writes; TorchScript's archives and formats before torch 1.6 are refused."""
+    """The names in an archive of `torch.save`; TorchScript's and formats before torch 1.6 are refused."""
     if not zipfile.is_zipfile(file):
         raise ValueError("something that torch.save does not write")
     found: set[str] = set()

@@ -13,7 +13,7 @@ import xxhash
 _COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")
 _BATCH_ROWS = 1000
 _MOST_BATCHES = 1000
-"""Of more rows than a million, batches at even distances are looked at."""
+"""Where there are more than a million rows, batches at even distances are looked at."""
 _END_BYTES = 2**20
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 

@@ -12,6 +12,6 @@ def print_once(line: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message; without one, its kind."""
+    """The first line of the error's message; without one, its kind."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__

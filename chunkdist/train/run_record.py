@@ -71,7 +71,7 @@ _FREE = {
     *_STEPS,
 }
 _SAMPLED = ("chunk_method", "chunk_size", "spaco_sampler", "spaco_budget", "spaco_cap")
-"""Of the chunks: an exact step is the same with any other, up to rounding."""
+"""Options of the chunks that are compared: an exact step is the same with any other, up to rounding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
