@@ -19,11 +19,31 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+_TOLD_BY_LIBRARIES = (
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "cudaErrorMemoryAllocation",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # its handle takes memory when it is made, and tells nothing else
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+)
+"""What is too little memory, too, outside of torch's allocator: kernels that are loaded when they first run,
+and the libraries' own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has had too little memory, whoever asked for it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TOLD_BY_LIBRARIES)
+
+
 @dataclass
 class Recovery:
     """`error` is the first one; `None`: memory was enough."""
 
-    error: torch.OutOfMemoryError | None = None
+    error: RuntimeError | None = None
 
 
 _running: Recovery | None = None
@@ -45,7 +65,7 @@ def attempt(compute: Callable[[], T], instead: Callable[[], T]) -> T:
     """`compute()`; inside `recovering`, `instead()` from the first one on that finds too little memory.
 
     Raises:
-        torch.OutOfMemoryError: outside of `recovering`.
+        RuntimeError: the one of `compute`, if it is about something else, or outside of `recovering`.
     """
     recovery = _running
     if recovery is None:
@@ -53,7 +73,9 @@ def attempt(compute: Callable[[], T], instead: Callable[[], T]) -> T:
     if recovery.error is None:
         try:
             return compute()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             recovery.error = error.with_traceback(None)  # whose frames hold tensors
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ import torch
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.memory.live_bytes import LiveBytes
-from chunkdist.recovery import recovering
+from chunkdist.recovery import attempt, is_out_of_memory, recovering
 from tests.helpers.models import batch, tiny_llama
 from tests.helpers.planted_memory import Place, memory_for
 
@@ -66,3 +66,29 @@ def test_outside_it_is_an_error() -> None:
     model = chunk_model(tiny_llama(num_layers=2), ChunkConfig(chunk_size=8))
     with memory_for(4, "backward"), pytest.raises(torch.OutOfMemoryError):
         model(**batch(num_tokens=24), use_cache=False).loss.backward()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ],
+)
+def test_libraries_have_too_little_memory_in_other_words(said: str) -> None:
+    def fail() -> str:
+        raise RuntimeError(said)
+
+    with recovering() as recovery:
+        assert attempt(fail, lambda: "instead") == "instead"
+    assert str(recovery.error) == said
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_other_errors_are_not_recovered_from() -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with recovering(), pytest.raises(RuntimeError, match="illegal memory access"):
+        attempt(fail, lambda: None)

@@ -46,6 +46,7 @@ from chunkdist.attention.varlen import (
     simulated_workspace,
     why_no_kernel,
 )
+from chunkdist.recovery import is_out_of_memory
 
 OLDEST_CUDNN = 91501
 MULTIPLE = 128
@@ -175,9 +176,9 @@ def why_wrong(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | 
         ]
         try:
             found = _small_case(backend, *tensors)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as refusal:
+            if is_out_of_memory(refusal):
+                raise
             return f"cuDNN refuses: {str(refusal).strip().splitlines()[0]}"
         truth = _small_case(MathBackend(), *(x.double() for x in tensors))
         for name, x, expected in zip(("out", "lse", "dq", "dk", "dv"), found, truth, strict=True):

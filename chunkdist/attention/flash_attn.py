@@ -29,7 +29,8 @@ from chunkdist.attention.varlen import (
     window_left,
 )
 
-_INSTALL = "pip install chunkdist[flash]"
+_INSTALL = "pip install ninja packaging wheel && pip install --no-build-isolation 'flash-attn>=2.7,<3'"
+"""Its setup imports torch, so it cannot be built in isolation, nor be an extra of ours."""
 
 
 class FlashAttnBackend:

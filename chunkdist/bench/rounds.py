@@ -19,6 +19,7 @@ from torch import Tensor
 from chunkdist.bench.timing import Cost, cost_of, largest, peak_of, report_progress, rotated
 from chunkdist.bench.variants import Variant, prepared
 from chunkdist.chunking import chunk_report
+from chunkdist.recovery import is_out_of_memory
 
 OUT_OF_MEMORY = "out of memory"
 _ERROR_CHARACTERS = 300
@@ -52,12 +53,12 @@ def attempt(
                 after_warm_up(peak_of(from_no_gradients))
             if is_timed:
                 cost = cost_of(from_no_gradients)
-    except torch.OutOfMemoryError:
-        why_not = OUT_OF_MEMORY
     except WrongGradients as error:
         why_not = f"wrong gradients: {error}"[:_ERROR_CHARACTERS]
     except (RuntimeError, ValueError, ImportError) as error:  # a kernel, a package, the host's memory
         why_not = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"[:_ERROR_CHARACTERS]
+        if is_out_of_memory(error):
+            why_not = OUT_OF_MEMORY
     if why_not is None:
         return cost, None
     # Out here, where the traceback no longer holds tensors, memory is given back.

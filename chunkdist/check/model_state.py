@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from chunkdist.memory.auto import free_bytes
+from chunkdist.precision import ieee_fp32
 
 _QUANTISED = {"Params4bit", "Int8Params"}
 
@@ -48,15 +49,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, narrower floating-point weights and buffers are in `dtype`, and autocast is off. Afterwards
-    they are what they were, not what they would be after a conversion there and back."""
+    """Inside, narrower floating-point weights and buffers are in `dtype`, autocast is off, and fp32 is not
+    rounded to TF32. Afterwards they are what they were, not what they would be after a conversion there and
+    back."""
     tensors = [*model.parameters(), *model.buffers()]
     before = [(t, t.data) for t in tensors if t.is_floating_point() and t.dtype.itemsize < dtype.itemsize]
     device_type = next(model.parameters()).device.type
     try:
         for tensor, data in before:
             tensor.data = data.to(dtype)
-        with torch.autocast(device_type, enabled=False), _eager_experts(model, dtype):
+        with torch.autocast(device_type, enabled=False), ieee_fp32(), _eager_experts(model, dtype):
             yield
     finally:
         for tensor, data in before:

@@ -52,6 +52,7 @@ from chunkdist.train.trainers.pipeline import PipelineSFTTrainer
 from chunkdist.train.trainers.shrinking import ShrinkingTrainer
 from chunkdist.train.trainers.streams import StreamTrainer
 from chunkdist.train.trl_loss import install_tiled_loss
+from chunkdist.train.usable_gpu import try_first_kernel
 from chunkdist.train.wandb_mode import settle_wandb
 from chunkdist.train.weights import load_model
 
@@ -98,6 +99,7 @@ def build_trainer(
     chunk_config = check_options(options)
     training, model_options = options.training, options.model
     check_engine(training)
+    try_first_kernel(training.device)
     resumption = agreed(lambda: resumption_of(training))
     checkpoint, record = resumption.checkpoint, RunRecord.of(options, num_launched_ranks())
     if checkpoint is not None:

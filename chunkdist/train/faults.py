@@ -17,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
+
+from chunkdist.recovery import is_out_of_memory
 
 _OWN_FOLDERS = tuple(
     str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(__file__).parents[2] / "launchers")
@@ -48,7 +49,7 @@ def asked_by(*options: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_own(error) or isinstance(error, (torch.OutOfMemoryError, *_OURS)) or _is_of_system(error):
+        if _is_own(error) or is_out_of_memory(error) or isinstance(error, _OURS) or _is_of_system(error):
             raise
         names = _options_named(error, options)
         raise ValueError(f"{names}{': ' if names else ''}{_said(error)} ({_place(error)})") from error
@@ -65,7 +66,7 @@ def input_fault(error: BaseException, *, is_set_up: bool) -> str | None:
         return None
     if isinstance(error, OSError) and _is_of_system(error):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
         return _said(error)
     if _is_own(error):
         return _said(error) if _was_raised(error) else None

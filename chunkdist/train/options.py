@@ -27,6 +27,7 @@ from chunkdist.train.ranks import (
     tell_ranks,
 )
 from chunkdist.train.roll_call import check_launch, forget_stale_rank, meet
+from chunkdist.train.usable_gpu import refuse_idle_gpu
 from chunkdist.train.yaml_options import read_yaml
 
 
@@ -74,6 +75,8 @@ class TrainArguments(SFTConfig):
     def __post_init__(self) -> None:
         if self.report_to is None:
             self.report_to = "none"  # transformers (5.23) would look for a tracker named None
+        if not self.use_cpu:
+            refuse_idle_gpu()
         store = meet(self.ddp_timeout_delta)  # noqa: F841  # until the process group is made
         if self.deepspeed:
             skip_shm_build()

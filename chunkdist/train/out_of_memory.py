@@ -14,6 +14,7 @@ from chunkdist.memory import machine as allocator
 from chunkdist.memory.auto import USABLE_SHARE, card_of, free_bytes
 from chunkdist.memory.planner import Job, NothingFits, gib, plan_step
 from chunkdist.models.flops import StepFlops
+from chunkdist.recovery import is_out_of_memory
 from chunkdist.stores.free_memory import free_host_bytes
 from chunkdist.train.engine import engine_of
 from chunkdist.train.start_table import step_sizes
@@ -29,12 +30,12 @@ def explained_out_of_memory(trainer: Trainer, *, is_chunked: bool) -> Iterator[N
     """Around training.
 
     Raises:
-        torch.OutOfMemoryError: the one that was raised inside, with an explanation.
+        torch.OutOfMemoryError: for one that was raised inside, with an explanation.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        if not is_chunked:
+    except RuntimeError as error:
+        if not is_chunked or not is_out_of_memory(error):
             raise
         raise torch.OutOfMemoryError(f"{_first_sentence(error)}; {explanation(trainer)}") from error
 

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from trl.trainer.utils import create_model_from_path
 
+from chunkdist.recovery import is_out_of_memory
 from chunkdist.train.trainers.checked import first_line, print_once
 
 _NUM_NAMED = 3
@@ -44,12 +44,11 @@ def load_model(name: str, *, allow_missing: bool, **given: Any) -> Any:
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **given
             )
             model, report = loaded
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
-        if (
+        is_of_system = isinstance(error, MemoryError) or (
             isinstance(error, OSError) and error.errno is not None
-        ):  # of the system, not of what the user wrote
+        )
+        if is_of_system or is_out_of_memory(error):  # not of what the user wrote
             raise
         raise ValueError(f"model_name_or_path={name!r} cannot be loaded: {first_line(error)}") from error
     faults = _differences(report, with_shapes=not takes_other_shapes)

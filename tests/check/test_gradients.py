@@ -70,6 +70,30 @@ class TestPasses:
         assert result.passed, result.report()
         assert result.num_chunks >= 4
 
+    @pytest.mark.parametrize("legacy", [False, True])
+    def test_fp32_is_not_rounded_where_it_is_the_truth(
+        self, monkeypatch: pytest.MonkeyPatch, legacy: bool
+    ) -> None:
+        matmul = torch.backends.cuda.matmul
+        seen: set[tuple[torch.dtype, str]] = set()
+
+        def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            seen.add((output.dtype, matmul.fp32_precision))
+
+        model: Any = model_of(torch.bfloat16)
+        model.model.layers[0].mlp.down_proj.register_forward_hook(note)
+        if legacy:
+            torch.set_float32_matmul_precision("high")
+        else:
+            torch.backends.fp32_precision = "tf32"  # as transformers' `tf32: true` does
+        try:
+            assert check_gradients(model, batch(num_tokens=40), CONFIG).passed
+            assert matmul.fp32_precision == "tf32"
+        finally:
+            torch.backends.fp32_precision = "none"
+            torch.set_float32_matmul_precision("highest")
+        assert seen == {(torch.bfloat16, "tf32"), (torch.float32, "ieee")}
+
     def test_lora_on_frozen_weights(self) -> None:
         result = check_gradients(with_lora(model_of(torch.bfloat16)), batch(num_tokens=60), CONFIG)
         assert result.passed, result.report()

@@ -31,7 +31,7 @@ class ShrinkingTrainer(SFTTrainer):
     def __init__(self, **kwargs: Any) -> None:
         self._done: list[dict[str, Any]] = []
         """Micro-batches of the optimizer step at hand."""
-        self._error: torch.OutOfMemoryError | None = None
+        self._error: RuntimeError | None = None
         super().__init__(**kwargs)
 
     def training_step(
@@ -83,7 +83,7 @@ class ShrinkingTrainer(SFTTrainer):
         """Half the chunk size, on all ranks.
 
         Raises:
-            torch.OutOfMemoryError: chunks are as small as they get.
+            RuntimeError: chunks are as small as they get; the first one that was caught.
         """
         assert self.model is not None
         before = chunk_report(self.model).chunk_size
