@@ -1,8 +1,8 @@
 """What waits for the backward waits on the host (`ChunkConfig.offload="host"`): memory, copies, guard.
 
 `HostMemory.put` begins the copy of a tensor out and returns a `HostTensor`; `HostTensor.start` begins the
-copy back, `get` gives the tensor. Memory comes in slabs that are allocated once and go from one tensor to the
-next: across groups, steps and streams.
+copy back, `get` gives the tensor. Memory comes in slabs, cut of blocks that are allocated once
+(`chunkdist.stores.host_blocks`), and goes from one tensor to the next: across groups, steps and streams.
 
 What always holds, on a CUDA device: all copies run one after another on one stream of their own, so a slab is
 never written before what was in it has been read. A copy starts when the device is done with all that was
@@ -25,19 +25,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from chunkdist.stores.free_memory import free_host_bytes
+from chunkdist.stores.host_blocks import PAGE_BYTES, Block, Slab
 
 GIB = 2**30
-_PAGE_BYTES = 4096
+_BLOCK_BYTES = GIB
+"""The most that is allocated at once for what is known to come."""
 _USABLE_SHARE = 0.95
 """Share of the free host memory that may be used: at its end the kernel kills processes."""
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 class HostMemory:
-    """The slabs of one model, of all devices that its tensors come from.
+    """The blocks of one model, of all devices that its tensors come from.
 
     Attributes:
-        allocating: True while a slab is allocated, so that who counts tensors can tell slabs from others.
+        allocating: True while a block is allocated, so that who counts tensors can tell blocks from others.
     """
 
     def __init__(self) -> None:
@@ -46,7 +48,7 @@ class HostMemory:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all slabs. They grow to what the longest stream needs, and stay until `close`."""
+        """Bytes of all blocks. They grow to what the longest stream needs, and stay until `close`."""
         return sum(pool.held_bytes for pool in self._pools.values())
 
     @property
@@ -63,7 +65,8 @@ class HostMemory:
         return HostTensor(self._pool_of(x), x.detach().contiguous())
 
     def require(self, num_bytes: int, like: Tensor) -> None:
-        """Raises where the host has no room for `num_bytes` more of tensors like `like`; allocates nothing.
+        """Raises where the host has no room for `num_bytes` more of tensors like `like`. Allocates nothing
+        but makes what is allocated next large enough for all of them.
 
         Raises:
             RuntimeError: what is needed, and what is free.
@@ -121,7 +124,7 @@ class HostTensor:
         self._pool = pool
         slab = pool.take(x.nbytes)
         weakref.finalize(self, pool.give_back, slab).atexit = False
-        self._memory = slab[: x.nbytes].view(x.dtype).view(x.shape)
+        self._memory = slab.memory[: x.nbytes].view(x.dtype).view(x.shape)
         self._sum = pool.bit_sum(x)
         pool.copy_out(self._memory, x)
         self._arriving: tuple[Tensor, Any] | None = None
@@ -154,56 +157,63 @@ class _Pool:
 
     def __init__(self, owner: HostMemory, device: torch.device, fake: bool) -> None:
         self.copies = Copies(device, on_stream=device.type == "cuda" and not fake)
-        self.held_bytes = 0
         self.differences: list[Tensor] = []
         self._owner = owner
         self._fake = fake
-        self._idle: dict[int, list[Tensor]] = {}
-        """By size."""
+        self._blocks: list[Block] = []
+        self._to_come = 0
+        """Bytes that are known to be wanted, beyond the blocks."""
         self._leaving: list[tuple[Tensor, Any]] = []
         """What is being copied out, and the events at which that is done."""
         self._closed = False
 
     @property
-    def idle_bytes(self) -> int:
-        return sum(size * len(slabs) for size, slabs in self._idle.items())
+    def held_bytes(self) -> int:
+        return sum(block.num_bytes for block in self._blocks)
 
-    def take(self, num_bytes: int) -> Tensor:
-        """The smallest idle slab that fits and is at most twice as large, or else a new one; (N,) bytes."""
-        size = max(1, -(-num_bytes // _PAGE_BYTES)) * _PAGE_BYTES
-        fitting = [other for other, slabs in self._idle.items() if slabs and size <= other <= 2 * size]
-        if fitting:
-            return self._idle[min(fitting)].pop()
-        self.require(size, of_all_ranks=True, exactly=True)
+    @property
+    def idle_bytes(self) -> int:
+        return sum(block.idle_bytes for block in self._blocks)
+
+    def take(self, num_bytes: int) -> Slab:
+        """Whole pages of a block, or else of a new one, which is made large enough for what is to come."""
+        size = max(1, -(-num_bytes // PAGE_BYTES)) * PAGE_BYTES
+        for block in self._blocks:
+            if (slab := block.cut(size)) is not None:
+                return slab
+        block_bytes = max(1, min(_BLOCK_BYTES, self._to_come) // size) * size
+        self.require(block_bytes, of_all_ranks=True, exactly=True)
         with self._owner._allocation():
-            slab = self.copies.allocate(size)
-        self.held_bytes += size
+            block = self.copies.allocate(block_bytes, fake=self._fake)
+        self._to_come = max(0, self._to_come - block_bytes)
+        self._blocks.append(block)
+        slab = block.cut(size)
+        assert slab is not None
         return slab
 
-    def give_back(self, slab: Tensor) -> None:
+    def give_back(self, slab: Slab) -> None:
+        slab.block.give_back(slab)
         if self._closed:
-            self._release([slab])
-        else:
-            self._idle.setdefault(slab.numel(), []).append(slab)
+            self._drop_idle()
 
     def require(self, num_bytes: int, *, of_all_ranks: bool = False, exactly: bool = False) -> None:
         """Compares with this rank's part of what is free: all ranks may grow at once.
 
         Args:
             of_all_ranks: Compare with all that is free.
-            exactly: Idle slabs are of no use.
+            exactly: Idle memory is of no use.
         """
-        if self._fake:
-            return
         missing = num_bytes if exactly else num_bytes - self.idle_bytes
-        if missing <= 0:
+        if not exactly:
+            self._to_come = max(0, missing)
+        if self._fake or missing <= 0:
             return
         num_ranks = 1 if of_all_ranks else None
         free = int(free_host_bytes(num_ranks=num_ranks) * _USABLE_SHARE)
-        if missing > free and self.idle_bytes:  # slabs of sizes that are not wanted any more
-            self._release([slab for slabs in self._idle.values() for slab in slabs])
-            self._idle = {}
-            missing, free = num_bytes, int(free_host_bytes(num_ranks=num_ranks) * _USABLE_SHARE)
+        if missing > free and self.idle_bytes:  # in pieces that are not wanted any more
+            self._drop_idle()
+            missing = num_bytes if exactly else num_bytes - self.idle_bytes
+            free = int(free_host_bytes(num_ranks=num_ranks) * _USABLE_SHARE)
         if missing > free:
             raise RuntimeError(
                 f"offload='host' needs {missing / GIB:.2f} GiB more of host memory for what waits for the "
@@ -243,12 +253,11 @@ class _Pool:
 
     def close(self) -> None:
         self._closed = True
-        slabs, self._idle = [slab for of_size in self._idle.values() for slab in of_size], {}
-        self._release(slabs)
+        self._drop_idle()
 
-    def _release(self, slabs: list[Tensor]) -> None:
-        self.copies.free(slabs)
-        self.held_bytes -= sum(slab.numel() for slab in slabs)
+    def _drop_idle(self) -> None:
+        """Lets go of the blocks in which nothing waits."""
+        self._blocks = [block for block in self._blocks if block.idle_bytes < block.num_bytes]
 
 
 class Copies:
@@ -284,30 +293,10 @@ class Copies:
     def is_done(self, event: Any) -> bool:
         return event is None or bool(event.query())
 
-    def allocate(self, num_bytes: int) -> Tensor:
-        """(num_bytes,) bytes, pages of its own. torch's pinned memory would be rounded up to a power of two
-        (pytorch issue 95823), so pages are pinned where they are.
+    def allocate(self, num_bytes: int, *, fake: bool) -> Block:
+        """Memory for these copies.
 
         Raises:
             RuntimeError: the system refuses.
         """
-        if self._stream is None:
-            return torch.empty(num_bytes, dtype=torch.uint8)
-        memory = torch.empty(num_bytes + _PAGE_BYTES, dtype=torch.uint8)
-        offset = -memory.data_ptr() % _PAGE_BYTES
-        slab = memory[offset : offset + num_bytes]
-        cudart: Any = torch.cuda.cudart()
-        if code := int(cudart.cudaHostRegister(slab.data_ptr(), num_bytes, 0)):
-            raise RuntimeError(
-                f"offload='host': the driver refused to pin {num_bytes / 2**20:.0f} MiB of host memory (CUDA "
-                f"error {code}): raise the limit of locked memory (ulimit -l), or write offload='none'"
-            )
-        return slab
-
-    def free(self, slabs: list[Tensor]) -> None:
-        if self._stream is None or not slabs:
-            return
-        self._stream.synchronize()
-        cudart: Any = torch.cuda.cudart()
-        for slab in slabs:
-            cudart.cudaHostUnregister(slab.data_ptr())
+        return Block(num_bytes, stream=self._stream, fake=fake)

@@ -7,7 +7,6 @@ import gc
 
 import pytest
 import torch
-from torch import Tensor
 
 from chunkdist import ChunkConfig, chunk_model, unchunk_model
 from chunkdist.chunking import host_memory
@@ -118,7 +117,7 @@ class TestGuard:
         assert not asked, "nothing is allocated"
 
     def test_memory_that_cannot_be_pinned_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def allocate(self: Copies, num_bytes: int) -> Tensor:
+        def allocate(self: Copies, num_bytes: int, *, fake: bool) -> None:
             raise RuntimeError("the driver refused to pin 1 MiB of host memory")
 
         model = chunked(tiny_llama(num_layers=2), "host")
