@@ -40,6 +40,8 @@ class ChunkConfig:
         rebuild_kv: Whether K/V are rebuilt in the backward (by the layer's norm and projections) instead of
             being kept from the forward. `"auto"`: rebuilt when a group is one layer and no chunk is retained,
             kept otherwise.
+        keep_attention: Whether what attention returns in the forward (output and log-sum-exp) waits for the
+            backward, so that no attention kernel runs twice: gradients stay the same to the bit.
         control_variate: Whether the gradients that kept chunks leave for other chunks' keys and values reach
             the norm and the k/v projections without weights, which lowers SpaCO's variance and runs these
             parts of the layer again. `"auto"`: when a group is one layer and the sampler says
@@ -57,6 +59,7 @@ class ChunkConfig:
     offload: Literal["none", "host", "auto"] = "none"
     attention: AttentionName = "auto"
     rebuild_kv: bool | Literal["auto"] = "auto"
+    keep_attention: bool = False
     control_variate: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
@@ -82,6 +85,8 @@ class ChunkConfig:
                 f"rebuild_kv=True needs retained_chunks=0, not {self.retained_chunks}: graphs of retained "
                 "chunks hold the K/V that they read; write rebuild_kv='auto'"
             )
+        if self.keep_attention not in (True, False):
+            raise ValueError(f"keep_attention={self.keep_attention!r} is unknown: write True or False")
         if self.sampler is not None and not isinstance(self.sampler, ChunkSampler):
             raise ValueError(
                 f"sampler={self.sampler!r} has no method draw: write IndependentSampler(budget=8)"

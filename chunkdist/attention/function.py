@@ -1,32 +1,25 @@
-"""Attention of a running cell: the function that transformers calls, and its autograd node.
+"""Attention of a running cell: the function that transformers calls.
 
-B rows, T tokens of the chunk, S of the keys it sees, N query heads, K kv heads, D head dim.
+B rows, T tokens of the chunk, N query heads, K kv heads, D head dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from chunkdist.attention import AttentionChoice
-from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, RowGradient, Span
+from chunkdist.attention.base import AttentionVariant
+from chunkdist.attention.cell import LAYER_ATTRIBUTE, KeysAndValues, LayerState
 from chunkdist.attention.mask import ChunkMask
+from chunkdist.attention.node import chunk_attention
 from chunkdist.errors import UnsupportedModelError
-from chunkdist.replay import without_autocast
-from chunkdist.stores.kv_store import KVStore
-from chunkdist.stores.state_relay import StateRelay
-from chunkdist.stream.stream import Chunk, Stream
+from chunkdist.stream.stream import Stream
 
 ATTENTION_NAME = "chunkdist"
 """The name under which `attend` is registered with transformers' `AttentionInterface`."""
-
-LAYER_ATTRIBUTE = "_chunkdist_layer"
-"""Set on the modules inside a chunked layer: how `attend` finds the cell of the module that called it."""
 
 _HARMLESS = frozenset(
     (
@@ -37,73 +30,6 @@ _HARMLESS = frozenset(
     )
 )
 """Arguments that layers hand on to their attention and that change nothing in it."""
-
-
-class KeysAndValues(Exception):
-    """Ends the run of a layer as soon as its keys and values are there, and carries them, (B, T, K, D)."""
-
-    def __init__(self, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
-        super().__init__()
-        self.k_BTKD, self.v_BTKD = k_BTKD, v_BTKD
-
-
-@dataclass
-class Cell:
-    """One layer's part of a running cell.
-
-    Args:
-        chunk: The tokens.
-        store: K/V of the layer; `None` where no attention is expected.
-        stop_at_kv: Raise `KeysAndValues` instead of attending.
-        relay: The layer's cache, where layers keep state other than K/V.
-    """
-
-    chunk: Chunk
-    stream: Stream
-    store: KVStore | None
-    choice: AttentionChoice
-    stop_at_kv: bool = False
-    relay: StateRelay | None = None
-    num_calls: int = 0
-
-    def visible(self, row: int, window: int | None, block: int | None) -> tuple[int, tuple[Span, ...]]:
-        """The first key that any query of this chunk sees, and the spans relative to it.
-
-        Blocks of `block` tokens, counted from the start of a segment, are to attention what segments are.
-        """
-        chunk, starts = self.chunk, self.stream.segment_starts[row]
-        ends = (*starts[1:], self.stream.num_tokens)
-        if block is not None:
-            cuts = [range(start, end, block) for start, end in zip(starts, ends, strict=True)]
-            starts = tuple(start for cut in cuts for start in cut)
-            ends = (*starts[1:], self.stream.num_tokens)
-        origin, spans = None, []
-        for seg_start, seg_end in zip(starts, ends, strict=True):
-            q_start, q_end = max(seg_start, chunk.start), min(seg_end, chunk.end)
-            if q_start >= q_end:
-                continue
-            k_start = seg_start if window is None else max(seg_start, q_start - window + 1)
-            origin = k_start if origin is None else origin
-            spans.append(Span(q_start - chunk.start, q_end - chunk.start, k_start - origin, q_end - origin))
-        assert origin is not None
-        return origin, tuple(spans)
-
-
-@dataclass
-class LayerState:
-    """What the modules of one layer share: the cell that runs now, if any.
-
-    Args:
-        relays: Whether the layer gets a cache: one of the model's layers keeps state other than K/V.
-        mixes: Whether it has modules that look at other tokens and are not attention.
-        tokenwise: Whether each token passes through it alone.
-    """
-
-    name: str
-    relays: bool = False
-    mixes: bool = False
-    tokenwise: bool = False
-    cell: Cell | None = None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the rest of a compiled layer is compiled
@@ -162,9 +88,8 @@ def attend(
     if cell.stop_at_kv:
         raise KeysAndValues(k_BTKD, v_BTKD)
     sink_N = None if s_aux is None else s_aux.reshape(-1)
-    inputs = (q_BTND, k_BTKD, v_BTKD, sink_N)
-    out: Tensor = _ChunkAttention.apply(cell, backend, variant, mask.block, *inputs)  # type: ignore[no-untyped-call]
-    return out[..., :value_dim].contiguous(), None  # as transformers promises: some models call `.view`
+    out_BTND = chunk_attention(cell, backend, variant, mask.block, (q_BTND, k_BTKD, v_BTKD, sink_N))
+    return out_BTND[..., :value_dim].contiguous(), None  # as transformers promises: some models call `.view`
 
 
 def _understood(name: str, mask: ChunkMask | Tensor | None, sliding_window: int | None) -> ChunkMask:
@@ -210,71 +135,3 @@ def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _window_in(stream: Stream, window: int | None) -> int | None:
     """No window where the whole stream fits in it: more kernels can do that."""
     return None if window is None or window >= stream.num_tokens else window
-
-
-class _ChunkAttention(torch.autograd.Function):
-    """Stores the chunk's K/V and attends to the prefix; the backward leaves the prefix's gradients in the
-    store, and takes there what later chunks left for this one."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        cell: Cell,
-        backend: Backend,
-        variant: AttentionVariant,
-        block: int | None,
-        q_BTND: Tensor,
-        k_BTKD: Tensor,
-        v_BTKD: Tensor,
-        sink_N: Tensor | None,
-    ) -> Tensor:
-        store = cell.store
-        assert store is not None
-        store.write(cell.chunk, k_BTKD, v_BTKD)
-        outs, lses = [], []
-        with without_autocast(q_BTND.device.type):
-            for row, q_TND in enumerate(q_BTND):
-                origin, spans = cell.visible(row, variant.window, block)
-                keys_and_values = store.read(row, origin, cell.chunk.end)
-                out_TND, lse_NT = backend.forward(AttentionRow(q_TND, *keys_and_values, spans, variant))
-                if sink_N is not None:
-                    lse_with_sink = torch.logaddexp(lse_NT, sink_N.to(lse_NT.dtype)[:, None])
-                    out_TND = (out_TND * torch.exp(lse_NT - lse_with_sink).T[..., None]).to(out_TND.dtype)
-                    lse_NT = lse_with_sink
-                outs.append(out_TND)
-                lses.append(lse_NT)
-        out_BTND, lse_BNT = _stack(outs), _stack(lses)
-        ctx.save_for_backward(q_BTND, out_BTND, lse_BNT, sink_N)
-        ctx.cell, ctx.store, ctx.backend, ctx.variant, ctx.block = cell, store, backend, variant, block
-        return out_BTND
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out_BTND: Tensor) -> tuple[Tensor | None, ...]:
-        q_BTND, out_BTND, lse_BNT, sink_N = ctx.saved_tensors
-        cell: Cell = ctx.cell
-        store: KVStore = ctx.store
-        dqs = []
-        with without_autocast(q_BTND.device.type):
-            for row, q_TND in enumerate(q_BTND):
-                origin, spans = cell.visible(row, ctx.variant.window, ctx.block)
-                with store.grads_from(cell.chunk, row, origin) as kv_grads:
-                    keys_and_values = store.read(row, origin, cell.chunk.end)
-                    dq_TND = ctx.backend.backward(
-                        AttentionRow(q_TND, *keys_and_values, spans, ctx.variant),
-                        RowGradient(grad_out_BTND[row], out_BTND[row], lse_BNT[row], kv_grads),
-                    )
-                dqs.append(dq_TND)
-        own_grads = store.grads_of(cell.chunk)
-        assert own_grads is not None
-        dk_BTKD, dv_BTKD = (grad.to(q_BTND.dtype) for grad in own_grads)
-        dsink_N = None
-        if sink_N is not None and ctx.needs_input_grad[7]:
-            out_dot_BNT = (grad_out_BTND.to(lse_BNT.dtype) * out_BTND).sum(-1).transpose(1, 2)
-            share_BNT = torch.exp(sink_N.to(lse_BNT.dtype)[:, None] - lse_BNT)
-            dsink_N = -(share_BNT * out_dot_BNT).sum((0, 2)).to(sink_N.dtype)
-        return None, None, None, None, _stack(dqs), dk_BTKD, dv_BTKD, dsink_N
-
-
-def _stack(rows: list[Tensor]) -> Tensor:
-    return rows[0][None] if len(rows) == 1 else torch.stack(rows)

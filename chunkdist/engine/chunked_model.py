@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from chunkdist.attention.function import ATTENTION_NAME, LAYER_ATTRIBUTE, attend
+from chunkdist.attention.cell import LAYER_ATTRIBUTE
+from chunkdist.attention.function import ATTENTION_NAME, attend
 from chunkdist.attention.mask import chunk_mask
 from chunkdist.config import ChunkConfig
 from chunkdist.engine.additions import Additions

@@ -121,6 +121,7 @@ class GroupCall:
             group.context.host,
             group.num_above,
             reads_retained=group.context.config.uses_control_variate,
+            keeps_attention=self.group.is_decoder and group.context.config.keep_attention,
         )
 
     def abandon(self) -> None:
@@ -190,7 +191,7 @@ class GroupCall:
             if index in retained:
                 part, relays = self._retain(index, hidden)
             else:
-                part, relays = self._run_layers(chunk, tokens_of(hidden, chunk))
+                part, relays = self._run_layers(chunk, tokens_of(hidden, chunk), keeps=for_backward)
             for relay in relays:
                 if relay.used and self.stream.is_read_later(index, range(len(chunks))):
                     relay.hand_on()
@@ -224,10 +225,11 @@ class GroupCall:
         kv = KVRebuild(self.stream, self.group.layers, self._rng, self._autocast, self._run_layers)
         zeros = grad_output.new_zeros
         grad_hidden = zeros(hidden.shape, dtype=hidden.dtype) if hidden.requires_grad else None
+        rebuilds = self.group.is_decoder and self._sample is None
         with (
             undisturbed_rng(grad_output),
             self.group.context.attention_installed(),
-            self.saved.read_back(hidden, sampled, rebuild=self.group.is_decoder and self._sample is None),
+            self.saved.read_back(hidden, sampled, num_rebuilt=kv.num_layers if rebuilds else 0),
         ):
             for run in reversed(self.stream.runs()):
                 self._stores = self.saved.take_stores(run)
@@ -290,7 +292,7 @@ class GroupCall:
     def _retain(self, index: int, hidden: Tensor) -> tuple[Tensor, list[StateRelay]]:
         chunk = self.stream.chunks[index]
         leaf = self.saved.leaf(hidden, chunk)
-        cell = retain(leaf, lambda: self._run_layers(chunk, leaf), self.parameters)
+        cell = retain(leaf, lambda: self._run_layers(chunk, leaf, keeps=False), self.parameters)
         self._retained[index] = cell
         return cell.output.detach(), cell.relays
 
@@ -302,14 +304,21 @@ class GroupCall:
             return rerun(leaf, lambda: self._run_layers(chunk, leaf), self.parameters)
 
     def _run_layers(
-        self, chunk: Chunk, hidden: Tensor, *, stop_at_kv: bool = False
+        self, chunk: Chunk, hidden: Tensor, *, keeps: bool = True, stop_at_kv: int = 0
     ) -> tuple[Tensor, list[StateRelay]]:
-        """The layers on one chunk, and the caches through which those with state have got theirs."""
+        """The layers on one chunk, and the caches through which those with state have got theirs.
+
+        Args:
+            keeps: Whether attention takes its output from what is kept, and else keeps it.
+            stop_at_kv: The layer, counted from 1, that raises `KeysAndValues`; 0: none.
+        """
         relays = []
-        for layer, arguments, store, states in zip(
-            self.group.layers, self.arguments, self._stores, self.saved.states, strict=True
+        saved = zip(self._stores, self.saved.states, self.saved.attention, strict=True)
+        for number, (layer, arguments, (store, states, outputs)) in enumerate(
+            zip(self.group.layers, self.arguments, saved, strict=True), start=1
         ):
-            cell = layer.cell(chunk, self.stream, store, states, stop_at_kv=stop_at_kv)
+            kept, stops = outputs if keeps else None, number == stop_at_kv
+            cell = layer.cell(chunk, self.stream, store, states, outputs=kept, stop_at_kv=stops)
             hidden = layer.run(cell, hidden, slice_tokens(arguments, chunk, self.stream.num_tokens))
             if cell is not None and cell.relay is not None:
                 relays.append(cell.relay)

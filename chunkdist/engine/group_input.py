@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.stores.by_chunk import TensorsByChunk
 from chunkdist.stores.host_memory import HostMemory
-from chunkdist.stores.state_relay import StateStore
 from chunkdist.stream.stream import Chunk
 
 
@@ -41,27 +42,27 @@ class GroupInput:
         self._first = None
 
 
+Reading = tuple[Chunk, Sequence[TensorsByChunk[Any]]]
+"""A chunk whose input is read, and what of its layers comes from the host with it."""
+
+
 class HostInput:
     """A group's input (B, T, H) on the host, by chunk: each comes back while the one before it is at work.
 
     Args:
         chunks: Those that are read in the backward.
-        states: State stores of the group's layers; a chunk's states come with it.
     """
 
-    def __init__(
-        self, host: HostMemory, hidden: Tensor, chunks: Iterable[Chunk], states: Sequence[StateStore]
-    ) -> None:
+    def __init__(self, host: HostMemory, hidden: Tensor, chunks: Iterable[Chunk]) -> None:
         self.shape, self.dtype, self.requires_grad = hidden.shape, hidden.dtype, hidden.requires_grad
         self._parts = {chunk: host.put(tokens_of(hidden, chunk)) for chunk in chunks}
-        self._states = states
-        self._order: list[Chunk] = []
-        self._ahead: Chunk | None = None
+        self._order: list[Reading] = []
+        self._ahead: Reading | None = None
         self._at_hand: tuple[Chunk, Tensor] | None = None
 
-    def expect(self, order: Iterable[Chunk]) -> None:
+    def expect(self, order: Iterable[Reading]) -> None:
         """In which order chunks will be read. Others can be read too, but are waited for."""
-        self._order = [chunk for chunk in order if chunk in self._parts]
+        self._order = [reading for reading in order if reading[0] in self._parts]
 
     def tokens_of(self, chunk: Chunk) -> Tensor:
         """(B, T, H); of several chunks, too."""
@@ -79,15 +80,18 @@ class HostInput:
         return torch.cat([self._parts[c].get() for c in within], dim=1)
 
     def _fetch_ahead(self, chunk: Chunk) -> None:
-        if self._ahead is not None and self._ahead != chunk:
-            self._parts[self._ahead].leave()
-        if chunk in self._order:
-            self._order = self._order[self._order.index(chunk) + 1 :]
+        before, chunks = self._ahead, [expected for expected, _ in self._order]
+        if chunk in chunks:
+            self._order = self._order[chunks.index(chunk) + 1 :]
         self._ahead = self._order[0] if self._order else None
+        if before is not None and before[0] != chunk and before is not self._ahead:
+            self._parts[before[0]].leave()
+            for tensors in before[1]:
+                tensors.leave(before[0].start)
         if self._ahead is not None:
-            self._parts[self._ahead].start()
-            for states in self._states:
-                states.expect(self._ahead.start)
+            self._parts[self._ahead[0]].start()
+            for tensors in self._ahead[1]:
+                tensors.expect(self._ahead[0].start)
 
 
 Hidden = Tensor | HostInput

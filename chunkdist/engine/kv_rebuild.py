@@ -1,4 +1,5 @@
-"""Keys and values that the backward makes again, by a layer's norm and k/v projections."""
+"""Keys and values that the backward makes again: a group runs up to the k/v projections of its last layer
+that attends."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkdist.attention.function import KeysAndValues
+from chunkdist.attention.cell import KeysAndValues
 from chunkdist.engine.group_input import Hidden, tokens_of
 from chunkdist.engine.layer import GroupLayer
 from chunkdist.replay import AutocastState, RngState
@@ -67,37 +68,41 @@ class KVRebuild:
         self._stream, self._layers, self._run_layers = stream, layers, run_layers
         self._rng, self._autocast = rng, autocast
 
+    @property
+    def num_layers(self) -> int:
+        """How many layers are run, the last one up to its attention; 0: none of them attends."""
+        attending = [number for number, layer in enumerate(self._layers, start=1) if layer.calls_attention]
+        return max(attending, default=0)
+
     @torch.no_grad()
     def write(
         self, hidden: Hidden, sampled: Sequence[int], run: range, stores: Sequence[KVStore | None]
     ) -> None:
         """Stores the keys and values that the run's chunks to be rerun read of other chunks; they store their
         own."""
-        one_layer = len(self._layers) == 1
+        if not self.num_layers:
+            return
         drops = len(sampled) < len(self._stream.chunks)
-        if one_layer and drops:  # else sizes stay those of the forward, and so does each bit
+        if len(self._layers) == 1 and drops:  # else sizes stay those of the forward, and so does each bit
             parts = rebuild_parts(self._stream, run, sampled, self._rng, between_sampled=False)
         else:
             parts = [range(i, i + 1) for i in run if self._stream.is_read_later(i, sampled)]
         with self._autocast.apply():  # once: at its end the casts of the weights are thrown away
             for part in parts:
-                tokens = self._stream.tokens_of(part)
-                if not one_layer:
-                    self._rng[part[0]].restore()
-                    self._run_layers(tokens, tokens_of(hidden, tokens))
-                elif (store := stores[0]) is not None and self._layers[0].calls_attention:
-                    store.write(tokens, *self.keys_and_values(part, hidden))
+                store = stores[self.num_layers - 1]
+                assert store is not None
+                store.write(self._stream.tokens_of(part), *self.keys_and_values(part, hidden))
 
     def keys_and_values(self, part: range, hidden: Hidden) -> tuple[Tensor, Tensor]:
-        """Runs consecutive chunks of a one-layer group up to their attention: K and V, (B, T, K, D) each.
-        The caller has applied autocast."""
+        """Runs consecutive chunks up to the attention of the group's last layer that attends: its K and V,
+        (B, T, K, D) each. Layers below store theirs. The caller has applied autocast."""
         tokens = self._stream.tokens_of(part)
         self._rng[part[0]].restore()
         try:
-            self._run_layers(tokens, tokens_of(hidden, tokens).detach(), stop_at_kv=True)
+            self._run_layers(tokens, tokens_of(hidden, tokens).detach(), stop_at_kv=self.num_layers)
         except KeysAndValues as found:
             return found.k_BTKD, found.v_BTKD
-        raise AssertionError("the layer ran to its end without attending")
+        raise AssertionError("the layers ran to their end without attending")
 
     def add_control_variate(self, part: range, hidden: Hidden, store: KVStore) -> None:
         """Unweighted minus weighted K/V gradient of these chunks reaches the parameters of the norm and the

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from chunkdist.attention import AttentionChoice
-from chunkdist.attention.function import Cell, LayerState
+from chunkdist.attention.cell import Cell, LayerState
 from chunkdist.engine.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.models.arguments import SEGMENT_ARGUMENTS, LayerSignature
+from chunkdist.stores.attention_outputs import AttentionOutputs
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateKey, StateStore
 from chunkdist.stream.stream import Chunk, Stream
@@ -89,18 +90,21 @@ class GroupLayer(CopiedNotPickled):
         store: KVStore | None,
         states: StateStore,
         *,
+        outputs: AttentionOutputs | None = None,
         stop_at_kv: bool = False,
         attention: AttentionChoice | None = None,
     ) -> Cell | None:
         """The layer's part of a cell; `None` for modules that treat each token alone.
 
         Args:
+            outputs: As in `Cell`.
             attention: `None`: the model's own choice.
         """
         if self.state is None:
             return None
         relay = None if self.cache_argument is None else states.relay(chunk)
-        return Cell(chunk, stream, store, attention or self.context.attention, stop_at_kv, relay)
+        choice = attention or self.context.attention
+        return Cell(chunk, stream, store, choice, outputs=outputs, stop_at_kv=stop_at_kv, relay=relay)
 
     def run(self, cell: Cell | None, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The layer itself on one chunk (B, T, H)."""
@@ -132,6 +136,11 @@ class GroupLayer(CopiedNotPickled):
         assert self.state is not None
         name, relayed = type(self.layer).__name__, cell.relay is not None and cell.relay.used
         self.calls_attention = cell.num_calls == 1
+        if cell.outputs is not None and cell.outputs.was_changed():
+            raise UnsupportedModelError(
+                f"{name} changes in place what its attention returns, which is kept for the backward: write "
+                "keep_attention=False"
+            )
         if cell.relay is not None:
             self.state_shapes = {key: (x.shape, dtype) for key, (x, dtype) in cell.relay.ends.items()}
         if cell.num_calls > 1 or not (self.calls_attention or relayed or self.state.tokenwise):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from chunkdist.attention import AttentionChoice
-from chunkdist.attention.function import Cell
+from chunkdist.attention.cell import Cell
 from chunkdist.engine.cell import rerun
 from chunkdist.engine.layer import GroupLayer
 from chunkdist.engine.parameters import GroupParameters

@@ -1,17 +1,20 @@
 """What one forward of a group keeps for its backward, on the device or on the host: the input, the keys and
-values of dependent runs, and states."""
+values of dependent runs, states, and what attention returned."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
-from chunkdist.engine.group_input import Hidden, HostInput, tokens_of
+from chunkdist.engine.group_input import Hidden, HostInput, Reading, tokens_of
+from chunkdist.stores.attention_outputs import AttentionOutputs
+from chunkdist.stores.by_chunk import TensorsByChunk
 from chunkdist.stores.host_memory import HostMemory
 from chunkdist.stores.kv_store import KVStore
-from chunkdist.stores.state_relay import StateKey, StateStore
+from chunkdist.stores.state_relay import StateStore
 from chunkdist.stream.stream import Chunk, Stream
 
 Stores = list[KVStore | None]
@@ -24,6 +27,7 @@ class Saved:
     Args:
         host: Where it waits; `None`: on the device.
         reads_retained: Whether the backward reads the input of retained chunks, too.
+        keeps_attention: Whether what attention returned is kept.
         num_above: Groups that run after this one. The last keeps everything on the device, since the backward
             begins with it.
     """
@@ -36,17 +40,21 @@ class Saved:
         num_above: int,
         *,
         reads_retained: bool,
+        keeps_attention: bool,
     ) -> None:
         self.host = host if num_above else None
         """`None`: all stays on the device, and the node keeps the input."""
         self.states = [StateStore() for _ in range(num_layers)]
+        self.attention = [AttentionOutputs() if keeps_attention else None for _ in range(num_layers)]
+        """By layer; of retained chunks, whose graphs hold it, and of layers that do not attend, nothing is in
+        there."""
         self.input: HostInput | None = None
         self._stream = stream
         self._num_groups_on_host = num_above
         self._reads_retained = reads_retained
         self._stores: dict[range, Stores] = {}
-        self._places: list[tuple[int, int, StateKey]] = []
-        """Where the states that the node keeps belong: their layer in the group, the token after them, their
+        self._places: list[tuple[TensorsByChunk[Any], int, Any]] = []
+        """Where the tensors that the node keeps beside the input belong: the first token of their chunk, and
         key."""
 
     def keep_kv(self, run: range, stores: Stores) -> None:
@@ -78,11 +86,14 @@ class Saved:
         attending = [store for store in stores if store is not None]
         if index == 0:
             kv_bytes = sum(store.bytes_per_token for store in attending) * self._stream.num_tokens
-            self.host.require(self._num_groups_on_host * (hidden.nbytes + kv_bytes), hidden)
+            outputs_bytes = sum(outputs.bytes_at(0) for outputs in self.attention if outputs is not None)
+            outputs_bytes = outputs_bytes // chunks[0].num_tokens * self._stream.num_tokens
+            waiting = hidden.nbytes + kv_bytes + outputs_bytes
+            self.host.require(self._num_groups_on_host * waiting, hidden)
             read = [chunk for i, chunk in enumerate(chunks) if self._reads_retained or i not in retained]
-            self.input = HostInput(self.host, hidden, read, self.states)
-        for states in self.states:
-            states.send(chunks[index].start, self.host)
+            self.input = HostInput(self.host, hidden, read)
+        for tensors in self._tensors:
+            tensors.send(chunks[index].start, self.host)
         for store in attending:
             store.send(chunks[index], self.host)
 
@@ -93,16 +104,16 @@ class Saved:
 
     def leave_device(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """After the last chunk: what has been sent is on the host alone. Returns what the node is to save:
-        input and states, of which autograd lets go after the backward."""
+        input, states and what attention returned, of which autograd lets go after the backward."""
         if self.host is None:
-            taken = {
-                (number, position, key): x
-                for number, states in enumerate(self.states)
-                for (position, key), x in states.take().items()
+            taken = [
+                ((tensors, position, key), x)
+                for tensors in self._tensors
+                for (position, key), x in tensors.take().items()
                 if isinstance(x, Tensor)
-            }
-            self._places = list(taken)
-            return hidden, *taken.values()
+            ]
+            self._places = [place for place, _ in taken]
+            return hidden, *(x for _, x in taken)
         self.settle()
         for store in (store for stores in self._stores.values() for store in stores):
             if store is not None:
@@ -117,7 +128,7 @@ class Saved:
         return tokens.detach().requires_grad_(hidden.requires_grad)
 
     def come_back(self, saved: Sequence[Tensor]) -> Hidden:
-        """Before the backward: the group's input, and states in their places.
+        """Before the backward: the group's input, and all else in its place.
 
         Args:
             saved: What `leave_device` returned.
@@ -126,9 +137,9 @@ class Saved:
             RuntimeError: the input was on the host, from where it comes once, and has come.
         """
         if saved:
-            hidden, *states = saved
-            for (number, position, key), x in zip(self._places, states, strict=True):
-                self.states[number].put(position, key, x)
+            hidden, *others = saved
+            for (tensors, position, key), x in zip(self._places, others, strict=True):
+                tensors.put(position, key, x)
             return hidden
         if self.input is None:
             raise RuntimeError(
@@ -139,34 +150,41 @@ class Saved:
         return taken
 
     @contextmanager
-    def read_back(self, hidden: Hidden, sampled: Sequence[int], *, rebuild: bool) -> Iterator[None]:
-        """Around the backward; afterwards no state is held, and nothing waits on the host.
+    def read_back(self, hidden: Hidden, sampled: Sequence[int], *, num_rebuilt: int) -> Iterator[None]:
+        """Around the backward; afterwards nothing is held, and nothing waits on the host.
 
         Args:
             hidden: The group's input.
             sampled: The chunks that are backpropagated, ascending.
-            rebuild: Whether those that they read are run before them, one by one, where K/V were not kept.
+            num_rebuilt: Layers of which the chunks that they read are run before them, one by one, where K/V
+                were not kept: the last one up to its attention.
 
         Raises:
             RuntimeError: something has not come back as it went.
         """
         if isinstance(hidden, HostInput):
-            hidden.expect(self._reading_order(sampled, rebuild))
+            hidden.expect(self._reading_order(sampled, num_rebuilt))
         try:
             yield
             if self.host is not None:
                 self.host.verify()
         finally:
             self.settle()
-            self.states = [StateStore() for _ in self.states]
+            for tensors in self._tensors:
+                tensors.clear()
             if self.host is not None:
                 self.host.forget_comparisons()
                 self._stores = {}
 
-    def _reading_order(self, sampled: Sequence[int], rebuild: bool) -> Iterator[Chunk]:
+    @property
+    def _tensors(self) -> list[TensorsByChunk[Any]]:
+        return [tensors for tensors in (*self.states, *self.attention) if tensors is not None]
+
+    def _reading_order(self, sampled: Sequence[int], num_rebuilt: int) -> Iterator[Reading]:
+        chunks = self._stream.chunks
+        rebuilt: list[TensorsByChunk[Any]] = [*self.states[:num_rebuilt]]
+        rebuilt += [outputs for outputs in self.attention[: num_rebuilt - 1] if outputs is not None]
         for run in reversed(self._stream.runs()):
-            if rebuild and run not in self._stores:
-                yield from (
-                    self._stream.chunks[index] for index in run if self._stream.is_read_later(index, sampled)
-                )
-            yield from (self._stream.chunks[index] for index in reversed(run) if index in sampled)
+            if num_rebuilt and run not in self._stores:
+                yield from ((chunks[i], rebuilt) for i in run if self._stream.is_read_later(i, sampled))
+            yield from ((chunks[i], self._tensors) for i in reversed(run) if i in sampled)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from chunkdist.attention.function import LayerState
+from chunkdist.attention.cell import LayerState
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.models.arguments import LayerSignature
 

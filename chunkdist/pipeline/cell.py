@@ -55,6 +55,7 @@ class StageCell(CellInputs):
     def forward(self, received: Tensor | None) -> Tensor:
         like = self.model_inputs["input_ids"] if received is None else received
         self._rng, self._autocast = RngState.capture(like), AutocastState.capture(like.device.type)
+        self.keeps_attention = not self.retained
         if self.retained:
             leaf = self._leaf(received)
             self._graph = retain(leaf, self._run_layers, self.stage.parameters_of_step)
@@ -99,6 +100,9 @@ class StageCell(CellInputs):
             grad = graph.backward(grad_output)
             for relay in graph.relays:
                 relay.forget()
+            for stores in self.stores:
+                if stores.attention is not None:
+                    stores.attention.forget(self.chunk.start)
         self.stores = []  # of a pipeline of one stage, torch keeps the node until the step ends
         return grad
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from chunkdist.stores.attention_outputs import AttentionOutputs
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateRelay, StateStore
 from chunkdist.stream.stream import Chunk, Stream
@@ -13,10 +14,12 @@ from chunkdist.stream.stream import Chunk, Stream
 
 @dataclass(frozen=True)
 class LayerStores:
-    """What one layer of a stage keeps of a dependent run: keys and values, and state other than these."""
+    """What one layer of a stage keeps of a dependent run: keys and values, state other than these, and what
+    attention returned, if it is kept."""
 
     kv: KVStore
     states: StateStore
+    attention: AttentionOutputs | None = None
 
 
 @dataclass(kw_only=True)
@@ -33,6 +36,8 @@ class CellInputs:
     stream: Stream
     stores: list[LayerStores]
     model_inputs: dict[str, Tensor]
+    keeps_attention: bool = False
+    """Whether attention takes its output from what is kept, and else keeps it, in the running pass."""
     hidden: Tensor | None = None
     """(1, C, H), what the layers begin with in the running pass; `None`: what the model makes of tokens."""
     result: Tensor | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chunkdist.attention.function import LAYER_ATTRIBUTE, LayerState
+from chunkdist.attention.cell import LAYER_ATTRIBUTE, LayerState
 from chunkdist.config import ChunkConfig
 from chunkdist.engine.additions import Additions
 from chunkdist.engine.chunked_model import HANDLE
@@ -29,6 +29,7 @@ from chunkdist.models.layers import configs_of, find_layers, layer_states, norms
 from chunkdist.pipeline.cell_inputs import CellInputs, LayerStores
 from chunkdist.replay import undisturbed_rng
 from chunkdist.sharding.sequence import refuse_sequence_parallelism
+from chunkdist.stores.attention_outputs import AttentionOutputs
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateStore
 from chunkdist.stream.stream import Chunk, Stream
@@ -123,7 +124,8 @@ class ModelStage(nn.Module):
         return [self._new_store(tokens) for _ in self._layers]
 
     def _new_store(self, tokens: Chunk) -> LayerStores:
-        return LayerStores(KVStore(tokens, self._config.kv_grad_dtype), StateStore())
+        outputs = AttentionOutputs() if self._config.keep_attention else None
+        return LayerStores(KVStore(tokens, self._config.kv_grad_dtype), StateStore(), outputs)
 
     def begin_step(self) -> None:
         self.losses = []
@@ -242,7 +244,9 @@ class ModelStage(nn.Module):
             return layer.wrap(cell.result)
         if position == 0 and cell.hidden is not None:
             hidden = cell.hidden  # some decoders scale what they get as embeddings
-        own = layer.cell(cell.chunk, cell.stream, cell.stores[position].kv, cell.stores[position].states)
+        stores = cell.stores[position]
+        kept = stores.attention if cell.keeps_attention else None
+        own = layer.cell(cell.chunk, cell.stream, stores.kv, stores.states, outputs=kept)
         with self._context.checked((layer,), (arguments,), hidden, _alone(cell.chunk)):
             output = layer.run(own, hidden, arguments)
         if own is not None and own.relay is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chunkdist.errors import UnsupportedModelError
-from chunkdist.stores.host_memory import HostMemory, HostTensor
+from chunkdist.stores.by_chunk import TensorsByChunk
 from chunkdist.stream.stream import Chunk
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
@@ -28,51 +28,22 @@ StateKey = tuple[str, int, int]
 """Kind of state, index of the layer, and of the state in it."""
 
 
-class StateStore:
+class StateStore(TensorsByChunk[StateKey]):
     """One layer's state at the chunks' starts, kept from the forward to the backward, and, in the backward,
     the gradient of the state at the end of the chunk that comes next."""
 
     def __init__(self) -> None:
-        self._states: dict[int, dict[StateKey, Tensor | HostTensor]] = {}
-        """By the token before which the layer is in that state; nowhere else is it kept."""
+        super().__init__()
         self.grads: dict[StateKey, Tensor] = {}
         """In fp32 unless the state is wider."""
 
+    def clear(self) -> None:
+        super().clear()
+        self.grads = {}
+
     def relay(self, chunk: Chunk) -> StateRelay:
         """The layer's cache in the cell of a chunk; under `torch.no_grad`, one that tracks no gradient."""
-        states = self._states.get(chunk.start, {})
-        start = {key: x if isinstance(x, Tensor) else x.get() for key, x in states.items()}
-        return StateRelay(self, chunk, start)
-
-    def keep(self, position: int, states: dict[StateKey, Tensor]) -> None:
-        """Keeps the state in which a chunk ends, for the one that starts at `position`."""
-        self._states[position] = {**states}
-
-    def send(self, position: int, host: HostMemory) -> None:
-        """Begins to copy the state before token `position` to the host, where it waits for the backward."""
-        states = self._states.get(position, {})
-        self._states[position] = {
-            key: host.put(x) if isinstance(x, Tensor) else x for key, x in states.items()
-        }
-
-    def expect(self, position: int) -> None:
-        """Begins to copy the state before token `position` back: `relay` comes next."""
-        for x in self._states.get(position, {}).values():
-            if isinstance(x, HostTensor):
-                x.start()
-
-    def take(self) -> dict[tuple[int, StateKey], Tensor | HostTensor]:
-        """Lets go of all states: by the token before which they are, and their key."""
-        taken, self._states = self._states, {}
-        return {(position, key): x for position, states in taken.items() for key, x in states.items()}
-
-    def put(self, position: int, key: StateKey, x: Tensor) -> None:
-        """One that was taken comes back."""
-        self._states.setdefault(position, {})[key] = x
-
-    def forget(self, position: int) -> None:
-        """Lets go of the state before token `position`."""
-        self._states.pop(position, None)
+        return StateRelay(self, chunk, self.at(chunk.start))
 
 
 class StateRelay:

@@ -12,7 +12,7 @@ import transformers
 import chunkdist.attention.function as attention_function
 import chunkdist.models.layers as model_layers
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
-from chunkdist.attention.function import Cell
+from chunkdist.attention.cell import Cell
 from chunkdist.engine.probe import LayerProbe
 from chunkdist.models.exact_classes import CLASSES, TRANSFORMERS_VERSION
 from chunkdist.stores.kv_store import KVStore

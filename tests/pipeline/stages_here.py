@@ -59,10 +59,11 @@ def staged_step(
     lengths: Sequence[int] = LENGTHS,
     chunk_size: int = CHUNK_SIZE,
     retained_chunks: int = 1,
+    keep_attention: bool = False,
 ) -> Step:
     """Every cell goes forward through all stages, then back."""
     models = [copy.deepcopy(model) for _ in cut]
-    config = ChunkConfig(chunk_size=chunk_size, attention="math")
+    config = ChunkConfig(chunk_size=chunk_size, attention="math", keep_attention=keep_attention)
     stages = [ModelStage(own, config, layers) for own, layers in zip(models, cut, strict=True)]
     runs = pack_runs(lengths, chunk_size, shares_chunks=not stages[0].has_state)
     refuse_segments(model, max(*lengths, *(run.num_empty for run in runs)))  # as `Pipeline.runs`

@@ -17,7 +17,15 @@ from chunkdist.stores import host_memory as offload_module
 from chunkdist.stores.host_memory import Copies, HostMemory, HostTensor
 from chunkdist.stores.state_relay import StateStore
 from tests.helpers.hybrids import model_of
-from tests.helpers.models import batch, gradients, packed_batch, padded_batch, tiny_llama, with_lora
+from tests.helpers.models import batch, gradients, packed_batch, padded_batch, tiny_llama
+from tests.helpers.steps import (
+    BUILDS,
+    accumulated,
+    evaluated_between,
+    two_forwards,
+    under_autocast,
+    without_backward,
+)
 
 INPUTS: dict[str, Callable[[], dict[str, Tensor]]] = {
     "right-padded rows": lambda: padded_batch([30, 20]),
@@ -35,6 +43,10 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "SpaCO": {"sampler": IndependentSampler(budget=3)},
     "SpaCO, K/V kept": {"sampler": IndependentSampler(budget=3), "rebuild_kv": False},
     "SpaCO, retained": {"sampler": IndependentSampler(budget=3), "retained_chunks": 2},
+    "attention kept": {"keep_attention": True},
+    "groups of 2, attention kept": {"layers_per_group": 2, "rebuild_kv": True, "keep_attention": True},
+    "retained, attention kept": {"retained_chunks": 2, "keep_attention": True},
+    "SpaCO, attention kept": {"sampler": IndependentSampler(budget=3), "keep_attention": True},
 }
 
 
@@ -73,7 +85,10 @@ def assert_same_bits(
 @pytest.mark.parametrize(
     ("schedule", "inputs"),
     [(schedule, "packed, several runs") for schedule in SCHEDULES]
-    + [(schedule, "right-padded rows") for schedule in ("K/V kept", "groups of 2, K/V rebuilt", "SpaCO")],
+    + [
+        (schedule, "right-padded rows")
+        for schedule in ("K/V kept", "groups of 2, K/V rebuilt", "SpaCO", "groups of 2, attention kept")
+    ],
 )
 def test_no_bit_changes(schedule: str, inputs: str) -> None:
     height = SCHEDULES[schedule].get("layers_per_group", 1)
@@ -85,14 +100,14 @@ def test_no_bit_changes(schedule: str, inputs: str) -> None:
     )
 
 
-@pytest.mark.parametrize("schedule", [{}, {"retained_chunks": 2}])
+@pytest.mark.parametrize("schedule", [{}, {"retained_chunks": 2, "keep_attention": True}])
 def test_states_of_hybrid_models(schedule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[bool] = []
     real_send = StateStore.send
 
     def send(self: StateStore, position: int, host: HostMemory) -> None:
         real_send(self, position, host)
-        sent.extend(isinstance(x, HostTensor) for x in self._states[position].values())
+        sent.extend(isinstance(x, HostTensor) for x in self._tensors[position].values())
 
     monkeypatch.setattr(StateStore, "send", send)
     ids = torch.randint(0, 50, (1, 30), generator=torch.Generator().manual_seed(0))
@@ -106,77 +121,18 @@ def test_states_of_hybrid_models(schedule: dict[str, Any], monkeypatch: pytest.M
     assert all(sent)
 
 
-def dropping(model: Any) -> nn.Module:
-    """With dropout in the MLPs."""
-    for layer in model.model.layers:
-        layer.mlp = nn.Sequential(layer.mlp, nn.Dropout(0.3))
-    return model
-
-
-def under_autocast(model: nn.Module) -> dict[str, Tensor]:
-    with torch.autocast("cpu", torch.bfloat16):
-        return gradients(model, batch())
-
-
-def accumulated(model: nn.Module) -> dict[str, Tensor]:
-    """Streams of other lengths, one after another."""
-    for length in (37, 15, 60):
-        model(**batch(num_tokens=length, seed=length), use_cache=False).loss.backward()
-    return grads_of(model)
-
-
-def two_forwards(model: nn.Module) -> dict[str, Tensor]:
-    losses = [model(**batch(num_tokens=length), use_cache=False).loss for length in (37, 25)]
-    sum(losses).backward()
-    return grads_of(model)
-
-
-def evaluated_between(model: nn.Module) -> dict[str, Tensor]:
-    loss = model(**batch(), use_cache=False).loss
-    used = (memory := host_memory(model)) and memory.used_bytes
-    with torch.no_grad():
-        model(**batch(seed=1), use_cache=False)
-    assert used == (memory and memory.used_bytes), "an evaluation keeps nothing"
-    loss.backward()
-    return grads_of(model)
-
-
-def without_backward(model: nn.Module) -> dict[str, Tensor]:
-    gc.disable()  # what comes back must do so without a collection of cycles
-    try:
-        for _ in range(3):
-            loss = model(**batch(), use_cache=False).loss
-            memory = host_memory(model)
-            held = memory and memory.held_bytes
-            del loss
-            assert not memory or memory.used_bytes == 0
-    finally:
-        gc.enable()
-    found = gradients(model, batch())
-    assert held == (memory and memory.held_bytes), "memory is used again"
-    return found
-
-
-def grads_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-BUILDS: dict[str, Callable[[], nn.Module]] = {
-    "LoRA": lambda: with_lora(tiny_llama(num_layers=2)),
-    "dropout": lambda: dropping(tiny_llama(num_layers=2)),
-    "bf16": lambda: tiny_llama(num_layers=2, dtype=torch.bfloat16),
-    "fp32": lambda: tiny_llama(num_layers=2, dtype=torch.float32),
-}
 STEPS: dict[str, tuple[str, str, Callable[[nn.Module], dict[str, Tensor]]]] = {
     "LoRA": ("LoRA", "SeCO", lambda model: gradients(model, batch())),
     "dropout": ("dropout", "SeCO", lambda model: gradients(model, batch())),
     "bf16": ("bf16", "K/V kept", lambda model: gradients(model, batch())),
     "autocast": ("fp32", "K/V kept", under_autocast),
+    "attention kept": ("dropout", "attention kept", accumulated),
     "accumulation": ("fp32", "K/V kept", accumulated),
     "two forwards before a backward": ("dropout", "K/V kept, retained", two_forwards),
     "an evaluation between": ("fp32", "K/V kept", evaluated_between),
     "forwards without a backward": ("fp32", "SeCO", without_backward),
     "retained, without a backward": ("fp32", "K/V kept, retained", without_backward),
+    "attention kept, without a backward": ("fp32", "attention kept", without_backward),
 }
 
 
@@ -186,7 +142,7 @@ def test_no_bit_changes_in(name: str) -> None:
     assert_same_bits(BUILDS[build], steps, SCHEDULES[schedule])
 
 
-@pytest.mark.parametrize("schedule", ["SeCO", "K/V kept, retained"])
+@pytest.mark.parametrize("schedule", ["SeCO", "K/V kept, retained", "attention kept"])
 def test_a_step_that_fails_leaves_nothing(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the forward and in the backward; the next step is right."""
     expected = gradients(chunked(tiny_llama(num_layers=2), "none", **SCHEDULES[schedule]), batch())
@@ -216,7 +172,7 @@ def test_a_step_that_fails_leaves_nothing(schedule: str, monkeypatch: pytest.Mon
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("schedule", ["SeCO", "K/V kept", "groups of 2"])
+@pytest.mark.parametrize("schedule", ["SeCO", "K/V kept", "groups of 2", "attention kept"])
 @pytest.mark.parametrize(
     "fault", ["a copy out is skipped", "a copy back is skipped", "a slab is given twice"]
 )

@@ -83,7 +83,7 @@ def test_evaluation_keeps_one_state_a_layer(monkeypatch: pytest.MonkeyPatch) -> 
 
     def noted(self: StateStore, position: int, states: Any) -> None:
         keep(self, position, states)
-        held.append(len(self._states))
+        held.append(len(self._tensors))
 
     monkeypatch.setattr(StateStore, "keep", noted)
     with torch.no_grad():
