@@ -20,15 +20,15 @@ from chunkdist.check.gradients import check_gradients
 from chunkdist.errors import BadSampleError
 from chunkdist.memory.machine import use_expandable_segments
 from chunkdist.train.build import build_trainer, check_blocker, chunk_trainer, first_batch
-from chunkdist.train.callback import ChunkCallback
+from chunkdist.train.checkpoints.save_check import try_saving
+from chunkdist.train.checkpoints.saving import is_disk_full, removed_if_empty
 from chunkdist.train.ending import end_run
-from chunkdist.train.failures import FailureWatch, RankFailure, named_failures, speaks_here
-from chunkdist.train.faults import StepWatch, input_fault
-from chunkdist.train.options import TrainingOptions, parse_options
+from chunkdist.train.launch.failures import FailureWatch, RankFailure, named_failures, speaks_here
+from chunkdist.train.launch.faults import StepWatch, input_fault
+from chunkdist.train.launch.stopping import StopCallback, Stopped, StopSignals, leave
+from chunkdist.train.options.arguments import TrainingOptions, parse_options
 from chunkdist.train.out_of_memory import explained_out_of_memory
-from chunkdist.train.save_check import try_saving
-from chunkdist.train.saving import is_disk_full, removed_if_empty
-from chunkdist.train.stopping import StopCallback, Stopped, StopSignals, leave
+from chunkdist.train.reports.callback import ChunkCallback
 from chunkdist.train.trainers.checked import CheckedSFTTrainer, print_once
 from chunkdist.train.trainers.pipeline import PipelineSFTTrainer
 

@@ -52,7 +52,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_option_is_told() -> None:
-    from chunkdist.train.options import ChunkArguments
+    from chunkdist.train.options.arguments import ChunkArguments
 
     page = (ROOT / "docs" / "usage.md").read_text()
     config, launcher = page.split("## Launcher")
@@ -63,7 +63,7 @@ def test_every_option_is_told() -> None:
 
 
 def test_defaults_are_those_of_the_code() -> None:
-    from chunkdist.train.options import ChunkArguments
+    from chunkdist.train.options.arguments import ChunkArguments
 
     launcher = (ROOT / "docs" / "usage.md").read_text().split("## Launcher")[1]
     for field in dataclasses.fields(ChunkArguments):

@@ -160,7 +160,7 @@ def _zero(case: Case, model: Any, causal_lm: Any) -> Iterator[Step]:
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module
 
-    from chunkdist.train.ranks import skip_shm_build
+    from chunkdist.train.launch.ranks import skip_shm_build
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it writes to stdout, where the table goes
     skip_shm_build()

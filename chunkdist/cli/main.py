@@ -136,7 +136,7 @@ def _trainer(
     config: str, options_given: list[str], *, has_weights: bool = True
 ) -> tuple[CheckedSFTTrainer, ChunkConfig | None]:
     from chunkdist.train.build import build_trainer
-    from chunkdist.train.options import parse_options
+    from chunkdist.train.options.arguments import parse_options
 
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder, and nothing is to be written
         silent = ["--output_dir", folder, "--report_to", "none", "--push_to_hub", "false"]

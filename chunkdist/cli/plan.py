@@ -35,9 +35,9 @@ from chunkdist.memory.planner import (
 from chunkdist.memory.sharded import Engine
 from chunkdist.memory.simulate import simulate
 from chunkdist.models.flops import StepFlops
-from chunkdist.train.options import TrainingOptions
-from chunkdist.train.refuse_options import check_options
-from chunkdist.train.start_table import step_sizes
+from chunkdist.train.options.arguments import TrainingOptions
+from chunkdist.train.options.combinations import check_options
+from chunkdist.train.reports.start_table import step_sizes
 
 
 def run_plan(options: TrainingOptions, asked: PlanOptions, console: Console) -> int:

@@ -34,7 +34,7 @@ def _plan(arguments: argparse.Namespace, options_given: list[str]) -> int:
 
     from chunkdist.cli.plan import run_plan
     from chunkdist.cli.plan_options import PlanOptions
-    from chunkdist.train.options import parse_options
+    from chunkdist.train.options.arguments import parse_options
 
     names = ("card", "memory_gib", "host_gib", "length", "engine", "num_ranks", "simulate")
     asked = PlanOptions(**{name: getattr(arguments, name) for name in names})

@@ -12,7 +12,7 @@ from chunkdist.data.pipeline_batches import PipelineBatchSampler
 from chunkdist.data.samples import sample_lengths
 from chunkdist.memory.planner import usable_bytes
 from chunkdist.train.build import build_trainer
-from chunkdist.train.options import TrainingOptions
+from chunkdist.train.options.arguments import TrainingOptions
 from chunkdist.train.pipeline_plan import PipelineQuestion
 
 

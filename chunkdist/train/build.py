@@ -24,15 +24,15 @@ from chunkdist.data.loading import (
 from chunkdist.data.sample_stream import SampleStream, checked_samples, first_sample
 from chunkdist.data.samples import LongSamples
 from chunkdist.sharding.zero3 import whole_weights
-from chunkdist.train.agreement import agreed
-from chunkdist.train.checkpoint_weights import refuse_other_weights
-from chunkdist.train.checkpoints import resumption_of
-from chunkdist.train.faults import asked_by
-from chunkdist.train.fingerprints import samples_fingerprint
-from chunkdist.train.needed_packages import usable_attention
-from chunkdist.train.option_amounts import check_amounts, chunk_size_line
-from chunkdist.train.options import TrainingOptions
-from chunkdist.train.ranks import (
+from chunkdist.train.checkpoints.fingerprints import samples_fingerprint
+from chunkdist.train.checkpoints.initial_weights import load_model
+from chunkdist.train.checkpoints.run_record import RunRecord, changed_steps, refuse_other_options
+from chunkdist.train.checkpoints.trained_weights import refuse_other_weights
+from chunkdist.train.checkpoints.whole import resumption_of
+from chunkdist.train.launch.agreement import agreed
+from chunkdist.train.launch.faults import asked_by
+from chunkdist.train.launch.output import first_line, print_once
+from chunkdist.train.launch.ranks import (
     UNSHARDED,
     check_engine,
     check_ranks,
@@ -40,21 +40,21 @@ from chunkdist.train.ranks import (
     leave_offloaded_unpinned,
     num_launched_ranks,
 )
-from chunkdist.train.refuse_options import check_options
+from chunkdist.train.launch.usable_gpu import try_first_kernel
+from chunkdist.train.options.amounts import check_amounts, chunk_size_line
+from chunkdist.train.options.arguments import TrainingOptions
+from chunkdist.train.options.combinations import check_options
+from chunkdist.train.options.needed_packages import usable_attention
+from chunkdist.train.options.tokenizer_options import check_end_token
+from chunkdist.train.options.wandb_mode import settle_wandb
 from chunkdist.train.router_loss import router_loss_coefficient
-from chunkdist.train.run_record import RunRecord, changed_steps, refuse_other_options
-from chunkdist.train.stream_order import refuse_other_order
-from chunkdist.train.streaming import wants_streaming
+from chunkdist.train.samples.stream_order import refuse_other_order
 from chunkdist.train.token_check import check_token_ids
-from chunkdist.train.tokenizer_options import check_end_token
-from chunkdist.train.trainers.checked import CheckedSFTTrainer, first_line, print_once
+from chunkdist.train.trainers.checked import CheckedSFTTrainer
 from chunkdist.train.trainers.pipeline import PipelineSFTTrainer
 from chunkdist.train.trainers.shrinking import ShrinkingTrainer
 from chunkdist.train.trainers.streams import StreamTrainer
 from chunkdist.train.trl_loss import install_tiled_loss
-from chunkdist.train.usable_gpu import try_first_kernel
-from chunkdist.train.wandb_mode import settle_wandb
-from chunkdist.train.weights import load_model
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -110,7 +110,7 @@ def build_trainer(
         if dataset is not None:
             _check_template(dataset, tokenizer, options)
     check_end_token(train_dataset, tokenizer, training, name=str(model_options.model_name_or_path))
-    if wants_streaming(options):
+    if options.is_streaming:
         train_dataset, eval_dataset = _checked_streams(options, train_dataset, eval_dataset)
     if "wandb" in (training.report_to or []):
         settle_wandb(print_once)
@@ -284,7 +284,7 @@ def _checked_streams(options: TrainingOptions, *streams: IterableDataset | None)
 def _check_template(dataset: Any, tokenizer: PreTrainedTokenizerBase, options: TrainingOptions) -> None:
     name = options.data.dataset_name or "datasets"
     text_field = options.training.dataset_text_field
-    if wants_streaming(options):
+    if options.is_streaming:
         first = first_sample(dataset, name)
         kind, _ = kind_of_columns(first, text_field=text_field, name=name)
     else:

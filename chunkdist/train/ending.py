@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from chunkdist.train.agreement import any_rank
-from chunkdist.train.lines import print_once
-from chunkdist.train.model_parts import first_words
-from chunkdist.train.saving import PartlySavedError, save_model
+from chunkdist.train.checkpoints.model_parts import first_words
+from chunkdist.train.checkpoints.saving import PartlySavedError, save_model
+from chunkdist.train.launch.agreement import any_rank
+from chunkdist.train.launch.output import print_once
 
 if TYPE_CHECKING:
     from chunkdist.train.trainers.kept import KeptTrainer

@@ -16,8 +16,8 @@ from chunkdist.memory.planner import Job, NothingFits, gib, plan_step
 from chunkdist.models.flops import StepFlops
 from chunkdist.recovery import is_out_of_memory
 from chunkdist.stores.free_memory import free_host_bytes
-from chunkdist.train.engine import engine_of
-from chunkdist.train.start_table import step_sizes
+from chunkdist.train.launch.engine import engine_of
+from chunkdist.train.reports.start_table import step_sizes
 
 if TYPE_CHECKING:
     from transformers import Trainer

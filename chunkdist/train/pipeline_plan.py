@@ -25,7 +25,7 @@ from chunkdist.pipeline.plan import (
     tried_cuts,
 )
 from chunkdist.pipeline.simulate import Timeline
-from chunkdist.train.start_table import step_sizes
+from chunkdist.train.reports.start_table import step_sizes
 
 ENOUGH_SEQUENCES, MOST_BATCHES = 256, 8
 """Batches are looked at until they have so many sequences: a batch of 256 takes some seconds."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from chunkdist.data.token_ids import outside, refuse_ids_outside
-from chunkdist.train.trainers.checked import print_once
+from chunkdist.train.launch.output import print_once
 
 if TYPE_CHECKING:
     from chunkdist.train.trainers.checked import CheckedSFTTrainer

@@ -19,7 +19,7 @@ from chunkdist.bench import BENCHMARKS
 from chunkdist.cli.main import main
 from chunkdist.cli.preview import _texts
 from chunkdist.train.build import build_trainer
-from chunkdist.train.options import parse_options
+from chunkdist.train.options.arguments import parse_options
 from tests.helpers.tiny_run import TEXTS, command_line, make_model_folder
 
 

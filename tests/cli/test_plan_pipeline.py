@@ -13,9 +13,9 @@ from chunkdist.cli.main import main
 from chunkdist.data.cost import SequenceCost
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.pipeline.costs import layer_costs, room_for_graphs
-from chunkdist.train.options import parse_options
-from chunkdist.train.refuse_options import check_options
-from chunkdist.train.stream_order import StreamOrder, refuse_other_order
+from chunkdist.train.options.arguments import parse_options
+from chunkdist.train.options.combinations import check_options
+from chunkdist.train.samples.stream_order import StreamOrder, refuse_other_order
 from tests.helpers.models import tiny_llama, with_lora
 from tests.helpers.tiny_run import ROOT, make_model_folder, write_rows
 

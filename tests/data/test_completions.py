@@ -9,7 +9,7 @@ import pytest
 
 from chunkdist.data.completions import refuse_without_completions
 from chunkdist.train.build import build_trainer
-from chunkdist.train.options import parse_options
+from chunkdist.train.options.arguments import parse_options
 from tests.helpers.tiny_run import ASSISTANT, CHAT_TEMPLATE, TEXTS, USER, command_line
 
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.sharding import RELEASED
-from chunkdist.train.ranks import skip_shm_build
+from chunkdist.train.launch.ranks import skip_shm_build
 from tests.helpers.hybrids import model_of
 from tests.helpers.models import batch, tiny_llama, with_lora
 

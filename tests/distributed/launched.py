@@ -130,7 +130,7 @@ def environment_of(engine: str) -> Iterator[None]:
 def train_and_die(death: Death, step: int, dying: tuple[int, ...], engine: str, arguments: list[str]) -> int:
     """As `train`, but some ranks are killed: in step `step`, or with its checkpoint half written."""
     from chunkdist.train.build import CheckedSFTTrainer
-    from chunkdist.train.checkpoints import UNFINISHED
+    from chunkdist.train.checkpoints.whole import UNFINISHED
 
     name = "training_step" if death == "in a step" else "_save_rng_state"
     real: Callable[..., Any] = getattr(CheckedSFTTrainer, name)

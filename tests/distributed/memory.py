@@ -105,7 +105,7 @@ def _plain_step(model: nn.Module):  # type: ignore[no-untyped-def]
 def _zero3_step(model: nn.Module, settings: dict[str, int] = RELEASED):  # type: ignore[no-untyped-def]
     import deepspeed
 
-    from chunkdist.train.ranks import skip_shm_build
+    from chunkdist.train.launch.ranks import skip_shm_build
 
     skip_shm_build()
     config = {

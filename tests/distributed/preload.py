@@ -14,7 +14,7 @@ for name in (
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "chunkdist.train.build",
-    "chunkdist.train.callback",
+    "chunkdist.train.reports.callback",
     "chunkdist.check.gradients",
     "chunkdist.pipeline.step",
     "tests.distributed.cases",

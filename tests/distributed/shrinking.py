@@ -14,8 +14,8 @@ from chunkdist import chunk_model
 from chunkdist.chunking import chunk_report, reschedule
 from chunkdist.recovery import recovering
 from chunkdist.train.build import build_trainer, chunk_trainer
-from chunkdist.train.callback import ChunkCallback
-from chunkdist.train.options import parse_options
+from chunkdist.train.options.arguments import parse_options
+from chunkdist.train.reports.callback import ChunkCallback
 from tests.distributed.cases import Case, build, chunk_config, micro_batches, reference_step, shard_fsdp2
 from tests.helpers.planted_memory import Place, memory_for
 from tests.helpers.tiny_run import command_line

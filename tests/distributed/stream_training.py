@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 
 from chunkdist.train.build import build_trainer, chunk_trainer
-from chunkdist.train.options import parse_options
+from chunkdist.train.options.arguments import parse_options
 from tests.helpers.tiny_run import command_line
 
 LENGTHS = (23, 45, 3, 60, 7, 31, 2, 18)

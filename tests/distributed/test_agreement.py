@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import distributed
 
-from chunkdist.train.agreement import agreed, any_rank
+from chunkdist.train.launch.agreement import agreed, any_rank
 from tests.distributed.ranks import Ranks
 
 

@@ -14,7 +14,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
-from chunkdist.train.failures import FailureWatch, RankFailure, named_failures, speaks_here
+from chunkdist.train.launch.failures import FailureWatch, RankFailure, named_failures, speaks_here
 from tests.distributed.cases import Case, build, chunk_config, deepspeed_engine, micro_batches
 from tests.distributed.ranks import RankError, Ranks
 

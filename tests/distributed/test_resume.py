@@ -16,8 +16,8 @@ from peft import AutoPeftModelForCausalLM
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
-from chunkdist.train import checkpoints
-from chunkdist.train.checkpoint_files import FILE_LIST
+from chunkdist.train.checkpoints import whole as checkpoints
+from chunkdist.train.checkpoints.files import FILE_LIST
 from tests.distributed.launched import (
     arguments_of,
     figures,

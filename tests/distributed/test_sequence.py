@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
-from chunkdist.train.ranks import allow_fsdp, skip_shm_build, tell_ranks
+from chunkdist.train.launch.ranks import allow_fsdp, skip_shm_build, tell_ranks
 from tests.distributed.ranks import Ranks
 from tests.helpers.models import batch, tiny_llama
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from chunkdist.train.checkpoint_files import fault_of
-from chunkdist.train.stopping import STOPPED
+from chunkdist.train.checkpoints.files import fault_of
+from chunkdist.train.launch.stopping import STOPPED
 from tests.distributed.launched import arguments_of, save_initial_model, train, train_and_be_told
 from tests.distributed.ranks import Ranks
 from tests.distributed.stopped import Launcher, Run, Target

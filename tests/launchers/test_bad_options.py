@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from chunkdist.train.options import OptionParser, parse_options
-from chunkdist.train.refuse_options import check_options
+from chunkdist.train.options.arguments import OptionParser, parse_options
+from chunkdist.train.options.combinations import check_options
 from tests.helpers.tiny_run import ROOT, TEXTS, load_script, make_model_folder, write_rows
 from tests.launchers.bad_inputs import Ending, assert_refused, run_main, yaml_arguments
 
@@ -434,7 +434,7 @@ def test_values_that_are_words_or_booleans_arrive_as_such(base: dict[str, Any], 
 
 
 def test_old_names_are_old_and_new_ones_are_new() -> None:
-    from chunkdist.train.option_names import OLD_NAMES
+    from chunkdist.train.options.names import OLD_NAMES
 
     known = {action.dest for action in OptionParser()._actions}
     assert not known & set(OLD_NAMES)
@@ -444,7 +444,7 @@ def test_old_names_are_old_and_new_ones_are_new() -> None:
 
 
 def test_every_number_has_a_range_that_its_default_is_in() -> None:
-    from chunkdist.train.option_rules import RANGES
+    from chunkdist.train.options.rules import RANGES
 
     actions = {action.dest: action for action in OptionParser()._actions}
     numbers = {

@@ -21,7 +21,7 @@ from chunkdist.config import ChunkConfig
 from chunkdist.pipeline.plan import PipelinePlan
 from chunkdist.pipeline.stage import ModelStage
 from chunkdist.pipeline.step import Pipeline
-from chunkdist.train import failures
+from chunkdist.train.launch import failures
 from chunkdist.train.trainers.pipeline import PipelineSFTTrainer
 from tests.helpers.tiny_run import ROOT, command_line, load_script
 

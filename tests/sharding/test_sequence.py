@@ -20,9 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.sharding.sequence import refuse_mesh
-from chunkdist.train.ranks import check_engine
+from chunkdist.train.launch.ranks import check_engine
 from tests.helpers.models import batch, gradients, largest_difference, tiny_llama
-from tests.train.test_ranks import arguments
+from tests.train.launch.test_ranks import arguments
 
 CONFIG = ChunkConfig(chunk_size=8)
 

@@ -18,8 +18,8 @@ from chunkdist.train.build import (
     chunk_trainer,
     first_batch,
 )
-from chunkdist.train.options import TrainingOptions, parse_options
-from chunkdist.train.saving import UNFINISHED, DiskFullError, save_model
+from chunkdist.train.checkpoints.saving import UNFINISHED, DiskFullError, save_model
+from chunkdist.train.options.arguments import TrainingOptions, parse_options
 from tests.helpers.tiny_run import ASSISTANT, CHAT_TEMPLATE, TEXTS, USER, command_line, write_rows
 
 

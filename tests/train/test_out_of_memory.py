@@ -10,7 +10,7 @@ import torch
 
 from chunkdist.memory.machine import VARIABLES
 from chunkdist.train.out_of_memory import explained_out_of_memory
-from tests.train.test_callback import trainer_of
+from tests.train.reports.test_callback import trainer_of
 
 
 def failing(*args: Any, **kwargs: Any) -> None:

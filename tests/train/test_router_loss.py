@@ -9,7 +9,7 @@ import pytest
 from transformers import Qwen3MoeConfig
 
 from chunkdist.train.build import build_trainer
-from chunkdist.train.options import parse_options
+from chunkdist.train.options.arguments import parse_options
 from tests.helpers.tiny_run import TEXTS, command_line, make_model_folder
 
 

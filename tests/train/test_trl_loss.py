@@ -10,7 +10,7 @@ import torch
 from trl.trainer import utils
 
 from chunkdist.train.build import build_trainer, chunk_trainer
-from chunkdist.train.options import parse_options
+from chunkdist.train.options.arguments import parse_options
 from tests.helpers.planted_memory import memory_for
 from tests.helpers.tiny_run import command_line, make_model_folder, write_rows
 

@@ -16,11 +16,10 @@ from chunkdist.data.sample_stream import SampleStream, StreamFit
 from chunkdist.data.sampler import LongestFirst
 from chunkdist.data.samples import LongSamples, fit_samples, sample_lengths
 from chunkdist.errors import BadSampleError
-from chunkdist.train.faults import asked_by
-from chunkdist.train.lines import first_line as first_line
-from chunkdist.train.lines import print_once as print_once
-from chunkdist.train.stopping import keep_workers
-from chunkdist.train.streaming import prepare_stream
+from chunkdist.train.launch.faults import asked_by
+from chunkdist.train.launch.output import first_line, print_once
+from chunkdist.train.launch.stopping import keep_workers
+from chunkdist.train.samples.streaming import prepare_stream
 from chunkdist.train.trainers.kept import KeptTrainer
 
 if TYPE_CHECKING:

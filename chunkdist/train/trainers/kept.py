@@ -13,11 +13,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import SFTTrainer
 
-from chunkdist.train.checkpoints import delete_older, whole_checkpoint
-from chunkdist.train.lines import print_once
-from chunkdist.train.model_parts import first_words, save_parts
-from chunkdist.train.run_record import RunRecord
-from chunkdist.train.saving import is_disk_full
+from chunkdist.train.checkpoints.model_parts import first_words, save_parts
+from chunkdist.train.checkpoints.run_record import RunRecord
+from chunkdist.train.checkpoints.saving import is_disk_full
+from chunkdist.train.checkpoints.whole import delete_older, whole_checkpoint
+from chunkdist.train.launch.output import print_once
 
 
 class KeptTrainer(SFTTrainer):

@@ -38,7 +38,7 @@ from chunkdist.pipeline.collective import clip_grad_norm, evaluate, local_part, 
 from chunkdist.pipeline.plan import PipelinePlan
 from chunkdist.pipeline.step import Pipeline
 from chunkdist.train.pipeline_plan import MOST_BATCHES, PipelineQuestion, least_room
-from chunkdist.train.stream_order import StreamOrder
+from chunkdist.train.samples.stream_order import StreamOrder
 from chunkdist.train.trainers.checked import CheckedSFTTrainer
 from chunkdist.train.trainers.streams import StreamSamples
 

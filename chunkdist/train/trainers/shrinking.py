@@ -12,9 +12,9 @@ from trl import SFTTrainer
 
 from chunkdist.chunking import chunk_report, reschedule
 from chunkdist.recovery import recovering
-from chunkdist.train.callback import ChunkCallback
-from chunkdist.train.token_counter import TokenCounter
-from chunkdist.train.trainers.checked import print_once
+from chunkdist.train.launch.output import print_once
+from chunkdist.train.reports.callback import ChunkCallback
+from chunkdist.train.reports.token_counter import TokenCounter
 
 if TYPE_CHECKING:
     pass

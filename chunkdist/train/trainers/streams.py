@@ -33,8 +33,8 @@ from chunkdist.data.samples import sample_lengths
 from chunkdist.data.streams import NO_LABEL, join_sequences
 from chunkdist.models.layers import causal_lm_of
 from chunkdist.stream.packed import refuse_segments
-from chunkdist.train.metrics_file import MetricsFile
-from chunkdist.train.stream_order import StreamOrder
+from chunkdist.train.reports.metrics_file import MetricsFile
+from chunkdist.train.samples.stream_order import StreamOrder
 
 if TYPE_CHECKING:
     from datasets import Dataset

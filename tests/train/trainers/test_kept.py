@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig, TrainerCallback
 
 from chunkdist.train import ending
-from chunkdist.train.checkpoints import UNFINISHED
-from chunkdist.train.run_record import RECORD
+from chunkdist.train.checkpoints.run_record import RECORD
+from chunkdist.train.checkpoints.whole import UNFINISHED
 from chunkdist.train.trainers.kept import KeptTrainer
 from tests.helpers.tiny_run import ROOT, TEXTS, command_line, load_script, make_model_folder
 

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from chunkdist.engine.group import GroupCall
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.train.build import ChunkSFTTrainer, build_trainer, chunk_trainer
-from chunkdist.train.callback import ChunkCallback
-from chunkdist.train.options import parse_options
+from chunkdist.train.options.arguments import parse_options
+from chunkdist.train.reports.callback import ChunkCallback
 from chunkdist.train.trainers import streams as packing
 from tests.helpers.tiny_run import command_line
 

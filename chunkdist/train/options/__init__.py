@@ -1,0 +1,1 @@
+"""What the YAML and the command line say, and what of it is refused."""

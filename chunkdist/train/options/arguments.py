@@ -1,0 +1,236 @@
+"""The options of a training run, TRL's own and ours, by one name in YAML and on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from chunkdist.data.samples import LongSamples
+from chunkdist.train.launch.faults import asked_by
+from chunkdist.train.launch.ranks import (
+    allow_fsdp,
+    launcher_wants_fsdp,
+    needs_gloo,
+    skip_shm_build,
+    start_gloo,
+    tell_ranks,
+)
+from chunkdist.train.launch.roll_call import check_launch, forget_stale_rank, meet
+from chunkdist.train.launch.usable_gpu import refuse_idle_gpu
+from chunkdist.train.options.chunk_options import ChunkArguments, option
+from chunkdist.train.options.deepspeed_options import check_deepspeed
+from chunkdist.train.options.names import OLD_NAMES
+from chunkdist.train.options.rules import bool_or_word, check_values, is_bool_or_word
+from chunkdist.train.options.yaml_options import read_yaml
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's dataset options, and what becomes of samples that do not fit."""
+
+    long_samples: str = option(
+        "error",
+        "What becomes of a sample longer than max_length: error (before training), truncate, split (plain "
+        "text only), or drop. What was done is said.",
+        choices=get_args(LongSamples),
+    )
+    corpus_max_bytes: int = option(
+        4_000_000, "How much of the interpreter's standard library dataset_name: python-stdlib reads."
+    )
+
+
+@dataclass
+class TrainArguments(SFTConfig):
+    """TRL's `SFTConfig`, with Hugging Face's gradient checkpointing off: a chunked step is its own."""
+
+    # `None`, not `False`: recent versions of transformers take any other value for the deprecated spelling.
+    gradient_checkpointing: bool | None = option(  # type: ignore[assignment]
+        None, "Hugging Face's gradient checkpointing, for chunk_method: none. A chunked step excludes it."
+    )
+
+    pipeline_stages: int = option(
+        1,
+        "Ranks that share a model, each some of its layers; other ranks are replicas (docs/pipeline.md).",
+    )
+    pipeline_shard_weights: bool = option(
+        False, "Replicas of a pipeline's stage share its weights and optimizer states (FSDP2)."
+    )
+    pipeline_forwards_ahead: str = option(
+        "1", "Forwards that a stage is ahead of the next one; 2: a smaller bubble, more graphs. auto: chosen."
+    )
+
+    enable_jit_checkpoint: bool = option(
+        True,
+        "SIGTERM and SIGINT save a checkpoint when the step ends, and the run leaves with exit status 75; a "
+        "second signal ends it at once. false: they end it without saving.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.report_to is None:
+            self.report_to = "none"  # transformers (5.23) would look for a tracker named None
+        if not self.use_cpu:
+            refuse_idle_gpu()
+        store = meet(self.ddp_timeout_delta)  # noqa: F841  # until the process group is made
+        if self.deepspeed:
+            skip_shm_build()
+        elif needs_gloo():
+            self.use_cpu = True
+            start_gloo(self.ddp_timeout_delta)
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.deepspeed and needs_gloo():
+            tell_ranks(self.distributed_state)
+        elif needs_gloo() and (launcher_wants_fsdp() or self.fsdp):
+            allow_fsdp(self.distributed_state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What transformers pickles into each `training_args.bin`: everything but the key to the Hub."""
+        return {**self.__dict__, "hub_token": None}
+
+    def _validate_args(self) -> None:
+        """For transformers, bf16 without a GPU needs `use_cpu`, which DeepSpeed must not be given."""
+        given = self.use_cpu
+        self.use_cpu = given or bool(self.deepspeed and needs_gloo())
+        super()._validate_args()  # type: ignore[no-untyped-call]
+        self.use_cpu = given
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's model options."""
+
+    from_scratch: bool = option(
+        False,
+        "Draw the weights from the model's config instead of loading them; model_name_or_path then is a "
+        "folder (or a name on the Hub) with config.json and a tokenizer.",
+    )
+    allow_missing_weights: bool = option(
+        False,
+        "Train from a model whose files and config.json differ: weights that the files lack are drawn at "
+        "random, others are left out. What they are is said.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Everything that one run was told."""
+
+    chunk: ChunkArguments
+    data: DataArguments
+    training: TrainArguments
+    model: ModelArguments
+    mixture: DatasetMixtureConfig
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether the option that belongs to the kind of dataset is set."""
+        return bool(self.data.dataset_streaming if self.data.dataset_name else self.mixture.streaming)
+
+
+class OptionParser(TrlParser):
+    """TRL's parser; faults of YAML and command line alike are one line that names the option."""
+
+    def __init__(self) -> None:
+        types = (ChunkArguments, DataArguments, TrainArguments, ModelArguments, DatasetMixtureConfig)
+        super().__init__(types, allow_abbrev=False)  # type: ignore[arg-type]  # TRL's annotation is a string
+        self._from_yaml: set[str] = set()
+        hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
+        for action in self._actions:
+            # argparse has one type an option: where that is bool, all words are refused.
+            if action.dest == "fsdp" or is_bool_or_word(hints.get(action.dest)):
+                action.type = bool_or_word
+
+    def parse(self, arguments: Sequence[str] | None = None) -> TrainingOptions:
+        """The options of a command line, `--config FILE.yaml` among them.
+
+        Raises:
+            ValueError: an unknown or unfit option, or an unreadable YAML file.
+        """
+        given = [part for argument in (arguments or []) for part in _split_config(argument)]
+        if "--config" in given:
+            _check_yaml(given[given.index("--config") + 1 : given.index("--config") + 2])
+        with asked_by():  # what only a dataclass notices
+            *parsed, from_yaml, from_command_line = self.parse_args_and_config(
+                given, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        if "--config" in from_command_line:
+            self.error("--config is given twice: write it once (`make train CONFIG=FILE`)")
+        for unknown in [*from_yaml[::2], *(part for part in from_command_line if part.startswith("-"))]:
+            self.error(f"unknown option {unknown.split('=')[0].lstrip('-')!r}{self._nearest(unknown)}")
+        if from_command_line:
+            self.error(f"{from_command_line[0]!r} belongs to no option: write --option value")
+        chunk, data, training, model, mixture = parsed
+        return TrainingOptions(chunk=chunk, data=data, training=training, model=model, mixture=mixture)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but values are checked before dataclasses are made of them."""
+        values, unknown = super().parse_known_args(args, namespace)
+        words = [argument.split("=")[0] for argument in args or [] if argument.startswith("--")]
+        options = self._option_string_actions
+        given = self._from_yaml | {options[word].dest for word in words if word in options}
+        check_values(values, given, self.dataclass_types)
+        check_deepspeed(values)
+        return values, unknown
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        """Sets defaults as TRL does, after values of a YAML file have passed the checks of the command
+        line."""
+        self._from_yaml = set(values)
+        actions = {action.dest: action for action in self._actions}
+        for key, value in values.items():
+            if key in actions:
+                values[key] = self._checked(actions[key], key, value)
+        return super().set_defaults_with_config(**values)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the whole usage and leaving."""
+        raise ValueError(message)
+
+    def _checked(self, action: argparse.Action, key: str, value: Any) -> Any:
+        if value is None or isinstance(value, dict) or (isinstance(value, list) and action.nargs is None):
+            return value
+        if value is False and "no" in (action.choices or ()):
+            return "no"  # YAML reads an unquoted no as false
+        values = value if isinstance(value, list) else [value]
+        values = [str(element).lower() if isinstance(element, bool) else element for element in values]
+        if any(element is None or isinstance(element, (list, dict)) for element in values):
+            return value
+        try:
+            checked = [self._get_value(action, str(element)) for element in values]
+            for element in checked:
+                self._check_value(action, element)
+        except argparse.ArgumentError as fault:
+            self.error(f"{key}: {value!r} in the config file: {fault.message}")
+        return checked if isinstance(value, list) or action.nargs == "+" else checked[0]
+
+    def _nearest(self, unknown: str) -> str:
+        known = sorted({option.lstrip("-").replace("-", "_") for option in self._option_string_actions})
+        name = unknown.split("=")[0].lstrip("-").replace("-", "_")
+        if name in OLD_NAMES:
+            return f": {OLD_NAMES[name]}"
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        return f": did you mean {close[0]!r}?" if close else ": --help lists those that there are"
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> TrainingOptions:
+    """The options of this process's command line, or of `arguments`."""
+    check_launch()
+    forget_stale_rank()
+    return OptionParser().parse(sys.argv[1:] if arguments is None else arguments)
+
+
+def _split_config(argument: str) -> list[str]:
+    """`--config=FILE` as two words: TRL's parser knows only these."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _check_yaml(after_config: list[str]) -> None:
+    if not after_config:
+        raise ValueError("--config is followed by nothing: write the name of a YAML file")
+    read_yaml(Path(after_config[0]))

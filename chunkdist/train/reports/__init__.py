@@ -1,0 +1,1 @@
+"""What a run shows: the table at its start, metrics, W&B."""
