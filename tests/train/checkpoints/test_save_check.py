@@ -95,8 +95,9 @@ def test_a_folder_that_cannot_be_written_is_named(
     refused(trainer, "cannot be written")
     trainer.args.output_dir = str(tmp_path / ("x" * 300))
     refused(trainer, "cannot be written: File name too long")
-    deep = tmp_path.joinpath(*["y" * 100] * ((4000 - len(str(tmp_path))) // 101))
-    deep /= "y" * (4000 - len(str(deep)) - 1)
+    below = ["y"] * (4000 - len(str(tmp_path)) - 1)
+    below[100:-1:101] = "/" * len(below[100:-1:101])  # names of 100 letters
+    deep = tmp_path / "".join(below)
     assert len(str(deep)) == 4000
     trainer.args.output_dir = str(deep)  # it can be made, but no checkpoint in it
     refused(trainer, "cannot be written: File name too long")
