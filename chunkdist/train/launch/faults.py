@@ -22,9 +22,9 @@ from transformers import TrainerCallback
 from chunkdist.recovery import is_out_of_memory
 
 _OWN_FOLDERS = tuple(
-    str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(__file__).parents[2] / "launchers")
+    str(folder) + os.sep for folder in (Path(__file__).parents[2], Path(__file__).parents[3] / "launchers")
 )
-_INTEGRATIONS = str(Path(__file__).parent) + os.sep
+_INTEGRATIONS = str(Path(__file__).parents[1]) + os.sep
 _OURS = (AssertionError, UnboundLocalError, NameError)
 
 

@@ -59,11 +59,11 @@ print(launchers.are_watched, launchers.are_gone(), flush=True)
 def tells(folder: Path, parent: str, environment: dict[str, str], late: float = 0.0) -> list[str]:
     """What a child says of its launchers while the parent, a script of this name, lives, and after its end;
     if it looks `late`, both are after its end."""
-    package = folder / "chunkdist" / "train"  # without the package's own imports, which take seconds
+    package = folder / "chunkdist" / "train" / "launch"  # without the package's own imports, which take seconds
     package.mkdir(parents=True)
-    for path in (package, package.parent):
+    for path in (package, package.parent, package.parents[1]):
         (path / "__init__.py").touch()
-    (package / "parent.py").write_text((ROOT / "chunkdist" / "train" / "parent.py").read_text())
+    (package / "parent.py").write_text((ROOT / "chunkdist" / "train" / "launch" / "parent.py").read_text())
     script, child, output = folder / parent, folder / "child.py", folder / "said"
     child.write_text(CHILD.format(root=str(folder), environment=environment, wait=2.0, late=late))
     script.write_text(

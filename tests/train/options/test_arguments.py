@@ -14,7 +14,7 @@ from chunkdist import ChunkConfig
 from chunkdist.train.options.arguments import OptionParser, parse_options
 from chunkdist.train.options.combinations import check_options
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BASE = {"model_name_or_path": "m", "dataset_name": "python-stdlib", "bf16": False}
 
 

@@ -489,7 +489,7 @@ def test_wandb_gets_the_figures(tmp_path: Path) -> None:
     """Offline: the run's own file has them in its summary."""
     script = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from pathlib import Path
 from tests.train.reports.test_callback import trainer_of
 import wandb
