@@ -59,7 +59,9 @@ print(launchers.are_watched, launchers.are_gone(), flush=True)
 def tells(folder: Path, parent: str, environment: dict[str, str], late: float = 0.0) -> list[str]:
     """What a child says of its launchers while the parent, a script of this name, lives, and after its end;
     if it looks `late`, both are after its end."""
-    package = folder / "chunkdist" / "train" / "launch"  # without the package's own imports, which take seconds
+    package = (
+        folder / "chunkdist" / "train" / "launch"
+    )  # without the package's own imports, which take seconds
     package.mkdir(parents=True)
     for path in (package, package.parent, package.parents[1]):
         (path / "__init__.py").touch()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chunkdist.train.launch.usable_gpu import refuse_idle_gpu, try_first_kernel, why_gpu_is_idle
-from chunkdist.train.options import parse_options
+from chunkdist.train.options.arguments import parse_options
 
 DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (root@host)\n"
 
