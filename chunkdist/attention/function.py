@@ -26,7 +26,7 @@ _HARMLESS = frozenset(
         *("position_ids", "cache_position", "position_embeddings", "seq_idx", "layer_idx", "layer_id"),
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
         *("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "skip_logits"),
-        *("use_cache", "return_dict", "output_hidden_states", "ignore_index"),
+        *("use_cache", "return_dict", "output_hidden_states", "output_router_logits", "ignore_index"),
     )
 )
 """Arguments that layers hand on to their attention and that change nothing in it."""

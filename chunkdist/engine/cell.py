@@ -6,8 +6,9 @@ what `run_layers` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +16,22 @@ from torch import Tensor
 from chunkdist.engine.parameters import GroupParameters
 from chunkdist.stores.state_relay import StateRelay
 
-RunLayers = Callable[[], tuple[Tensor, list[StateRelay]]]
-"""Runs the layers of a cell: their output (B, T, H), and the caches of the layers that get their state
-through
-one."""
+
+class CellOutput(NamedTuple):
+    """What the layers of a cell come to.
+
+    Args:
+        hidden: The chunk's hidden states (B, T, H), at the group's output.
+        relays: The caches of the layers that get their state through one.
+        router_logits: As the routers have returned them for the chunk; empty where nobody wants them.
+    """
+
+    hidden: Tensor
+    relays: list[StateRelay]
+    router_logits: Sequence[Tensor] = ()
+
+
+RunLayers = Callable[[], CellOutput]
 
 
 @dataclass(frozen=True)
@@ -27,22 +40,25 @@ class CellGraph:
 
     Args:
         leaf: The chunk's hidden states (B, T, H), at the group's input; `None` for tokens.
-        output: The same at its output.
-        relays: The caches of the layers that get their state through one.
     """
 
     leaf: Tensor | None
-    output: Tensor
-    relays: list[StateRelay]
+    output: CellOutput
 
-    def backward(self, grad_output: Tensor) -> Tensor | None:
-        """Adds to the gradients of parameters, prefix and states; returns that of the leaf, if it has one."""
-        roots = [(self.output, grad_output)] if self.output.requires_grad else []
-        roots += [end for relay in self.relays for end in relay.loose_ends()]
+    def backward(self, grad_hidden: Tensor, grads_router_logits: Sequence[Tensor] = ()) -> Tensor | None:
+        """Adds to the gradients of parameters, prefix and states; returns that of the leaf, if it has one.
+
+        Args:
+            grad_hidden, grads_router_logits: Those of the outputs.
+        """
+        hidden, relays, router_logits = self.output
+        outputs = [(hidden, grad_hidden), *zip(router_logits, grads_router_logits, strict=True)]
+        roots = [(x, grad) for x, grad in outputs if x.requires_grad]
+        roots += [end for relay in relays for end in relay.loose_ends()]
         if roots:
             tensors, grads = zip(*roots, strict=True)
             torch.autograd.backward(tensors, grads)
-        for relay in self.relays:
+        for relay in relays:
             relay.hand_back()
         return None if self.leaf is None else self.leaf.grad
 
@@ -50,7 +66,7 @@ class CellGraph:
 def rerun(leaf: Tensor | None, run_layers: RunLayers, parameters: GroupParameters) -> CellGraph:
     """The graph of a cell for the backward that runs now."""
     with torch.enable_grad(), parameters.aliased():
-        return CellGraph(leaf, *run_layers())
+        return CellGraph(leaf, run_layers())
 
 
 def retain(leaf: Tensor | None, run_layers: RunLayers, parameters: GroupParameters) -> CellGraph:

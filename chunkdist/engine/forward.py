@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from chunkdist.config import AUTO_FIELDS
+from chunkdist.engine import router_logits
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.hidden_states import ARGUMENT, refuse_hidden_states
 from chunkdist.errors import UnsupportedModelError
@@ -19,7 +20,7 @@ from chunkdist.spaco.sample import ChunkSample
 from chunkdist.stream.from_inputs import read_stream
 from chunkdist.stream.packed import refuse_segments
 
-_OUTPUTS = ("output_attentions", "output_router_logits")
+_ROUTER_LOGITS = "output_router_logits"
 
 
 @contextmanager
@@ -56,12 +57,12 @@ def running(
             "layer groups are nodes of the ordinary autograd: call torch.autograd.grad or backward, "
             "with torch.func.functional_call for other weights, and loop instead of vmap"
         )
-    for name in _OUTPUTS:
-        if arguments.get(name, getattr(decoder.config, name, False)):
+    for name in ("output_attentions", _ROUTER_LOGITS):
+        asked = arguments.get(name, getattr(decoder.config, name, False))
+        if asked and not (name == _ROUTER_LOGITS and router_logits.are_recorded(decoder)):
             raise ValueError(
                 f"{name}=True, but a chunked forward has no such outputs of the whole sequence: write "
-                f"{name}=False"
-                + ("; in TRL, router_aux_loss_coef: 0" if name == "output_router_logits" else "")
+                f"{name}=False" + ("; in TRL, router_aux_loss_coef: 0" if name == _ROUTER_LOGITS else "")
             )
     if hidden_states := arguments.get(ARGUMENT, getattr(decoder.config, ARGUMENT, False)):
         context.layer_by_layer = not torch.is_grad_enabled()

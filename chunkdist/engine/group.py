@@ -10,7 +10,8 @@ inside is the loop.
   the parameters, and to the K and V of the chunks before it.
 
 The node's inputs are the group's hidden states (B, T, H) and its trainable parameters; a parameter's gradient
-comes out once, summed over the chunks in at least fp32.
+comes out once, summed over the chunks in at least fp32. Its outputs are hidden states, and router logits if
+they are wanted.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunkdist.engine import router_logits
 from chunkdist.engine.as_run import LayersAsRun, Notes
-from chunkdist.engine.cell import CellGraph, rerun, retain
+from chunkdist.engine.cell import CellGraph, CellOutput, rerun, retain
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.group_input import GroupInput, Hidden, tokens_of
 from chunkdist.engine.kv_rebuild import KVRebuild, rebuild_parts
@@ -38,7 +40,7 @@ from chunkdist.replay import AutocastState, RngState, undisturbed_rng
 from chunkdist.sharding import zero3
 from chunkdist.sharding.fsdp2 import GroupUnits, refuse_inner_units
 from chunkdist.stores.kv_store import KVStore
-from chunkdist.stores.state_relay import StateRelay, StateStore
+from chunkdist.stores.state_relay import StateStore
 from chunkdist.stream.stream import Chunk, Stream
 
 
@@ -115,6 +117,7 @@ class GroupCall:
         self._sample = group.context.sample
         self._retained: dict[int, CellGraph] = {}
         """By chunk index, of the cells whose graph is kept."""
+        self._wants_router_logits = group.is_decoder and router_logits.are_wanted()
         self.saved = Saved(
             stream,
             len(modules),
@@ -142,43 +145,71 @@ class GroupCall:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         try:
-            with self.group.context.checked(self.group.layers, self.arguments, hidden, self.stream):
-                return self._call(hidden)
+            with (
+                router_logits.recorded(False),
+                self.group.context.checked(self.group.layers, self.arguments, hidden, self.stream),
+            ):
+                output, *found = self._call(hidden)
         finally:
             self.units.release()
             self.saved.settle()
+        router_logits.deliver(found, self.group.context.labels.mask)
+        return output
 
-    def _call(self, hidden: Tensor) -> Tensor:
+    def _call(self, hidden: Tensor) -> tuple[Tensor, ...]:
         self._input.release()
         self.parameters = GroupParameters(layer.layer for layer in self.group.layers)
         if torch.is_grad_enabled() and (hidden.requires_grad or self.parameters.trainable):
             return as_node(self, hidden)
         with torch.no_grad():
-            return attempt(lambda: self.forward(hidden, retained=(), for_backward=False), lambda: hidden)
+            return attempt(
+                lambda: self.forward(hidden, retained=(), for_backward=False),
+                lambda: self.without_memory(hidden),
+            )
 
     def learn_output_form(self, layer: GroupLayer) -> None:
         """Runs `layer` on the first token alone, to see whether it returns a tensor or a tuple."""
-        hidden = self._input.hidden
+        self._run_first_token(layer, self._input.hidden, self.arguments[-1])
+
+    def _run_first_token(self, layer: GroupLayer, hidden: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
+        """Returns the router logits."""
         token = Chunk(0, 1)
         stream = Stream(num_tokens=1, chunks=(token,), segment_starts=((0,),) * hidden.shape[0])
-        with torch.no_grad(), undisturbed_rng(hidden):
+        with (
+            torch.no_grad(),
+            undisturbed_rng(hidden),
+            router_logits.recorded(self._wants_router_logits) as found,
+        ):
             cell = layer.cell(token, stream, self._new_store(layer, token), StateStore())
-            layer.run(
-                cell,
-                tokens_of(hidden, token),
-                slice_tokens(self.arguments[-1], token, self.stream.num_tokens),
-            )
+            layer.run(cell, tokens_of(hidden, token), slice_tokens(arguments, token, self.stream.num_tokens))
+        return found
 
-    def forward_and_save(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        output = self.forward(hidden, self.group.context.retained_chunks(self.stream))
-        return output, self.saved.leave_device(hidden)
+    def without_memory(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        whole = router_logits.WholeSequence(hidden.shape[0], self.stream.num_tokens)
+        if self._wants_router_logits:
+            for layer, arguments in zip(self.group.layers, self.arguments, strict=True):
+                whole.add_placeholders(self._run_first_token(layer, hidden, arguments))
+        return hidden, *whole.take()
 
-    def backward_from(self, saved: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return self.backward(self.saved.come_back(saved), grad_output)
+    def forward_and_save(self, hidden: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        outputs = self.forward(hidden, self.group.context.retained_chunks(self.stream))
+        return outputs, self.saved.leave_device(hidden)
 
-    def forward(self, hidden: Tensor, retained: Collection[int], *, for_backward: bool = True) -> Tensor:
-        """Runs all chunks without a graph, but those of the indices `retained`. (B, T, H) to (B, T, H)."""
+    def backward_from(
+        self, saved: Sequence[Tensor], grad_outputs: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        return self.backward(self.saved.come_back(saved), *grad_outputs)
+
+    def forward(
+        self, hidden: Tensor, retained: Collection[int], *, for_backward: bool = True
+    ) -> tuple[Tensor, ...]:
+        """Runs all chunks without a graph, but those of the indices `retained`.
+
+        Returns:
+            Hidden states (B, T, H), and the router logits of the whole sequence, if they are wanted.
+        """
         chunks = self.stream.chunks
+        whole = router_logits.WholeSequence(hidden.shape[0], self.stream.num_tokens)
         self._autocast = AutocastState.capture(hidden.device.type)
         runs = {run.start: run for run in self.stream.runs()}
         output = None
@@ -189,9 +220,10 @@ class GroupCall:
                 if len(run) > 1 and not self.group.context.config.rebuilds_kv:
                     self.saved.keep_kv(run, self._stores)  # one chunk alone stores its own again when rerun
             if index in retained:
-                part, relays = self._retain(index, hidden)
+                part, relays, found = self._retain(index, hidden)
             else:
-                part, relays = self._run_layers(chunk, tokens_of(hidden, chunk), keeps=for_backward)
+                part, relays, found = self._run_layers(chunk, tokens_of(hidden, chunk), keeps=for_backward)
+            whole.add(chunk, found)
             for relay in relays:
                 if relay.used and self.stream.is_read_later(index, range(len(chunks))):
                     relay.hand_on()
@@ -210,15 +242,17 @@ class GroupCall:
         self.parameters.release()
         if for_backward:
             self._as_run = self.group.notes.take([layer.layer for layer in self.group.layers])
-        return output
+        return output, *whole.take()
 
-    def backward(self, hidden: Hidden, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, hidden: Hidden, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states and of each trainable parameter."""
         self.units.gather()
         with self._as_run.restored():
-            return self._backward(hidden, grad_output)
+            return self._backward(hidden, *grad_outputs)
 
-    def _backward(self, hidden: Hidden, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def _backward(
+        self, hidden: Hidden, grad_output: Tensor, *grads_router_logits: Tensor
+    ) -> tuple[Tensor | None, ...]:
         self.parameters.restore()
         weights = self._chunk_weights(grad_output)
         sampled = [index for index, weight in enumerate(weights) if weight]
@@ -246,7 +280,8 @@ class GroupCall:
                     if (part := variates.get(index)) is not None and (store := self._stores[0]) is not None:
                         with self.parameters.aliased():
                             kv.add_control_variate(part, hidden, store)
-                    self._backward_cell(index, hidden, grad_output, grad_hidden, weights[index])
+                    grads = grad_output, *grads_router_logits
+                    self._backward_cell(index, hidden, grads, grad_hidden, weights[index])
         self._stores = []
         return grad_hidden, *self.parameters.take_grads(unused_as_zeros=self._sample is not None)
 
@@ -254,7 +289,7 @@ class GroupCall:
         self,
         index: int,
         hidden: Hidden,
-        grad_output: Tensor,
+        grad_outputs: Sequence[Tensor],
         grad_hidden: Tensor | None,
         weight: float,
     ) -> None:
@@ -264,8 +299,12 @@ class GroupCall:
         if not weight:
             return
         cell = cell or self._rerun(index, hidden)
-        grad = grad_output[:, chunk.start : chunk.end]
-        grad_leaf = cell.backward(grad * weight if self.group.is_last else grad)
+        grad, *grads = (
+            router_logits.of_chunk(x, chunk, len(self.stream.segment_starts)) for x in grad_outputs
+        )
+        found = cell.output.router_logits
+        grads = [grad.reshape(x.shape) * weight for x, grad in zip(found, grads, strict=True)]
+        grad_leaf = cell.backward(grad * weight if self.group.is_last else grad, grads)
         if grad_hidden is not None and grad_leaf is not None:
             grad_hidden[:, chunk.start : chunk.end] = grad_leaf
 
@@ -289,12 +328,12 @@ class GroupCall:
                     keep_unweighted=self.group.context.config.uses_control_variate,
                 )
 
-    def _retain(self, index: int, hidden: Tensor) -> tuple[Tensor, list[StateRelay]]:
+    def _retain(self, index: int, hidden: Tensor) -> CellOutput:
         chunk = self.stream.chunks[index]
         leaf = self.saved.leaf(hidden, chunk)
         cell = retain(leaf, lambda: self._run_layers(chunk, leaf, keeps=False), self.parameters)
         self._retained[index] = cell
-        return cell.output.detach(), cell.relays
+        return cell.output._replace(hidden=cell.output.hidden.detach())
 
     def _rerun(self, index: int, hidden: Hidden) -> CellGraph:
         chunk = self.stream.chunks[index]
@@ -305,8 +344,8 @@ class GroupCall:
 
     def _run_layers(
         self, chunk: Chunk, hidden: Tensor, *, keeps: bool = True, stop_at_kv: int = 0
-    ) -> tuple[Tensor, list[StateRelay]]:
-        """The layers on one chunk, and the caches through which those with state have got theirs.
+    ) -> CellOutput:
+        """The layers on one chunk.
 
         Args:
             keeps: Whether attention takes its output from what is kept, and else keeps it.
@@ -314,15 +353,16 @@ class GroupCall:
         """
         relays = []
         saved = zip(self._stores, self.saved.states, self.saved.attention, strict=True)
-        for number, (layer, arguments, (store, states, outputs)) in enumerate(
-            zip(self.group.layers, self.arguments, saved, strict=True), start=1
-        ):
-            kept, stops = outputs if keeps else None, number == stop_at_kv
-            cell = layer.cell(chunk, self.stream, store, states, outputs=kept, stop_at_kv=stops)
-            hidden = layer.run(cell, hidden, slice_tokens(arguments, chunk, self.stream.num_tokens))
-            if cell is not None and cell.relay is not None:
-                relays.append(cell.relay)
-        return hidden, relays
+        with router_logits.recorded(self._wants_router_logits) as found:
+            for number, (layer, arguments, (store, states, outputs)) in enumerate(
+                zip(self.group.layers, self.arguments, saved, strict=True), start=1
+            ):
+                kept, stops = outputs if keeps else None, number == stop_at_kv
+                cell = layer.cell(chunk, self.stream, store, states, outputs=kept, stop_at_kv=stops)
+                hidden = layer.run(cell, hidden, slice_tokens(arguments, chunk, self.stream.num_tokens))
+                if cell is not None and cell.relay is not None:
+                    relays.append(cell.relay)
+        return CellOutput(hidden, relays, found)
 
     def _begin_run(self, run: range) -> None:
         """New stores, for the keys and values of a dependent run: no other chunk reads them."""

@@ -18,12 +18,18 @@ class NodeWork(Protocol):
 
     parameters: GroupParameters
 
-    def forward_and_save(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output (B, T, H), and what autograd is to keep for the backward."""
+    def forward_and_save(self, hidden: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The outputs, hidden states (B, T, H) first, and what autograd is to keep for the backward."""
         ...
 
-    def backward_from(self, saved: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward_from(
+        self, saved: Sequence[Tensor], grad_outputs: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states and of each trainable parameter."""
+        ...
+
+    def without_memory(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of the right shapes."""
         ...
 
     def give_up(self) -> None:
@@ -35,10 +41,10 @@ class NodeWork(Protocol):
         ...
 
 
-def as_node(work: NodeWork, hidden: Tensor) -> Tensor:
-    """What the group makes of `hidden`, (B, T, H) to (B, T, H)."""
-    output: Tensor = _GroupNode.apply(work, hidden, *work.parameters.trainable)  # type: ignore[no-untyped-call]
-    return output
+def as_node(work: NodeWork, hidden: Tensor) -> tuple[Tensor, ...]:
+    """What the group makes of `hidden` (B, T, H): the same, and the router logits of its layers."""
+    outputs: tuple[Tensor, ...] = _GroupNode.apply(work, hidden, *work.parameters.trainable)  # type: ignore[no-untyped-call]
+    return outputs
 
 
 def passed_on(hidden: Tensor) -> Tensor:
@@ -65,25 +71,25 @@ class _NoView(torch.autograd.Function):
 
 class _GroupNode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, work: NodeWork, hidden: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, work: NodeWork, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.work = work
         ctx.wants_grad = hidden.requires_grad
 
-        def instead() -> tuple[Tensor, tuple[Tensor, ...]]:
+        def instead() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             work.give_up()
-            return hidden.detach(), ()
+            return work.without_memory(hidden.detach()), ()
 
-        output, saved = attempt(lambda: work.forward_and_save(hidden), instead)
+        outputs, saved = attempt(lambda: work.forward_and_save(hidden), instead)
         ctx.save_for_backward(*saved)
-        return output.detach() if output._is_view() else output
+        return tuple(output.detach() if output._is_view() else output for output in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         work: NodeWork = ctx.work
 
         def instead() -> tuple[Tensor | None, ...]:
             work.give_up_backward()
-            return grad_output if ctx.wants_grad else None, *map(zeros, work.parameters.trainable)
+            return grad_outputs[0] if ctx.wants_grad else None, *map(zeros, work.parameters.trainable)
 
-        return None, *attempt(lambda: work.backward_from(ctx.saved_tensors, grad_output), instead)
+        return None, *attempt(lambda: work.backward_from(ctx.saved_tensors, grad_outputs), instead)

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.cell import Cell
-from chunkdist.engine.cell import rerun
+from chunkdist.engine.cell import CellOutput, rerun
 from chunkdist.engine.layer import GroupLayer
 from chunkdist.engine.parameters import GroupParameters
 from chunkdist.errors import UnsupportedModelError
@@ -31,7 +31,7 @@ from chunkdist.models.arguments import SEGMENT_ARGUMENTS, slice_tokens
 from chunkdist.models.exact_classes import CLASSES, TRANSFORMERS_VERSION
 from chunkdist.replay import undisturbed_rng
 from chunkdist.stores.kv_store import KVStore
-from chunkdist.stores.state_relay import StateRelay, StateStore
+from chunkdist.stores.state_relay import StateStore
 from chunkdist.stream.stream import Chunk, Stream
 
 NUM_TOKENS = 150
@@ -154,16 +154,16 @@ def _chunked(
     stream = _stream(x_BTH, _chunks(num_tokens))
     store, states, choice = KVStore(Chunk(0, num_tokens), None), StateStore(), AttentionChoice("math")
 
-    def run(chunk: Chunk, x: Tensor) -> tuple[Tensor, list[StateRelay]]:
+    def run(chunk: Chunk, x: Tensor) -> CellOutput:
         cell = layer.cell(chunk, stream, store, states, attention=choice)
         assert cell is not None
         output = layer.run(cell, x, slice_tokens(arguments, chunk, num_tokens))
-        return output, [] if cell.relay is None else [cell.relay]
+        return CellOutput(output, [] if cell.relay is None else [cell.relay])
 
     outputs = []
     with torch.no_grad():
         for chunk in stream.chunks:
-            output, relays = run(chunk, x_BTH[:, chunk.start : chunk.end].contiguous())
+            output, relays, _ = run(chunk, x_BTH[:, chunk.start : chunk.end].contiguous())
             for relay in relays:
                 relay.hand_on()
             outputs.append(output)

@@ -26,6 +26,7 @@ from chunkdist.loss.cross_entropy import linear_cross_entropy
 from chunkdist.loss.head_hooks import foreign_hook
 from chunkdist.loss.lazy_forward import LazyForward
 from chunkdist.loss.lazy_tensor import LazyLogits, computed
+from chunkdist.loss.token_metrics import running_figures
 from chunkdist.recovery import attempt, no_loss
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,15 @@ def lazy_logits(model: PreTrainedModel) -> Iterator[None]:
                 owner.__dict__[name] = value
 
 
-def tiled_causal_lm_loss(
+def tiled_causal_lm_loss(logits: Tensor, labels: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+    """As `_loss`, which trainers may ask for alone."""
+    loss = _loss(logits, labels, *args, **kwargs)
+    if (figures := running_figures()) is not None:
+        figures.loss = loss.clone()  # models add their other losses to it in place
+    return loss
+
+
+def _loss(
     logits: Tensor,
     labels: Tensor | None,
     vocab_size: int,

@@ -1,4 +1,4 @@
-"""What trainers log of the tokens of a batch, computed while a tile's logits are there."""
+"""What trainers ask of the tokens of a batch, computed while a tile's logits are there."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ class TokenFigures:
     Args:
         entropy: Entropy of the distributions, in nats.
         num_correct: Tokens that have the largest logit.
+        loss: The cross-entropy alone, with its graph: a model may add other losses to it.
     """
 
+    loss: Tensor | None = None
     entropy: Tensor | float = 0.0
     num_correct: Tensor | int = 0
 

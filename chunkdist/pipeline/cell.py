@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from chunkdist.engine.cell import CellGraph, rerun, retain
+from chunkdist.engine.cell import CellGraph, CellOutput, rerun, retain
 from chunkdist.pipeline.cell_inputs import CellInputs
 from chunkdist.pipeline.stage import ModelStage
 from chunkdist.replay import AutocastState, RngState, undisturbed_rng
-from chunkdist.stores.state_relay import StateRelay
 
 
 @dataclass(kw_only=True)
@@ -59,7 +58,7 @@ class StageCell(CellInputs):
         if self.retained:
             leaf = self._leaf(received)
             self._graph = retain(leaf, self._run_layers, self.stage.parameters_of_step)
-            output = self._graph.output.detach()
+            output = self._graph.output.hidden.detach()
         else:
             output = self._run_plainly(received)
         self._hand_on()
@@ -96,9 +95,9 @@ class StageCell(CellInputs):
                 leaf = self._leaf(received)
                 graph = rerun(leaf, self._run_layers, self.stage.parameters_of_step)
             if self.stage.is_last:
-                grad_output = self._backward_of_loss(graph.output)
+                grad_output = self._backward_of_loss(graph.output.hidden)
             grad = graph.backward(grad_output)
-            for relay in graph.relays:
+            for relay in graph.output.relays:
                 relay.forget()
             for stores in self.stores:
                 if stores.attention is not None:
@@ -110,8 +109,8 @@ class StageCell(CellInputs):
         self.hidden, self.relays = None if received is None else received.detach().requires_grad_(), []
         return self.hidden
 
-    def _run_layers(self) -> tuple[Tensor, list[StateRelay]]:
-        return self.stage.run_layers(self), self.relays
+    def _run_layers(self) -> CellOutput:
+        return CellOutput(self.stage.run_layers(self), self.relays)
 
     def _backward_of_loss(self, output: Tensor) -> Tensor:
         """The gradient of what the layers end with. The head's graph is gone when theirs is needed."""

@@ -61,8 +61,8 @@ class ForwardLabels:
         """Refuses gradients of what a decoder has made of padding, at the end of their backward."""
         mask, self.mask = self.mask, None
         hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
-        if mask is not None and isinstance(hidden, Tensor) and hidden.requires_grad:
-            hidden.register_hook(partial(_refuse_gradients, mask))
+        if mask is not None and isinstance(hidden, Tensor):
+            refuse_gradients_of_padding(hidden, mask)
 
     def refuse(self) -> None:
         """Raises on labels of padding."""
@@ -73,11 +73,22 @@ class ForwardLabels:
         )
 
 
-def _refuse_gradients(mask_BT: Tensor, grad_BTH: Tensor) -> None:
-    """A hook of hidden states. A GPU is not waited for before all of the backward has been given to it."""
-    largest_BT = torch.linalg.vector_norm(grad_BTH, ord=torch.inf, dim=-1)  # and no copy of the gradient
-    counts = largest_BT > 0  # a loss that is NaN is none of padding
-    found = (counts & (mask_BT == 0).to(grad_BTH.device)).any()
+def refuse_gradients_of_padding(x: Tensor, mask_BT: Tensor) -> None:
+    """The backward through `x` will raise where a gradient of a padded token arrives.
+
+    Args:
+        x: (B, T, ...) or (B x T, ...), of all tokens.
+    """
+    if x.requires_grad:
+        x.register_hook(partial(_refuse_gradients, mask_BT))
+
+
+def _refuse_gradients(mask_BT: Tensor, grad: Tensor) -> None:
+    """A hook of hidden states or router logits. A GPU is not waited for before all of the backward has been
+    given to it."""
+    largest = torch.linalg.vector_norm(grad, ord=torch.inf, dim=-1)  # and no copy of the gradient
+    counts = largest > 0  # a loss that is NaN is none of padding
+    found = (counts & (mask_BT == 0).to(grad.device).view(largest.shape)).any()
 
     def read() -> None:
         if bool(found):

@@ -47,7 +47,6 @@ from chunkdist.train.options.combinations import check_options
 from chunkdist.train.options.needed_packages import usable_attention
 from chunkdist.train.options.tokenizer_options import check_end_token
 from chunkdist.train.options.wandb_mode import settle_wandb
-from chunkdist.train.router_loss import router_loss_coefficient
 from chunkdist.train.samples.stream_order import refuse_other_order
 from chunkdist.train.token_check import check_token_ids
 from chunkdist.train.trainers.checked import CheckedSFTTrainer
@@ -119,12 +118,10 @@ def build_trainer(
     for said in (line, chunk_size_line(options, chunk_config)):
         if said is not None:
             print_once(said)
-    if chunk_config is not None:
-        training.router_aux_loss_coef = router_loss_coefficient(options)
-        if training.ddp_find_unused_parameters is None:
-            training.ddp_find_unused_parameters = (
-                False  # a group is one node of the graph, with all its parameters
-            )
+    if chunk_config is not None and training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = (
+            False  # a group is one node of the graph, with all its parameters
+        )
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # there is nothing to pin memory for, torch would warn
     model: Any = model_options.model_name_or_path

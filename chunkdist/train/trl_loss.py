@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput
 
 from chunkdist.data.streams import NO_LABEL
@@ -49,21 +50,40 @@ def _forward(
             kwargs["num_items_in_batch"] = num_items_in_batch
         return inner(*args, fused_lm_head=fused_lm_head, **kwargs)
     with token_figures() as figures:
-        negative_sum = inner(*args, **kwargs, num_items_in_batch=1).loss
+        outputs = inner(*args, **kwargs, num_items_in_batch=1)
+    negative_sum = figures.loss
+    assert negative_sum is not None, f"{type(model).__name__} computed no loss of its tokens"
+    aux_loss = _balance_loss(model, outputs, kwargs.get("attention_mask"))
     shifted = kwargs.get("shift_labels")
     mask = (labels[:, 1:] if shifted is None else shifted) != NO_LABEL
     entropy, num_correct = (
         torch.as_tensor(x, device=negative_sum.device) for x in (figures.entropy, figures.num_correct)
     )
     num_items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    loss = negative_sum / torch.as_tensor(num_items, device=negative_sum.device)
+    if aux_loss is not None:
+        loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
     # Sums where TRL has a number for each token: it sums them.
     return FusedCausalLMOutput(
-        loss=negative_sum / torch.as_tensor(num_items, device=negative_sum.device),
+        loss=loss,
         log_probs=-negative_sum,
         entropy=entropy,
         log_sum_sq_probs=None,
         mean_logits=None,
         is_top1=num_correct,
         label_mask=mask,
-        aux_loss=None,
+        aux_loss=aux_loss,
     )
+
+
+def _balance_loss(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor | None:
+    """The load-balancing loss of a mixture of experts: the model's own, or else as TRL (1.16) computes it."""
+    router_logits = getattr(outputs, "router_logits", None)
+    if not router_logits:
+        return None
+    aux_loss: Tensor | None = getattr(outputs, "aux_loss", None)
+    if aux_loss is None:
+        config = model.config.get_text_config()
+        sizes = config.num_experts, config.num_experts_per_tok
+        aux_loss = torch.as_tensor(load_balancing_loss_func(router_logits, *sizes, attention_mask))
+    return aux_loss

@@ -238,11 +238,6 @@ def check_options(options: TrainingOptions, *, will_train: bool = True) -> Chunk
             "twice; write "
             "gradient_checkpointing: false, or chunk_method: none"
         )
-    if chunk_config is not None and training.router_aux_loss_coef:
-        raise ValueError(
-            f"router_aux_loss_coef={training.router_aux_loss_coef}: chunked layers hand out no router "
-            "logits; write 0.0"
-        )
     if training.packing and training.packing_strategy == "wrapped":
         raise ValueError(
             "packing_strategy=wrapped lets the documents of a sequence attend to each other; write bfd, "

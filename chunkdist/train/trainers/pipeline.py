@@ -57,6 +57,12 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
         self._chunk_config = chunk_config
         self._pipeline: Pipeline | None = None
         super().__init__(**kwargs)
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"the router's balance loss (router_aux_loss_coef: {self.router_aux_loss_coef:g}) with "
+                "pipeline_stages above 1: a stage hands out no router logits; write router_aux_loss_coef: 0, "
+                "or pipeline_stages: 1"
+            )
         _refuse_tied_copies(self.model)
         args: Any = self.args
         self._num_replicas = args.world_size // args.pipeline_stages

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 Stream = dict[str, Tensor]
 _COLUMNS = ("input_ids", "labels")
-_TOKEN_MEANS = ("entropy", "mean_token_accuracy")
-"""What TRL logs of the tokens of a micro-batch."""
+_TOKEN_MEANS = ("entropy", "mean_token_accuracy", "aux_loss")
+"""What TRL logs of the tokens of a micro-batch; the last for a mixture of experts."""
 
 
 class StreamSamples(TorchDataset[list[dict[str, Any]]]):
@@ -64,6 +64,11 @@ class StreamSamples(TorchDataset[list[dict[str, Any]]]):
 def collate_streams(streams: list[list[dict[str, Any]]]) -> list[Stream]:
     """The streams of one item, each as a model takes it."""
     return [join_sequences(samples) for samples in streams]
+
+
+def _num_tokens(stream: Stream) -> int:
+    """0 for the one token of a stream that fills up."""
+    return stream["input_ids"].shape[1] if "position_ids" in stream else 0
 
 
 def _tokens_of(streams: list[Stream]) -> Stream:
@@ -92,6 +97,9 @@ class StreamTrainer(SFTTrainer):
         self._has_warned = False
         self._num_supervised: Iterator[int] = iter(())
         """Supervised tokens of the micro-batches to come in this step, over all ranks."""
+        self._step_tokens = 0
+        """Tokens of all streams of this step, over all ranks."""
+        self._balance_coefficient = self.router_aux_loss_coef
         self._metric_weights: list[int] = []
         self._tokens_sampled = self._tokens_rerun = 0
         self.order = StreamOrder(
@@ -167,6 +175,9 @@ class StreamTrainer(SFTTrainer):
         counts = [int((stream["labels"][:, 1:] != NO_LABEL).sum()) for stream in streams]
         of_ranks = self.accelerator.gather(torch.tensor(counts, device=self.args.device))
         self._num_supervised = iter(of_ranks.reshape(-1, max(1, len(counts))).sum(0).tolist())
+        if self.aux_loss_enabled:
+            own = torch.tensor([sum(map(_num_tokens, streams))], device=self.args.device)
+            self._step_tokens = int(self.accelerator.gather(own).sum())
         return items, num_items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -181,6 +192,7 @@ class StreamTrainer(SFTTrainer):
                     state._set_sync_gradients(False)
                     if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
                         stack.enter_context(self.accelerator.no_sync(model))
+                stack.enter_context(self._balance_weighted(_num_tokens(stream)))
                 losses.append(super().training_step(model, stream, num_items_in_batch))  # type: ignore[no-untyped-call]
             self._metric_weights.append(next(self._num_supervised))
             self._count_reruns(stream)
@@ -189,14 +201,32 @@ class StreamTrainer(SFTTrainer):
                 self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         return torch.stack(losses).sum()
 
+    @contextmanager
+    def _balance_weighted(self, num_tokens: int) -> Iterator[None]:
+        """Inside, a stream's balance loss counts by its tokens: a step's is the mean over all of its tokens,
+        where TRL's is that over micro-batches, and ranks. A stream that fills up has none."""
+        if not self.aux_loss_enabled:
+            yield
+            return
+        share = num_tokens / max(1, self._step_tokens)
+        count = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        self.router_aux_loss_coef = self._balance_coefficient * share * count
+        self.aux_loss_enabled = num_tokens > 0  # else it is 0 / 0
+        try:
+            yield
+        finally:
+            self.router_aux_loss_coef, self.aux_loss_enabled = self._balance_coefficient, True
+        if not num_tokens:
+            self._metrics["train"]["aux_loss"].append(0.0)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs or "train_loss" in logs:  # the latter: at the end, of the steps not logged yet
             logs.update(self._packing_figures())
         assert self.model is not None
         if self.model.training and self._metric_weights:  # TRL would take the mean over micro-batches
-            for values in (self._metrics["train"][name] for name in _TOKEN_MEANS):
+            for values in (self._metrics["train"].get(name, []) for name in _TOKEN_MEANS):
                 weighted = sum(map(operator.mul, values, self._metric_weights))
-                values[:] = [weighted / max(1, sum(self._metric_weights))]
+                values[:] = [weighted / max(1, sum(self._metric_weights))] if values else []
             self._metric_weights = []
         super().log(logs, *args, **kwargs)
 

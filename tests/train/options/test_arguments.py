@@ -138,7 +138,6 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"chunk_size": "many"}, "chunk_size='many' is not a count of tokens"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing=True: a chunked step is its own"),
         ({"activation_checkpointing": True}, "gradient_checkpointing=True"),
-        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
         ({"packing": True, "packing_strategy": "wrapped"}, "attend to each other"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skips the checks"),
         ({"dataset_name": None}, "dataset_name is missing"),
