@@ -173,7 +173,7 @@ def test_prefix_tuning_is_refused_with_what_to_take_instead() -> None:
         torch.manual_seed(0)
         return get_peft_model(tiny_llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=4)).double()
 
-    with pytest.raises(ValueError, match="prefix tuning and cartridges pass one: take LoRA or prompt tuning"):
+    with pytest.raises(ValueError, match="take LoraConfig or PromptTuningConfig"):
         chunk_model(model(PrefixTuningConfig), CONFIG)(**batch())
     found = gradients(chunk_model(model(PromptTuningConfig), CONFIG), batch())
     assert largest_difference(found, gradients(model(PromptTuningConfig), batch())) < EXACT
@@ -349,10 +349,15 @@ def test_refusals_while_training() -> None:
         refused_training(tiny_llama(), cu_seq_lens_q=torch.tensor([0, 5, 40]))
     with pytest.raises(UnsupportedModelError, match="dropout"):
         refused_training(tiny_llama(attention_dropout=0.1))
-    checkpointed = tiny_llama()
-    checkpointed.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="gradient_checkpointing: false"):
-        refused_training(checkpointed)
+
+
+def test_arguments_that_no_kernel_reads_pass_through() -> None:
+    """A batch's extra columns reach the attention; what a kernel knows is refused."""
+    extra = {"margin": torch.tensor([0.5]), "note": "words", "ids_again": batch()["input_ids"]}
+    found = gradients(chunk_model(tiny_llama(), CONFIG), {**batch(), **extra})
+    assert largest_difference(found, gradients(tiny_llama(), batch())) < EXACT
+    with pytest.raises(UnsupportedModelError, match="passes position_bias to its attention"):
+        refused_training(tiny_llama(), position_bias=torch.zeros(1, 4, 1, 37))
 
 
 def test_refusals_when_chunking() -> None:

@@ -5,11 +5,16 @@ B rows, T tokens of the chunk, N query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
+import inspect
+import sys
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chunkdist.attention.base import AttentionVariant
 from chunkdist.attention.cell import LAYER_ATTRIBUTE, KeysAndValues, LayerState
@@ -30,6 +35,19 @@ _HARMLESS = frozenset(
     )
 )
 """Arguments that layers hand on to their attention and that change nothing in it."""
+
+
+@cache
+def _read_by_kernels(module_name: str) -> frozenset[str]:
+    """What transformers' kernels, and the eager one of a model's own file, take by name: no other argument
+    changes what they compute."""
+    eager = getattr(sys.modules.get(module_name), "eager_attention_forward", None)
+    kernels = [*ALL_ATTENTION_FUNCTIONS.values(), _flash_attention_forward, *([eager] if eager else [])]
+    return frozenset(name for kernel in kernels for name in inspect.signature(kernel).parameters) | _OPTIONS
+
+
+_OPTIONS = frozenset(("output_attentions", "kernel_options"))
+"""What they look up in their keyword arguments (transformers 5.23)."""
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the rest of a compiled layer is compiled
@@ -66,7 +84,7 @@ def attend(
     cell = state.cell
     cell.num_calls += 1
     mask = _understood(name, attention_mask, sliding_window)
-    _refuse_unsupported(name, dropout, kwargs)
+    _refuse_unsupported(name, type(module).__module__, dropout, kwargs)
     if cell.store is None or cell.num_calls > 1:
         raise UnsupportedModelError(
             f"{state.name} calls its attention more than once: its K/V cannot be told apart"
@@ -110,13 +128,14 @@ def _understood(name: str, mask: ChunkMask | Tensor | None, sliding_window: int 
     return mask
 
 
-def _refuse_unsupported(name: str, dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse_unsupported(name: str, module_name: str, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise UnsupportedModelError(
             f"{name} drops attention weights with probability {dropout}, which no backend does: set the "
             "model's attention dropout to 0"
         )
-    unknown = [key for key, x in kwargs.items() if x is not None and x is not False and key not in _HARMLESS]
+    given = {key for key, x in kwargs.items() if x is not None and x is not False} - _HARMLESS
+    unknown = given & _read_by_kernels(module_name)
     if unknown:
         raise UnsupportedModelError(
             f"{name} passes {', '.join(sorted(unknown))} to its attention, unknown to the chunked one"

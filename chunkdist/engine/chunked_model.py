@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -32,6 +31,7 @@ from chunkdist.engine.layer import CopiedNotPickled, GroupLayer
 from chunkdist.engine.method import method_like
 from chunkdist.engine.neftune import noise_by_segment
 from chunkdist.engine.probe import LayerProbe, needs_probe
+from chunkdist.loss.fused_head import FusedHead
 from chunkdist.loss.lazy_logits import lazy_logits, tiled_head, untiled_reason
 from chunkdist.models.known_code import is_known_class
 from chunkdist.models.layers import configs_of, find_layers, layer_states, norms_of, refuse_known
@@ -41,8 +41,7 @@ from chunkdist.sharding.zero3 import Zero3Layers
 logger = logging.getLogger(__name__)
 
 HANDLE = "_chunkdist_model"
-"""Where a causal LM holds its `ChunkedModel`."""
-_CONTEXT = "_chunkdist_context"
+"""Where a causal LM and its decoder hold their `ChunkedModel`."""
 _ORIGINAL_FORWARD = "_chunkdist_original_forward"
 
 AttentionInterface.register(ATTENTION_NAME, attend)
@@ -53,8 +52,9 @@ class ChunkedModel(CopiedNotPickled):
     """Everything that `chunk_model` puts into a model.
 
     Args:
-        choose: Called before a training forward with the model, and the number of its rows, tokens, and bytes
-            of an activation under autocast (else `None`): puts values in the place of `"auto"`.
+        choose: Called before the decoder's training forward with the model, and the number of its rows,
+            tokens, and bytes of an activation under autocast (else `None`): puts values in the place of
+            `"auto"`.
     """
 
     def __init__(
@@ -71,6 +71,9 @@ class ChunkedModel(CopiedNotPickled):
         self.sizes: dict[object, Any] = {}
         """What has been counted of the model for estimates, by the settings it was counted with."""
         self.entries = entries
+        self._may_checkpoint = [*entries, *decoder.modules()]
+        self._checkpointed: list[Any] = []
+        """Modules whose gradient checkpointing was switched off."""
         self._states = layer_states(model.config.get_text_config(), layers)
         relays = any(state.relays for state in self._states)
         if relays and config.sampler is not None:
@@ -88,7 +91,7 @@ class ChunkedModel(CopiedNotPickled):
         for start in range(0, num_layers, height):
             self.groups.append(self._group(layers[start : start + height], start))
         self._number_groups()
-        if tiled_head(model) is None:
+        if model.get_output_embeddings() is not None and tiled_head(model) is None:
             logger.warning(
                 "chunkdist: the logits of the whole sequence will be made: %s", untiled_reason(model)
             )
@@ -97,7 +100,7 @@ class ChunkedModel(CopiedNotPickled):
             if is_own or is_known_class(type(module), layers[0], mixes=False):
                 self._group([module], None)
         for entry in entries:
-            entry.__dict__[_CONTEXT] = self.context
+            entry.__dict__[HANDLE] = self
             self._replace_forward(entry, _method(_decoder_forward, entry))
         self._replace_forward(model, _method(_causal_lm_forward, model))
 
@@ -113,7 +116,9 @@ class ChunkedModel(CopiedNotPickled):
             self.context.host.close()
         self._zero3.remove()
         for entry in self.entries:
-            entry.__dict__.pop(_CONTEXT)
+            entry.__dict__.pop(HANDLE)
+        for module in self._checkpointed:
+            module.gradient_checkpointing = True
         for module, forward, before in self._forwards:
             if module.__dict__.get("forward") != forward:
                 continue
@@ -125,6 +130,21 @@ class ChunkedModel(CopiedNotPickled):
             for layer in group.layers:
                 for module in layer.layer.modules():
                     module.__dict__.pop(LAYER_ATTRIBUTE, None)
+
+    def begin(self, tokens: Any, *, trains: bool) -> None:
+        """A chunked forward of the decoder begins, with `tokens` as ids (B, T) or embeddings (B, T, H)."""
+        found: list[Any] = [m for m in self._may_checkpoint if getattr(m, "gradient_checkpointing", False)]
+        if found and not self._checkpointed:
+            logger.warning(
+                "chunkdist: gradient checkpointing is switched off in the decoder: a chunked step is its own"
+            )
+        for module in found:
+            module.gradient_checkpointing = False
+            self._checkpointed.append(module)
+        if trains and self.choose is not None and isinstance(tokens, Tensor):
+            mixed = 2 if torch.is_autocast_enabled(tokens.device.type) else None
+            num_rows, num_tokens = tokens.shape[:2]
+            self.choose(self.model, num_tokens=num_tokens, num_rows=num_rows, activation_bytes=mixed)
 
     def regroup(self, layers_per_group: Any) -> None:
         """Other groups of the same layers."""
@@ -169,29 +189,31 @@ class ChunkedModel(CopiedNotPickled):
 
 def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A causal LM's forward; with labels, without ever making the logits of the whole sequence."""
-    handle = model.__dict__.get(HANDLE)
-    if handle is not None and handle.choose is not None and model.training and torch.is_grad_enabled():
-        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
-        for tokens in [x for x in given if isinstance(x, Tensor)][:1]:
-            mixed = 2 if torch.is_autocast_enabled(tokens.device.type) else None
-            num_rows, num_tokens = tokens.shape[:2]
-            handle.choose(model, num_tokens=num_tokens, num_rows=num_rows, activation_bytes=mixed)
+    handle, forward = model.__dict__.get(HANDLE), model.__dict__[_ORIGINAL_FORWARD]
+    if handle is None:
+        return forward(*args, **kwargs)
     names = list(inspect.signature(model.forward).parameters) if len(args) > 1 else ["input_ids"]
-    noted = nullcontext() if handle is None else handle.context.labels.noted(names, args, kwargs)
-    with (
-        noted,
-        nullcontext() if handle is None or kwargs.get("labels") is None else lazy_logits(handle.model),
-    ):
-        return model.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
+    with handle.context.labels.noted(names, args, kwargs):
+        if kwargs.get("labels") is None:
+            return forward(*args, **kwargs)
+        if kwargs.get("fused_lm_head") and (fused := FusedHead.of(forward, handle.model, kwargs)) is not None:
+            return fused(*args, **kwargs)
+        with lazy_logits(handle.model):
+            return forward(*args, **kwargs)
 
 
 def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A decoder's forward, in chunks unless it uses a cache."""
-    context = decoder.__dict__.get(_CONTEXT)
-    chunked = nullcontext(kwargs) if context is None else running(context, decoder, args, kwargs)
-    with chunked as kwargs, noise_by_segment(decoder, context):
+    handle = decoder.__dict__.get(HANDLE)
+    if handle is None:
+        return decoder.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
+    context = handle.context
+    with (
+        running(context, decoder, args, kwargs, begin=handle.begin) as kwargs,
+        noise_by_segment(decoder, context),
+    ):
         output = decoder.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
-    if context is not None and context.stream is None:
+    if context.stream is None:
         context.labels.watch(output)
     return output
 

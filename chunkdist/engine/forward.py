@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from chunkdist.config import AUTO_FIELDS
 from chunkdist.engine import router_logits
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.hidden_states import ARGUMENT, refuse_hidden_states
@@ -25,10 +24,19 @@ _ROUTER_LOGITS = "output_router_logits"
 
 @contextmanager
 def running(
-    context: ChunkContext, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    context: ChunkContext,
+    decoder: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    begin: Callable[..., None],
 ) -> Iterator[dict[str, Any]]:
     """Inside, the decoder's layers run in chunks. Reads the stream from what the caller passed, and gives
-    the keyword arguments to go on with."""
+    the keyword arguments to go on with.
+
+    Args:
+        begin: Called with the tokens, and whether gradients are wanted, before `context` is read.
+    """
     if context.stream is not None:  # inside another module that takes token ids
         yield kwargs
         return
@@ -38,10 +46,10 @@ def running(
     caches = [key for key in ("past_key_values", "cache_params") if arguments.get(key) is not None]
     caches += ["use_cache=True"] if arguments.get("use_cache") else []
     if caches and decoder.training and torch.is_grad_enabled():  # without a graph: `generate`
-        peft = caches[0] == "past_key_values"
         raise ValueError(
-            f"{caches[0]} was passed while training, and a chunked model makes no cache: leave it out"
-            + ("; PEFT's prefix tuning and cartridges pass one: take LoRA or prompt tuning" if peft else "")
+            f"{caches[0]} was passed while training, and a chunked model makes no cache: leave it out. If "
+            "it holds keys and values that PEFT trains (PrefixTuningConfig, CartridgeConfig), every layer "
+            "begins with them, and no chunk does: take LoraConfig or PromptTuningConfig"
         )
     if caches:  # generation
         before, context.bypassed = context.bypassed, True
@@ -64,19 +72,13 @@ def running(
                 f"{name}=True, but a chunked forward has no such outputs of the whole sequence: write "
                 f"{name}=False" + ("; in TRL, router_aux_loss_coef: 0" if name == _ROUTER_LOGITS else "")
             )
+    trains = decoder.training and torch.is_grad_enabled()
+    embeddings, ids = arguments.get("inputs_embeds"), arguments.get("input_ids")
+    begin(ids if embeddings is None else embeddings, trains=trains)
     if hidden_states := arguments.get(ARGUMENT, getattr(decoder.config, ARGUMENT, False)):
         context.layer_by_layer = not torch.is_grad_enabled()
         if not context.layer_by_layer:
             refuse_hidden_states(hidden_states, decoder, context.config)
-    if not context.reason and decoder.training and torch.is_grad_enabled():
-        asked = ", ".join(
-            f'{name}="auto"' for name in AUTO_FIELDS if getattr(context.requested, name) == "auto"
-        )
-        raise ValueError(
-            f"{asked} is chosen in the forward of the causal LM, which did not run: it has been replaced "
-            "since chunk_model (Liger's fused loss does that: write fused_linear_cross_entropy=False, "
-            "the chunked loss makes no logits either), or the decoder was called alone; else write values"
-        )
     if "use_cache" in signature.parameters and "use_cache" not in list(signature.parameters)[: len(args)]:
         kwargs = {**kwargs, "use_cache": False}
     try:

@@ -96,7 +96,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             else None
             for x in leaves
         ]
-        for start in _tiles_with_labels(labels_N, num_tokens, ignore_index):
+        for start in tiles_with_labels(labels_N, num_tokens, ignore_index):
             tile = slice(start, start + num_tokens)
             hidden = hidden_NH[tile].detach().requires_grad_(needs[0])
             with torch.set_grad_enabled(any(needs)):
@@ -137,7 +137,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _tiles_with_labels(labels_N: Tensor, num_tokens: int, ignore_index: int) -> list[int]:
+def tiles_with_labels(labels_N: Tensor, num_tokens: int, ignore_index: int) -> list[int]:
     """Starts of the tiles that have a label: prompts cost nothing."""
     starts = list(range(0, labels_N.shape[0], num_tokens))
     if isinstance(labels_N, FakeTensor):

@@ -46,11 +46,6 @@ class LayerSignature:
 def refuse_arguments(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], stream: Stream) -> None:
     """Raises on what a layer cannot be given chunk by chunk."""
     name = type(layer).__name__
-    if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        raise ValueError(
-            "gradient checkpointing is on, and the chunked layers are their own: call "
-            "model.gradient_checkpointing_disable(), or write gradient_checkpointing: false"
-        )
     num_rows = len(stream.segment_starts)
     if hidden.ndim != 3 or hidden.shape[:2] != (num_rows, stream.num_tokens):
         raise UnsupportedModelError(

@@ -211,7 +211,7 @@ def chunk_trainer(trainer: SFTTrainer, chunk_config: ChunkConfig | None) -> None
         )
     assert trainer.model is not None
     chunk_model(trainer.model, chunk_config)
-    install_tiled_loss(trainer.model, trainer.args)
+    install_tiled_loss(trainer)
 
 
 def first_batch(trainer: SFTTrainer, min_tokens: int = 5) -> dict[str, Any]:

@@ -12,31 +12,36 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
 from chunkdist.data.streams import NO_LABEL
 from chunkdist.engine.method import method_like
+from chunkdist.loss.fused_head import balance_loss
 from chunkdist.loss.lazy_logits import tiled_head
 from chunkdist.loss.token_metrics import token_figures
 from chunkdist.models.layers import causal_lm_of
 
 
-def install_tiled_loss(model: nn.Module, args: Any) -> None:
-    """For a chunked model that a trainer has put its fused head into; does nothing where the loss is another
-    one than the mean of negative log-likelihoods, or the head is no plain linear map."""
-    causal_lm = causal_lm_of(model)
-    if args.loss_type != "nll" or args.label_smoothing_factor or tiled_head(causal_lm) is None:
+def install_tiled_loss(trainer: Any) -> None:
+    """For a trainer whose model is chunked: the mean of negative log-likelihoods in one pass of the head, and
+    label smoothing without logits. Other losses are made of what the chunked model hands out for each token;
+    where the head is no plain linear map, all stays TRL's."""
+    args, causal_lm = trainer.args, causal_lm_of(trainer.model)
+    if args.loss_type != "nll" or tiled_head(causal_lm) is None:
         return
+    if args.label_smoothing_factor and trainer.aux_loss_enabled:
+        return
+    trainer.label_smoother = None  # it would ask for the logits of the whole sequence
     inner = causal_lm.forward
     # torch.compile leaves it alone; without that, dynamo asks for its file, and a partial has none (2.13)
-    call = torch.compiler.disable(partial(_forward, inner))
+    call = torch.compiler.disable(partial(_forward, inner, args.label_smoothing_factor))
     causal_lm.forward = method_like(inner, call, causal_lm)
 
 
 def _forward(
     inner: Callable[..., Any],
+    label_smoothing: float,
     model: Any,
     *args: Any,
     fused_lm_head: bool = False,
@@ -45,15 +50,17 @@ def _forward(
 ) -> Any:
     """As TRL's own: `loss` is a mean, or the sum divided by `num_items_in_batch`."""
     labels: Tensor | None = kwargs.get("labels")
-    if not fused_lm_head or labels is None or tiled_head(model) is None:
+    if not fused_lm_head or labels is None or label_smoothing or tiled_head(model) is None:
         if num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
+        if fused_lm_head and label_smoothing:
+            kwargs["label_smoothing"] = label_smoothing
         return inner(*args, fused_lm_head=fused_lm_head, **kwargs)
     with token_figures() as figures:
         outputs = inner(*args, **kwargs, num_items_in_batch=1)
     negative_sum = figures.loss
     assert negative_sum is not None, f"{type(model).__name__} computed no loss of its tokens"
-    aux_loss = _balance_loss(model, outputs, kwargs.get("attention_mask"))
+    aux_loss = balance_loss(model, outputs, kwargs.get("attention_mask"))
     shifted = kwargs.get("shift_labels")
     mask = (labels[:, 1:] if shifted is None else shifted) != NO_LABEL
     entropy, num_correct = (
@@ -75,15 +82,3 @@ def _forward(
         aux_loss=aux_loss,
     )
 
-
-def _balance_loss(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor | None:
-    """The load-balancing loss of a mixture of experts: the model's own, or else as TRL (1.16) computes it."""
-    router_logits = getattr(outputs, "router_logits", None)
-    if not router_logits:
-        return None
-    aux_loss: Tensor | None = getattr(outputs, "aux_loss", None)
-    if aux_loss is None:
-        config = model.config.get_text_config()
-        sizes = config.num_experts, config.num_experts_per_tok
-        aux_loss = torch.as_tensor(load_balancing_loss_func(router_logits, *sizes, attention_mask))
-    return aux_loss

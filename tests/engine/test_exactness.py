@@ -162,7 +162,7 @@ def test_a_fault_is_seen(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Stream, "segment_starts", property(lambda self: ((0,),)), raising=False)
         monkeypatch.setattr(Stream, "__init__", _init_without_segments)
     else:
-        monkeypatch.setattr(loss, "_tiles_with_labels", lambda *args: [0])
+        monkeypatch.setattr(loss, "tiles_with_labels", lambda *args: [0])
         monkeypatch.setattr(loss, "tile_tokens", lambda *args: 16)
     model = chunk_model(tiny_llama(), ChunkConfig(chunk_size=7))
     found, truth = gradients(model, INPUTS["packed"]()), expected("full", "packed")

@@ -210,10 +210,6 @@ FAULTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "chunk size": (lambda m: command_line(m, FITTING, chunk_size=0), "chunk_size=0"),
     "group height": (lambda m: command_line(m, FITTING, layers_per_group=3), "layers_per_group=3"),
     "method": (lambda m: command_line(m, FITTING, chunk_method="ceco"), "invalid choice: 'ceco'"),
-    "checkpointing": (
-        lambda m: command_line(m, FITTING, gradient_checkpointing=True),
-        "gradient_checkpointing=True",
-    ),
     "missing file": (lambda m: command_line(m, FITTING, dataset_name="./no.jsonl"), "does not exist"),
     "broken line": (broken_line, "data.jsonl, line 3: not JSON"),
     "no column": (lambda m: command_line(m, [{"question": "a"}]), "no usable column, only question"),

@@ -9,9 +9,11 @@ import pytest
 import torch
 from trl.trainer import utils
 
+from chunkdist.loss import cross_entropy
 from chunkdist.train.build import build_trainer, chunk_trainer
 from chunkdist.train.options.arguments import parse_options
 from tests.helpers.planted_memory import memory_for
+from tests.helpers.row_logits import RowLogits
 from tests.helpers.tiny_run import command_line, make_model_folder, write_rows
 
 ROWS = [{"input_ids": [(7 * n + 3 * i) % 200 for i in range(length)]} for n, length in enumerate((40, 23))]
@@ -53,13 +55,33 @@ def test_it_is_what_trl_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
 
 
-def test_another_loss_stays_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def called(*args: object) -> None:
-        raise KeyError("TRL's head was called")
+@pytest.mark.parametrize("options", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.9}])
+def test_other_losses_without_all_logits(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = figures_of(trainer_of(tmp_path, chunk_method="none", **options))
+    plain = figures_of(trainer_of(tmp_path, chunk_method="none"))
+    assert plain[0] != pytest.approx(expected[0], rel=1e-4)
 
-    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", called)
-    with pytest.raises(KeyError, match="TRL's head was called"):
-        figures_of(trainer_of(tmp_path, loss_type="dft"))
+    def refuse(*args: object) -> None:
+        raise AssertionError("TRL's head was called")
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", refuse)
+    monkeypatch.setattr(cross_entropy, "TILE_BYTES", 1)
+    trainer = trainer_of(tmp_path, **options)
+    with RowLogits(trainer.model.config.vocab_size) as logits:
+        found = figures_of(trainer)
+    assert logits.count == 0
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=0)
+    for mine, theirs in zip(found[2], expected[2], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_labels_that_cannot_be_smoothed_any_more_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, label_smoothing_factor=0.1)
+    trainer.model.lm_head.register_forward_hook(lambda module, inputs, logits: logits * 3)
+    with pytest.raises(RuntimeError, match="labels cannot be smoothed any more"):
+        figures_of(trainer)
 
 
 def test_with_torch_compile(tmp_path: Path) -> None:

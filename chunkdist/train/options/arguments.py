@@ -52,7 +52,7 @@ class TrainArguments(SFTConfig):
 
     # `None`, not `False`: recent versions of transformers take any other value for the deprecated spelling.
     gradient_checkpointing: bool | None = option(  # type: ignore[assignment]
-        None, "Hugging Face's gradient checkpointing, for chunk_method: none. A chunked step excludes it."
+        None, "Hugging Face's gradient checkpointing, for chunk_method: none. A chunked step switches it off."
     )
 
     pipeline_stages: int = option(

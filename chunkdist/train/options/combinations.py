@@ -232,12 +232,6 @@ def check_options(options: TrainingOptions, *, will_train: bool = True) -> Chunk
     """
     chunk_config = options.chunk.chunk_config()
     training, model, data = options.training, options.model, options.data
-    if chunk_config is not None and training.gradient_checkpointing:
-        raise ValueError(
-            "gradient_checkpointing=True: a chunked step is its own checkpointing, both would recompute "
-            "twice; write "
-            "gradient_checkpointing: false, or chunk_method: none"
-        )
     if training.packing and training.packing_strategy == "wrapped":
         raise ValueError(
             "packing_strategy=wrapped lets the documents of a sequence attend to each other; write bfd, "

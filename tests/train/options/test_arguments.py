@@ -136,8 +136,6 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"chunk_method": "spaco", "spaco_budget": 0}, "spaco_budget=0: write 1 or more"),
         ({"chunk_method": "spaco", "spaco_cap": 2.0}, "spaco_cap=2.0 with spaco_sampler=independent"),
         ({"chunk_size": "many"}, "chunk_size='many' is not a count of tokens"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing=True: a chunked step is its own"),
-        ({"activation_checkpointing": True}, "gradient_checkpointing=True"),
         ({"packing": True, "packing_strategy": "wrapped"}, "attend to each other"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "skips the checks"),
         ({"dataset_name": None}, "dataset_name is missing"),
