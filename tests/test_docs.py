@@ -10,10 +10,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from chunkdist import ChunkConfig, chunk_model
 from tests.helpers.models import tiny_llama
-from tests.helpers.tiny_run import ROOT, load_script
+from tests.helpers.tiny_run import BYTE_LLAMA, ROOT, load_script
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.S)
@@ -29,8 +30,9 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """All marked blocks of a page, one after another, where the folder `my-model` holds a model."""
     torch.manual_seed(0)
     tiny_llama(
-        dtype=torch.float32, vocab_size=256, max_position_embeddings=16384, attn_implementation="sdpa"
+        dtype=torch.float32, vocab_size=258, max_position_embeddings=16384, attn_implementation="sdpa"
     ).save_pretrained(tmp_path / "my-model")
+    AutoTokenizer.from_pretrained(BYTE_LLAMA).save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
     exec(compile(runnable(page), page.name, "exec"), {})
 
