@@ -81,4 +81,3 @@ def _forward(
         label_mask=mask,
         aux_loss=aux_loss,
     )
-

@@ -18,6 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
     Qwen2ForTokenClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from trl.trainer import utils
 
@@ -81,7 +83,7 @@ def ends_early(model: Any) -> Any:
     return model
 
 
-def trainer_of(name: str, folder: Path, *, lora: bool, **changes: Any) -> Any:
+def trainer_of(name: str, folder: Path, *, lora: bool, model: Any = None, **changes: Any) -> Any:
     torch.manual_seed(0)
     given: dict[str, Any] = {
         "output_dir": str(folder),
@@ -99,7 +101,7 @@ def trainer_of(name: str, folder: Path, *, lora: bool, **changes: Any) -> Any:
     }
     tokenizer = AutoTokenizer.from_pretrained(BYTE_LLAMA)
     kind = Qwen2ForSequenceClassification if name == "Reward" else Qwen2ForCausalLM
-    model = tiny(kind, num_labels=1) if name == "Reward" else tiny(kind)
+    model = model or (tiny(kind, num_labels=1) if name == "Reward" else tiny(kind))
     made: dict[str, Any] = {"model": model}
     if name == "SFT":
         made["train_dataset"] = Dataset.from_dict({"text": TEXTS * 4})
@@ -181,6 +183,24 @@ def test_three_steps_are_the_plain_trainers(
         assert any(x["completions/min_length"] < x["completions/max_length"] for x in found[0])
     assert caplog.text.count("gradient checkpointing is switched off") == 1
     assert "logits" not in caplog.text
+
+
+def test_a_mixture_of_experts_has_its_balance_loss(tmp_path: Path) -> None:
+    """TRL's default: the coefficient of the model's config."""
+    results = []
+    for chunked in (False, True):
+        torch.manual_seed(0)
+        sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+        sizes |= {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes |= {"num_key_value_heads": 2, "router_aux_loss_coef": 0.3, "initializer_range": 0.2}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trainer = trainer_of("DPO", tmp_path, lora=False, model=model)
+        if chunked:
+            chunk_model(trainer.model, CONFIG)
+        results.append(run(trainer))
+    assert all(entry["aux_loss"] > 0 for entry in results[0][0])
+    assert_same_run(results[1], results[0], start)
 
 
 def test_a_value_head_and_pooled_rewards() -> None:
