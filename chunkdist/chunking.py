@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from chunkdist.config import ChunkConfig
@@ -19,6 +20,7 @@ from chunkdist.memory.auto import resolve_auto
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.sharded import SINGLE
 from chunkdist.models.layers import causal_lm_of
+from chunkdist.sharding.sequence import SequenceGroup
 from chunkdist.spaco.sample import SampleReport
 from chunkdist.stores.host_memory import HostMemory
 
@@ -49,7 +51,7 @@ class ChunkReport:
     """SpaCO's last sample."""
 
 
-def chunk_model(model: Model, config: ChunkConfig) -> Model:
+def chunk_model(model: Model, config: ChunkConfig, *, sequence_group: ProcessGroup | None = None) -> Model:
     """Makes a causal LM run its layers chunk by chunk, in place, with exact gradients.
 
     Chunked are the forwards without a cache: training, and evaluation under `no_grad`. Generation is the
@@ -57,6 +59,10 @@ def chunk_model(model: Model, config: ChunkConfig) -> Model:
 
     Args:
         model: A transformers causal LM, or a PEFT model of one; chunk before FSDP or DDP wrap it.
+        sequence_group: Ranks that share the tokens of each row (sequence parallelism): each passes a
+            contiguous, equal part of the same rows, in the order of the ranks, and gets the loss and the
+            logits of its part. Gradients summed over the ranks are those of the rows. Of each chunk of
+            `chunk_size` tokens, a rank runs an equal part.
 
     Returns:
         The same object.
@@ -68,7 +74,10 @@ def chunk_model(model: Model, config: ChunkConfig) -> Model:
     causal_lm = _causal_lm(model)
     if HANDLE in causal_lm.__dict__:
         raise ValueError("the model is chunked already: call unchunk_model(model) first")
-    causal_lm.__dict__[HANDLE] = ChunkedModel(causal_lm, config, resolve_auto_values)
+    sequence = None
+    if sequence_group is not None and sequence_group.size() > 1:
+        sequence = SequenceGroup(sequence_group)
+    causal_lm.__dict__[HANDLE] = ChunkedModel(causal_lm, config, resolve_auto_values, sequence)
     return model
 
 

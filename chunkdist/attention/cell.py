@@ -8,6 +8,7 @@ from torch import Tensor
 
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.base import Span
+from chunkdist.attention.heads import HeadExchange
 from chunkdist.stores.attention_outputs import AttentionOutputs
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateRelay
@@ -30,12 +31,14 @@ class Cell:
     """One layer's part of a running cell.
 
     Args:
-        chunk: The tokens.
+        chunk: The tokens, of this rank's part of `stream`.
         store: K/V of the layer; `None` where no attention is expected.
         outputs: Where the layer's attention takes its output from, if it is kept there, and else keeps it;
             `None`: the kernel runs, and nothing is kept.
         stop_at_kv: Raise `KeysAndValues` instead of attending.
         relay: The layer's cache, where layers keep state other than K/V.
+        exchange: Between ranks that have the other parts: each attends with its heads, from all tokens of the
+            chunk. `None`: there are no others.
     """
 
     chunk: Chunk
@@ -45,19 +48,30 @@ class Cell:
     outputs: AttentionOutputs | None = None
     stop_at_kv: bool = False
     relay: StateRelay | None = None
+    exchange: HeadExchange | None = None
     num_calls: int = 0
+
+    @property
+    def whole(self) -> Stream:
+        """The stream of all ranks."""
+        return self.stream.whole or self.stream
+
+    @property
+    def tokens(self) -> Chunk:
+        """The chunk's tokens of all ranks, as stores and kernels have them."""
+        return self.stream.in_whole(self.chunk)
 
     def visible(self, row: int, window: int | None, block: int | None) -> tuple[int, tuple[Span, ...]]:
         """The first key that any query of this chunk sees, and the spans relative to it.
 
         Blocks of `block` tokens, counted from the start of a segment, are to attention what segments are.
         """
-        chunk, starts = self.chunk, self.stream.segment_starts[row]
-        ends = (*starts[1:], self.stream.num_tokens)
+        chunk, starts, num_tokens = self.tokens, self.whole.segment_starts[row], self.whole.num_tokens
+        ends = (*starts[1:], num_tokens)
         if block is not None:
             cuts = [range(start, end, block) for start, end in zip(starts, ends, strict=True)]
             starts = tuple(start for cut in cuts for start in cut)
-            ends = (*starts[1:], self.stream.num_tokens)
+            ends = (*starts[1:], num_tokens)
         origin, spans = None, []
         for seg_start, seg_end in zip(starts, ends, strict=True):
             q_start, q_end = max(seg_start, chunk.start), min(seg_end, chunk.end)

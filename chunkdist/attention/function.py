@@ -96,18 +96,27 @@ def attend(
         )
     query, key, value = _in_one_dtype(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    window = _window_in(cell.stream, mask.window)
+    window = _window_in(cell.whole, mask.window)
     variant = AttentionVariant(scale=scale, window=window, softcap=softcap or None)
     backend = cell.choice.backend_for(query, variant)
     q_BTND, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (query, key, value))
     value_dim = v_BTKD.shape[-1]
     if backend.equal_head_dims and value_dim != q_BTND.shape[-1]:
         v_BTKD = F.pad(v_BTKD, (0, q_BTND.shape[-1] - value_dim))
+    exchange = cell.exchange
+    if exchange is not None:
+        exchange.check(name, query.shape[1], key.shape[1])
     if cell.stop_at_kv:
-        raise KeysAndValues(k_BTKD, v_BTKD)
+        raise KeysAndValues(*((k_BTKD, v_BTKD) if exchange is None else exchange.to_heads(k_BTKD, v_BTKD)))
     sink_N = None if s_aux is None else s_aux.reshape(-1)
+    if exchange is not None:
+        q_BTND, k_BTKD, v_BTKD = exchange.to_heads(q_BTND, k_BTKD, v_BTKD)
+        sink_N = None if sink_N is None else exchange.own(sink_N)
     out_BTND = chunk_attention(cell, backend, variant, mask.block, (q_BTND, k_BTKD, v_BTKD, sink_N))
-    return out_BTND[..., :value_dim].contiguous(), None  # as transformers promises: some models call `.view`
+    out_BTND = out_BTND[..., :value_dim]
+    if exchange is not None:
+        out_BTND = exchange.to_tokens(out_BTND)
+    return out_BTND.contiguous(), None  # as transformers promises: some models call `.view`
 
 
 def _understood(name: str, mask: ChunkMask | Tensor | None, sliding_window: int | None) -> ChunkMask:

@@ -49,7 +49,7 @@ class _ChunkAttention(torch.autograd.Function):
     ) -> Tensor:
         store, outputs = cell.store, cell.outputs
         assert store is not None
-        store.write(cell.chunk, k_BTKD, v_BTKD)
+        store.write(cell.tokens, k_BTKD, v_BTKD)
         kept = None if outputs is None else outputs.read(cell.chunk)
         out_BTND, lse_BNT = kept or _attend(cell, store, backend, variant, block, q_BTND, sink_N)
         if outputs is not None and kept is None:
@@ -68,14 +68,14 @@ class _ChunkAttention(torch.autograd.Function):
         with without_autocast(q_BTND.device.type):
             for row, q_TND in enumerate(q_BTND):
                 origin, spans = cell.visible(row, ctx.variant.window, ctx.block)
-                with store.grads_from(cell.chunk, row, origin) as kv_grads:
-                    keys_and_values = store.read(row, origin, cell.chunk.end)
+                with store.grads_from(cell.tokens, row, origin) as kv_grads:
+                    keys_and_values = store.read(row, origin, cell.tokens.end)
                     dq_TND = ctx.backend.backward(
                         AttentionRow(q_TND, *keys_and_values, spans, ctx.variant),
                         RowGradient(grad_out_BTND[row], out_BTND[row], lse_BNT[row], kv_grads),
                     )
                 dqs.append(dq_TND)
-        own_grads = store.grads_of(cell.chunk)
+        own_grads = store.grads_of(cell.tokens)
         assert own_grads is not None
         dk_BTKD, dv_BTKD = (grad.to(q_BTND.dtype) for grad in own_grads)
         dsink_N = None
@@ -100,7 +100,7 @@ def _attend(
     with without_autocast(q_BTND.device.type):
         for row, q_TND in enumerate(q_BTND):
             origin, spans = cell.visible(row, variant.window, block)
-            keys_and_values = store.read(row, origin, cell.chunk.end)
+            keys_and_values = store.read(row, origin, cell.tokens.end)
             out_TND, lse_NT = backend.forward(AttentionRow(q_TND, *keys_and_values, spans, variant))
             if sink_N is not None:
                 lse_with_sink = torch.logaddexp(lse_NT, sink_N.to(lse_NT.dtype)[:, None])

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from chunkdist.attention.cell import LAYER_ATTRIBUTE
 from chunkdist.attention.function import ATTENTION_NAME, attend
 from chunkdist.attention.mask import chunk_mask
-from chunkdist.config import ChunkConfig
+from chunkdist.config import AUTO_FIELDS, ChunkConfig
 from chunkdist.engine.additions import Additions
 from chunkdist.engine.as_run import refuse_offset_adapters
 from chunkdist.engine.context import ChunkContext
@@ -35,7 +35,8 @@ from chunkdist.loss.fused_head import FusedHead
 from chunkdist.loss.lazy_logits import lazy_logits, tiled_head, untiled_reason
 from chunkdist.models.known_code import is_known_class
 from chunkdist.models.layers import configs_of, find_layers, layer_states, norms_of, refuse_known
-from chunkdist.sharding.sequence import refuse_sequence_parallelism
+from chunkdist.sharding.refuse_sequence import refuse_sequence_parallelism
+from chunkdist.sharding.sequence import SequenceGroup
 from chunkdist.sharding.zero3 import Zero3Layers
 
 logger = logging.getLogger(__name__)
@@ -55,13 +56,20 @@ class ChunkedModel(CopiedNotPickled):
         choose: Called before the decoder's training forward with the model, and the number of its rows,
             tokens, and bytes of an activation under autocast (else `None`): puts values in the place of
             `"auto"`.
+        sequence: The ranks that share the tokens of each row.
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: ChunkConfig, choose: Callable[..., None] | None = None
+        self,
+        model: PreTrainedModel,
+        config: ChunkConfig,
+        choose: Callable[..., None] | None = None,
+        sequence: SequenceGroup | None = None,
     ) -> None:
         entries, decoder, layers = find_layers(model)
-        refuse_sequence_parallelism(configs_of([*entries, decoder, *layers]), [model])
+        # a mesh may have a dim for ranks that share rows
+        sharded = [] if sequence is not None else [model]
+        refuse_sequence_parallelism(configs_of([*entries, decoder, *layers]), sharded)
         refuse_known(model, entries[-1], layers)
         refuse_offset_adapters([module for layer in layers for module in layer.modules()])
         num_layers = len(layers)
@@ -84,7 +92,12 @@ class ChunkedModel(CopiedNotPickled):
             )
         self.additions = Additions(LayerProbe() if needs_probe(model, has_state=relays) else None)
         configs = configs_of([*entries, decoder, *layers])
-        self.context = ChunkContext(config, configs, has_state=relays, checked=self.additions.asked)
+        self.context = ChunkContext(
+            config, configs, has_state=relays, sequence=sequence, checked=self.additions.asked
+        )
+        if sequence is not None:
+            self.context.refuse_shared_rows()
+            _refuse_auto(config)
         self._zero3 = Zero3Layers(layers, height)
         self.groups: list[LayerGroup] = []
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
@@ -193,6 +206,8 @@ def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if handle is None:
         return forward(*args, **kwargs)
     names = list(inspect.signature(model.forward).parameters) if len(args) > 1 else ["input_ids"]
+    if handle.context.stream is None:
+        kwargs = _shifted_labels(handle.context, names, args, kwargs)
     with handle.context.labels.noted(names, args, kwargs):
         if kwargs.get("labels") is None:
             return forward(*args, **kwargs)
@@ -202,6 +217,26 @@ def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return forward(*args, **kwargs)
 
 
+def _refuse_auto(config: ChunkConfig) -> None:
+    for name, instead in AUTO_FIELDS.items():
+        if getattr(config, name) == "auto":
+            raise ValueError(
+                f"{name}='auto' with a sequence group, whose ranks might choose differently: write a value, "
+                f"such as {name}={instead!r}"
+            )
+
+
+def _shifted_labels(
+    context: ChunkContext, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The forward's keyword arguments. Where ranks share rows, a part's last label is the next rank's."""
+    group = context.sequence
+    labels = {**dict(zip(names, args, strict=False)), **kwargs}.get("labels")
+    if group is None or not isinstance(labels, Tensor) or kwargs.get("shift_labels") is not None:
+        return kwargs
+    return {**kwargs, "shift_labels": group.shifted(labels, kwargs.get("ignore_index", -100))}
+
+
 def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A decoder's forward, in chunks unless it uses a cache."""
     handle = decoder.__dict__.get(HANDLE)
@@ -209,10 +244,10 @@ def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return decoder.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
     context = handle.context
     with (
-        running(context, decoder, args, kwargs, begin=handle.begin) as kwargs,
+        running(context, decoder, args, kwargs, begin=handle.begin) as call,
         noise_by_segment(decoder, context),
     ):
-        output = decoder.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
+        output = call.finish(decoder.__dict__[_ORIGINAL_FORWARD](*call.args, **call.kwargs))
     if context.stream is None:
         context.labels.watch(output)
     return output

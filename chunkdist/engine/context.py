@@ -14,6 +14,9 @@ from transformers import PreTrainedConfig
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.function import ATTENTION_NAME
 from chunkdist.config import ChunkConfig
+from chunkdist.engine.parts import Parts
+from chunkdist.errors import UnsupportedModelError
+from chunkdist.sharding.sequence import SequenceGroup
 from chunkdist.spaco.sample import ChunkSample
 from chunkdist.stores.host_memory import HostMemory
 from chunkdist.stream.padding import ForwardLabels
@@ -38,6 +41,7 @@ class ChunkContext:
     Args:
         model_configs: The config objects that the model's attention modules read their implementation from.
         has_state: Whether layers keep state other than K/V: then chunks end where segments do.
+        sequence: The ranks that share the tokens of each row; `None`: rows are whole.
         checked: What surrounds each call of layers; raises where they are not exact in chunks. Called with
             the layers, the arguments of each, their hidden states and stream.
     """
@@ -48,12 +52,16 @@ class ChunkContext:
         model_configs: Sequence[PreTrainedConfig],
         *,
         has_state: bool = False,
+        sequence: SequenceGroup | None = None,
         checked: Callable[..., AbstractContextManager[None]] = _unchecked,
     ) -> None:
         self.config = config.without_auto()
         self.requested = config
         """The config that was given; `config` has values in the place of `"auto"`."""
         self.has_state = has_state
+        self.sequence = sequence
+        self.parts: Parts | None = None
+        """The forward that runs, where tokens are shared between ranks."""
         self.checked = checked
         self.attention = AttentionChoice(config.attention)
         self.host = HostMemory() if self.config.offload == "host" else None
@@ -71,6 +79,14 @@ class ChunkContext:
         self.model_configs = model_configs
         self.reason = "" if config.has_auto else "as configured"
         """Why these values; empty while `"auto"` is not resolved."""
+
+    def refuse_shared_rows(self) -> None:
+        """Raises `UnsupportedModelError` where ranks cannot share the tokens of a row."""
+        if self.has_state:
+            raise UnsupportedModelError(
+                "the model has layers with state between tokens, which ranks do not hand on to each other: "
+                "train it without sequence parallelism (chunks bound the memory of a sequence)"
+            )
 
     def resolve(self, config: ChunkConfig, reason: str) -> None:
         """Puts what was chosen in the place of `"auto"`."""

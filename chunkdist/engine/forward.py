@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +14,27 @@ from torch import nn
 from chunkdist.engine import router_logits
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.hidden_states import ARGUMENT, refuse_hidden_states
+from chunkdist.engine.parts import Parts
 from chunkdist.errors import UnsupportedModelError
-from chunkdist.sharding.sequence import refuse_sequence_parallelism
+from chunkdist.sharding.refuse_sequence import refuse_sequence_parallelism
 from chunkdist.spaco.sample import ChunkSample
 from chunkdist.stream.from_inputs import read_stream
 from chunkdist.stream.packed import refuse_segments
 
 _ROUTER_LOGITS = "output_router_logits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderCall:
+    """What a decoder is called with, and what becomes of its output."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parts: Parts | None = None
+
+    def finish(self, output: Any) -> Any:
+        """What the caller gets."""
+        return output if self.parts is None else self.parts.restored(output)
 
 
 @contextmanager
@@ -30,15 +45,15 @@ def running(
     kwargs: dict[str, Any],
     *,
     begin: Callable[..., None],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[DecoderCall]:
     """Inside, the decoder's layers run in chunks. Reads the stream from what the caller passed, and gives
-    the keyword arguments to go on with.
+    the call to go on with.
 
     Args:
         begin: Called with the tokens, and whether gradients are wanted, before `context` is read.
     """
     if context.stream is not None:  # inside another module that takes token ids
-        yield kwargs
+        yield DecoderCall(args=args, kwargs=kwargs)
         return
     signature = inspect.signature(decoder.forward)
     arguments = signature.bind(*args, **kwargs).arguments
@@ -54,7 +69,7 @@ def running(
     if caches:  # generation
         before, context.bypassed = context.bypassed, True
         try:
-            yield kwargs
+            yield DecoderCall(args=args, kwargs=kwargs)
         finally:
             context.bypassed = before
         return
@@ -82,22 +97,29 @@ def running(
     if "use_cache" in signature.parameters and "use_cache" not in list(signature.parameters)[: len(args)]:
         kwargs = {**kwargs, "use_cache": False}
     try:
-        context.stream = read_stream(
-            arguments,
-            int(context.config.chunk_size),
-            cut_at_segments=context.has_state,
-            labels=context.labels,
-        )
-        if context.stream.longest_segment < context.stream.num_tokens:
-            refuse_segments(decoder, context.stream.longest_segment)
+        chunk_size = int(context.config.chunk_size)
+        group = context.sequence
+        if group is None:
+            context.stream = read_stream(
+                arguments, chunk_size, cut_at_segments=context.has_state, labels=context.labels
+            )
+            if context.stream.longest_segment < context.stream.num_tokens:
+                refuse_segments(decoder, context.stream.longest_segment)
+            call = DecoderCall(args=args, kwargs=kwargs)
+        else:
+            context.refuse_shared_rows()
+            arguments = {name: x for name, x in {**arguments, **kwargs}.items() if name != "kwargs"}
+            context.parts = parts = Parts(group, decoder, arguments, chunk_size, context.labels)
+            context.stream = parts.stream
+            call = DecoderCall(args=(), kwargs=parts.arguments, parts=parts)
         sampler = context.config.sampler
-        context.sample = None if sampler is None else ChunkSample(sampler, context.stream)
+        context.sample = None if sampler is None else ChunkSample(sampler, context.stream, group)
         with context.attention_installed():
-            yield kwargs
+            yield call
         if context.open_call is not None:
             raise UnsupportedModelError("the decoder skips layers: write layers_per_group=1")
     finally:
         if context.open_call is not None:
             context.open_call.abandon()
-        context.stream = context.open_call = None
+        context.stream = context.open_call = context.parts = None
         context.layer_by_layer = False

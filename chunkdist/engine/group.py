@@ -106,7 +106,7 @@ class GroupCall:
         modules = [layer.layer for layer in group.layers]
         if group.layers[0].state is not None:
             zero3.check_group(modules)
-        self.units = GroupUnits(modules, may_be_larger=group.is_cut)
+        self.units = GroupUnits(modules, may_be_larger=group.is_cut, shares_rows=stream.whole is not None)
         self.units.keep()
         self._input = GroupInput(len(modules))
         self._stores: list[KVStore | None] = []
@@ -115,6 +115,8 @@ class GroupCall:
         self._as_run: LayersAsRun
         self._autocast: AutocastState
         self._sample = group.context.sample
+        parts = group.context.parts
+        self._exchange = None if parts is None else parts.group.heads
         self._retained: dict[int, CellGraph] = {}
         """By chunk index, of the cells whose graph is kept."""
         self._wants_router_logits = group.is_decoder and router_logits.are_wanted()
@@ -323,7 +325,7 @@ class GroupCall:
         for store in self._stores:
             if store is not None:
                 store.weigh_relays(
-                    self.stream.chunks,
+                    [self.stream.in_whole(chunk) for chunk in self.stream.chunks],
                     self._sample.relays,
                     keep_unweighted=self.group.context.config.uses_control_variate,
                 )
@@ -358,7 +360,15 @@ class GroupCall:
                 zip(self.group.layers, self.arguments, saved, strict=True), start=1
             ):
                 kept, stops = outputs if keeps else None, number == stop_at_kv
-                cell = layer.cell(chunk, self.stream, store, states, outputs=kept, stop_at_kv=stops)
+                cell = layer.cell(
+                    chunk,
+                    self.stream,
+                    store,
+                    states,
+                    outputs=kept,
+                    stop_at_kv=stops,
+                    exchange=self._exchange,
+                )
                 hidden = layer.run(cell, hidden, slice_tokens(arguments, chunk, self.stream.num_tokens))
                 if cell is not None and cell.relay is not None:
                     relays.append(cell.relay)
@@ -370,4 +380,6 @@ class GroupCall:
         self._stores = [self._new_store(layer, tokens) for layer in self.group.layers]
 
     def _new_store(self, layer: GroupLayer, tokens: Chunk) -> KVStore | None:
-        return None if layer.state is None else KVStore(tokens, self.group.context.config.kv_grad_dtype)
+        if layer.state is None:
+            return None
+        return KVStore(self.stream.in_whole(tokens), self.group.context.config.kv_grad_dtype)

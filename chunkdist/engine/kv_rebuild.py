@@ -40,6 +40,7 @@ def rebuild_parts(
             and last
             and stream.chunks[index].end - stream.chunks[last.start].start <= _MAX_TOKENS
             and not (between_sampled and index in sampled)
+            and stream.whole is None  # ranks exchange one chunk at a time
             and rng[index].equals(rng[index - 1])
         ):
             parts[-1] = range(last.start, index + 1)
@@ -91,7 +92,8 @@ class KVRebuild:
             for part in parts:
                 store = stores[self.num_layers - 1]
                 assert store is not None
-                store.write(self._stream.tokens_of(part), *self.keys_and_values(part, hidden))
+                tokens = self._stream.in_whole(self._stream.tokens_of(part))
+                store.write(tokens, *self.keys_and_values(part, hidden))
 
     def keys_and_values(self, part: range, hidden: Hidden) -> tuple[Tensor, Tensor]:
         """Runs consecutive chunks up to the attention of the group's last layer that attends: its K and V,
@@ -108,7 +110,7 @@ class KVRebuild:
         """Unweighted minus weighted K/V gradient of these chunks reaches the parameters of the norm and the
         k/v projections without a rerun. Its mean over the samples is 0. Parameters are aliased by the
         caller."""
-        left_out = store.left_out_of(self._stream.tokens_of(part))
+        left_out = store.left_out_of(self._stream.in_whole(self._stream.tokens_of(part)))
         if not left_out:
             return
         with torch.enable_grad(), self._autocast.apply():

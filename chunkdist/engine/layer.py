@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.cell import Cell, LayerState
+from chunkdist.attention.heads import HeadExchange
 from chunkdist.engine.context import ChunkContext
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.models.arguments import SEGMENT_ARGUMENTS, LayerSignature
@@ -93,18 +94,28 @@ class GroupLayer(CopiedNotPickled):
         outputs: AttentionOutputs | None = None,
         stop_at_kv: bool = False,
         attention: AttentionChoice | None = None,
+        exchange: HeadExchange | None = None,
     ) -> Cell | None:
         """The layer's part of a cell; `None` for modules that treat each token alone.
 
         Args:
-            outputs: As in `Cell`.
+            outputs, exchange: As in `Cell`.
             attention: `None`: the model's own choice.
         """
         if self.state is None:
             return None
         relay = None if self.cache_argument is None else states.relay(chunk)
         choice = attention or self.context.attention
-        return Cell(chunk, stream, store, choice, outputs=outputs, stop_at_kv=stop_at_kv, relay=relay)
+        return Cell(
+            chunk,
+            stream,
+            store,
+            choice,
+            outputs=outputs,
+            stop_at_kv=stop_at_kv,
+            relay=relay,
+            exchange=exchange,
+        )
 
     def run(self, cell: Cell | None, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The layer itself on one chunk (B, T, H)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from chunkdist.engine.context import ChunkContext
+from chunkdist.engine.parts import Parts
 from chunkdist.stream.stream import Stream
 
 
@@ -25,14 +26,16 @@ def noise_by_segment(decoder: nn.Module, context: ChunkContext | None) -> Iterat
     """Inside, transformers' hook on the decoder's embeddings, if it is there, scales by segments."""
     stream = None if context is None else context.stream
     find = getattr(decoder, "get_input_embeddings", None)
-    if stream is None or find is None or all(len(starts) == 1 for starts in stream.segment_starts):
+    parts = None if context is None else context.parts
+    is_one = stream is not None and all(len(starts) == 1 for starts in stream.segment_starts)
+    if stream is None or find is None or (is_one and parts is None):
         yield
         return
     hooks = find()._forward_hooks
     found = [key for key, hook in hooks.items() if hook is neftune_post_forward_hook]
     try:
         for key in found:
-            hooks[key] = partial(_add_noise, stream)
+            hooks[key] = partial(_add_noise, stream.whole or stream, parts)
         yield
     finally:
         for key in found:
@@ -40,8 +43,8 @@ def noise_by_segment(decoder: nn.Module, context: ChunkContext | None) -> Iterat
                 hooks[key] = neftune_post_forward_hook
 
 
-def _add_noise(stream: Stream, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """As transformers' hook, with each segment's own length."""
+def _add_noise(stream: Stream, parts: Parts | None, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """As transformers' hook, with each segment's own length; ranks may have parts of it."""
     if not module.training:
         return output
     lengths = [
@@ -49,6 +52,8 @@ def _add_noise(stream: Stream, module: nn.Module, inputs: Any, output: Tensor) -
         for starts in stream.segment_starts
     ]
     lengths_BT1 = torch.tensor(lengths, device=output.device)[..., None]
+    if parts is not None:
+        lengths_BT1 = lengths_BT1[:, parts.exchange.positions]
     alpha: Any = module.neftune_noise_alpha
     scale_BT1 = alpha / torch.sqrt(lengths_BT1 * output.shape[-1])
     noisy: Tensor = output + torch.zeros_like(output).uniform_(-1, 1) * scale_BT1.to(output.dtype)

@@ -85,7 +85,8 @@ class Saved:
         stores = next((stores for run, stores in self._stores.items() if index in run), [])
         attending = [store for store in stores if store is not None]
         if index == 0:
-            kv_bytes = sum(store.bytes_per_token for store in attending) * self._stream.num_tokens
+            num_stored = (self._stream.whole or self._stream).num_tokens
+            kv_bytes = sum(store.bytes_per_token for store in attending) * num_stored
             outputs_bytes = sum(outputs.bytes_at(0) for outputs in self.attention if outputs is not None)
             outputs_bytes = outputs_bytes // chunks[0].num_tokens * self._stream.num_tokens
             waiting = hidden.nbytes + kv_bytes + outputs_bytes
@@ -95,7 +96,7 @@ class Saved:
         for tensors in self._tensors:
             tensors.send(chunks[index].start, self.host)
         for store in attending:
-            store.send(chunks[index], self.host)
+            store.send(self._stream.in_whole(chunks[index]), self.host)
 
     def settle(self) -> None:
         """What the device is given from now on runs after all copies."""

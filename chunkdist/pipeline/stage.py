@@ -28,7 +28,7 @@ from chunkdist.models.arguments import LayerSignature, refuse_arguments
 from chunkdist.models.layers import configs_of, find_layers, layer_states, norms_of, refuse_known
 from chunkdist.pipeline.cell_inputs import CellInputs, LayerStores
 from chunkdist.replay import undisturbed_rng
-from chunkdist.sharding.sequence import refuse_sequence_parallelism
+from chunkdist.sharding.refuse_sequence import refuse_sequence_parallelism
 from chunkdist.stores.attention_outputs import AttentionOutputs
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateStore

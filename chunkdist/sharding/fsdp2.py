@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from chunkdist.sharding.sequence import refuse_mesh
+from chunkdist.sharding.refuse_sequence import refuse_mesh
 
 
 def refuse_inner_units(layer: nn.Module) -> None:
@@ -38,6 +38,7 @@ class GroupUnits:
     Args:
         layers: The group's layers, in their order.
         may_be_larger: Whether a unit may have layers of several groups.
+        shares_rows: Whether ranks share the tokens of a row: then a mesh may have a dim for that.
 
     Raises:
         ValueError: a unit has layers of several groups, and may not; or its mesh has a dim along which
@@ -45,12 +46,15 @@ class GroupUnits:
             cut.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], *, may_be_larger: bool = False) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], *, may_be_larger: bool = False, shares_rows: bool = False
+    ) -> None:
         if not may_be_larger:
             _refuse_units_across_groups(layers)
         own = _unit_state(layers[-1])
         for group in getattr(own, "_fsdp_param_groups", ()):
-            refuse_mesh(group.mesh_info.mesh)
+            if not shares_rows:
+                refuse_mesh(group.mesh_info.mesh)
         self._units: list[FSDPModule] = []
         for layer in layers[:-1]:
             if isinstance(layer, FSDPModule) and _unit_state(layer) is not own:

@@ -1,213 +1,142 @@
-"""Sequence and context parallelism by other hands, which a chunked model does not take part in.
+"""Sequence parallelism: the ranks of a group share the tokens of the same rows.
 
-Ranks of such a group hold parts of one sequence and exchange keys and values inside the attention that they
-replace. A chunked model calls its own: each rank would attend to its own part alone, and gradients would be
-off by a third, with nothing said. So it is refused wherever it can be seen; nothing of a library is imported
-for that, what has not been imported does nothing.
+Each passes a contiguous, equal part of every row, as Accelerate's and DeepSpeed's own sequence parallelism
+hand them out. Cut into chunks, such parts would leave all ranks but one idle. So where the decoder begins,
+tokens change places, and each rank has an equal part of every chunk; where it ends, hidden states go back,
+and head, loss and trainer see the parts that they passed.
 
-Private names, seen in torch 2.13, accelerate 1.15, transformers 5.23 and deepspeed 0.19: the handlers of
-`DTensor._op_dispatcher`, `AcceleratorState._shared_state`, DeepSpeed's `groups.mpu` and `groups.mesh_device`,
-and `parallel_state_sp._SEQUENCE_PARALLEL_GROUP`.
+To engines, the ranks of a group are data-parallel ranks whose losses are parts of one sum.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
-from transformers import PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
-_DIM = re.compile(r"^(cp|sp|seq|ring|ulysses)(_|$)|_(cp|sp|seq)$|sequence|context|ulysses")
-"""Names of mesh dims along which a sequence is cut."""
-_JOINT = frozenset(("dp_shard_cp", "dp_cp"))
-"""Dims that Accelerate flattens others into; their root tells whether one for sequences is among them."""
-_STANDARD = re.compile(r"^(sdpa|eager|flex_attention|flash_attention_\d)$")
-"""Names under which transformers registers its own attention functions."""
-Found = tuple[str, str] | None
-"""What was set, and what to do about it."""
-_ENVIRONMENT = {"cp_size": "PARALLELISM_CONFIG_CP_SIZE", "sp_size": "PARALLELISM_CONFIG_SP_SIZE"}
+from chunkdist.attention.heads import HeadExchange
+from chunkdist.stream.stream import Stream
 
 
-def refuse_sequence_parallelism(
-    configs: Iterable[PreTrainedConfig] = (), modules: Iterable[nn.Module] = ()
-) -> None:
-    """Raises where sequences are, or will be, cut between ranks by something else than chunkdist.
+class SequenceGroup:
+    """The ranks that share the tokens of a model's rows, in the order of their parts."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.num_ranks, self.rank = group.size(), group.rank()
+        self.heads = HeadExchange(group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a copied model is in the same group
+
+    def gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        """The equal parts of all ranks, one after another along `dim`."""
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.num_ranks)]
+        distributed.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim)
+
+    def refuse_difference(self, values: dict[str, int], like: Tensor) -> None:
+        """Raises on all ranks where they do not agree.
+
+        Args:
+            values: By what the user calls them.
+            like: On the device of the group's collectives.
+
+        Raises:
+            ValueError: names what differs, by rank.
+        """
+        own = torch.tensor([list(values.values())], device=like.device)
+        by_rank = self.gather(own, 0).tolist()
+        for name, found in zip(values, zip(*by_rank, strict=True), strict=True):
+            if len(set(found)) > 1:
+                raise ValueError(
+                    f"the ranks of the sequence group passed different {name} ({', '.join(map(str, found))}):"
+                    " each passes a part of the same rows, all parts of equal length; pad rows on the right "
+                    "to a multiple of the ranks, with labels of -100"
+                )
+
+    def shifted(self, labels_BT: Tensor, ignored: int) -> Tensor:
+        """The labels of this rank's part, each at the token before: the last one is of the next rank."""
+        first_PB = self.gather(labels_BT[None, :, 0], 0)
+        is_last = self.rank == self.num_ranks - 1
+        after_B = torch.full_like(labels_BT[:, 0], ignored) if is_last else first_PB[self.rank + 1]
+        return torch.cat([labels_BT[:, 1:], after_B[:, None]], dim=1)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        x = x.clone()
+        distributed.all_reduce(x, group=self.group)
+        return x
+
+    def of_first(self, x: Tensor) -> Tensor:
+        """The first rank's `x`, which has the same shape everywhere."""
+        return self.gather(x[None], 0)[0]
+
+
+class TokenExchange:
+    """Tokens between the contiguous parts that ranks pass and their parts of each chunk.
 
     Args:
-        configs: Config objects from which the model's modules read their attention implementation.
-        modules: Looked at for parameters on a mesh with such a dim, and for attention modules that exchange.
-
-    Raises:
-        ValueError: it names what was set, and what to write.
+        whole: The tokens of all ranks. Their number, and that of each chunk, is a multiple of the ranks.
     """
-    found = _of_accelerate() or _of_deepspeed() or _of_torch() or _of_functions(configs)
-    for module in modules:
-        found = found or _of_module(module)
-    if found:
-        what, instead = found
-        raise ValueError(
-            f"{what}: each rank would hold a part of the sequence, and a chunked model attends to what is on "
-            f"its own rank; {instead}, so that every rank has whole sequences (chunks bound their memory)"
-        )
+
+    def __init__(self, group: SequenceGroup, whole: Stream, device: torch.device) -> None:
+        self._group = group.group
+        size, num_own = group.num_ranks, whole.num_tokens // group.num_ranks
+        starts = torch.tensor([chunk.start for chunk in whole.chunks])
+        shares = torch.tensor([chunk.num_tokens // size for chunk in whole.chunks])
+        part = torch.arange(group.rank * num_own, (group.rank + 1) * num_own)
+        index = torch.searchsorted(starts, part, right=True) - 1
+        owner = (part - starts[index]) // shares[index]
+        order = owner.argsort(stable=True)
+        self.positions = torch.cat(
+            [
+                torch.arange(chunk.start + group.rank * share, chunk.start + (group.rank + 1) * share)
+                for chunk, share in zip(whole.chunks, shares.tolist(), strict=True)
+            ]
+        ).to(device)
+        """(T/P,): where this rank's parts of the chunks stand in the rows."""
+        self._order, self._back = order.to(device), order.argsort().to(device)
+        self._sent = owner.bincount(minlength=size).tolist()
+        self._received = (self.positions.cpu() // num_own).bincount(minlength=size).tolist()
+
+    def to_chunks(self, x_BT: Tensor) -> Tensor:
+        """(B, T/P, ...) of this rank's part of the rows to (B, T/P, ...) of its parts of the chunks;
+        differentiable."""
+        result: Tensor = _Exchange.apply(self, True, x_BT)  # type: ignore[no-untyped-call]
+        return result
+
+    def to_rows(self, x_BT: Tensor) -> Tensor:
+        """The way back."""
+        result: Tensor = _Exchange.apply(self, False, x_BT)  # type: ignore[no-untyped-call]
+        return result
+
+    def run(self, x_BT: Tensor, to_chunks: bool) -> Tensor:
+        """What `to_chunks` or `to_rows` return, without a graph."""
+        x_TB = x_BT.transpose(0, 1)
+        if to_chunks:
+            return (
+                self._all_to_all(x_TB[self._order], self._sent, self._received).transpose(0, 1).contiguous()
+            )
+        return self._all_to_all(x_TB, self._received, self._sent)[self._back].transpose(0, 1).contiguous()
+
+    def _all_to_all(self, x_TB: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        result = torch.empty_like(x_TB, memory_format=torch.contiguous_format)
+        distributed.all_to_all_single(result, x_TB.contiguous(), list(received), list(sent), self._group)
+        return result
 
 
-def refuse_mesh(mesh: Any) -> None:
-    """Raises where a model is sharded along a mesh dim for sequences.
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: TokenExchange, to_chunks: bool, x_BT: Tensor) -> Tensor:
+        ctx.exchange, ctx.to_chunks = exchange, to_chunks
+        return exchange.run(x_BT, to_chunks)
 
-    Raises:
-        ValueError: names the dim.
-    """
-    if dim := _sequence_dim(mesh):
-        raise ValueError(
-            f"the model is on a device mesh with the dim {dim!r}: each rank would hold a part of the "
-            "sequence, and a chunked model attends to what is on its own rank; make the mesh of "
-            "data-parallel dims only"
-        )
-
-
-def refuse_parallelism_config(config: Any, deepspeed: Any = None) -> None:
-    """The same from a trainer's options, before a model is loaded.
-
-    Args:
-        config: Accelerate's `ParallelismConfig`, or what was written in its place; `None`: the environment of
-            `accelerate launch` counts.
-        deepspeed: The trainer's DeepSpeed config; `None` without DeepSpeed.
-
-    Raises:
-        ValueError: it names what was set, and what to write.
-    """
-    from_launcher = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
-    for name, variable in _ENVIRONMENT.items():
-        given = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
-        if config is None and from_launcher:
-            given = os.environ.get(variable)
-        if given is not None and str(given) != "1":
-            raise ValueError(_of_size("parallelism_config", name, given))
-    size = None if deepspeed is None else deepspeed.get_value("sequence_parallel_size")
-    if isinstance(size, int) and size > 1:
-        raise ValueError(_of_size("the DeepSpeed config", "sequence_parallel_size", size))
-
-
-def _of_size(where: str, name: str, size: Any) -> str:
-    return (
-        f"{name}={size} in {where} gives each rank a part of the sequence, and a chunked model attends to "
-        f"what is on its own rank; write {name}: 1 (chunks bound the memory of a sequence)"
-    )
-
-
-def _of_accelerate() -> Found:
-    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
-    shared = getattr(state, "_shared_state", {})
-    config = shared.get("parallelism_config")
-    for name in _ENVIRONMENT:
-        if (size := getattr(config, name, None) or 1) > 1:
-            return f"Accelerate's parallelism_config has {name}={size}", f"write {name}=1"
-    if dim := _sequence_dim(shared.get("device_mesh")):
-        return f"Accelerate's device mesh has the dim {dim!r}", "leave that dim out"
-    return None
-
-
-def _of_deepspeed() -> Found:
-    instead = "leave UlyssesSPAttentionHF and sequence_parallel_size out"
-    groups = sys.modules.get("deepspeed.utils.groups")
-    mpu, mesh = getattr(groups, "mpu", None), getattr(groups, "mesh_device", None)
-    if (dim := _sequence_dim(mesh)) or _size_of_mpu(mpu) > 1:
-        return f"DeepSpeed has a sequence-parallel group ({dim or 'of its mpu'})", instead
-    state = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
-    group = getattr(state, "_SEQUENCE_PARALLEL_GROUP", None)
-    if group is not None and torch.distributed.is_initialized() and _size_of(group) > 1:
-        return f"DeepSpeed has a sequence-parallel group of {_size_of(group)} ranks (Ulysses)", instead
-    return None
-
-
-def _size_of_mpu(mpu: Any) -> int:
-    for name in ("get_sequence_parallel_world_size", "get_context_parallel_world_size"):
-        if (size := getattr(mpu, name, None)) is not None:
-            try:
-                return int(size())
-            except AssertionError:  # it knows the question, and has made no such group
-                continue
-    return 1
-
-
-def _size_of(group: Any) -> int:
-    size = getattr(group, "size", None)
-    return int(size()) if callable(size) else int(torch.distributed.get_world_size(group))
-
-
-def _of_torch() -> Found:
-    """torch's own dispatch: its handlers of attention, which are there while it is on, in all versions."""
-    name = "torch's context_parallel is active"
-    handlers = getattr(getattr(DTensor, "_op_dispatcher", None), "_custom_op_handlers", {})
-    if torch.ops.aten._scaled_dot_product_flash_attention.default in handlers:
-        return name, "leave the context manager out"
-    replaced = getattr(F.scaled_dot_product_attention, "__globals__", {}).get("__name__", "")
-    if "tensor.experimental" in replaced:
-        return name, "leave the context manager out"
-    if torch._C._len_torch_function_stack():
-        modes = torch.overrides._get_current_function_mode_stack()
-        if any("tensor.experimental" in type(mode).__module__ for mode in modes):  # torch before 2.8
-            return name, "leave the context manager out"
-    return None
-
-
-def _of_functions(configs: Iterable[PreTrainedConfig]) -> Found:
-    """Attention functions that the model would call, had it no chunks, and that are not transformers' own."""
-    for config in configs:
-        name = getattr(config, "_attn_implementation", None)
-        if not isinstance(name, str):
-            continue
-        home = _home_of(ALL_ATTENTION_FUNCTIONS.get(name))
-        if home.startswith("deepspeed.") or (_STANDARD.match(name) and not home.startswith("transformers.")):
-            what = f"the attention function {name!r} of transformers has been replaced by one of {home}"
-            return what, "do not register it"
-        sdpa = F.scaled_dot_product_attention
-        if name == "sdpa" and hasattr(sdpa, "__globals__"):  # torch's own is a builtin
-            what = f"torch's scaled_dot_product_attention has been replaced by one of {_home_of(sdpa)}"
-            return what, "put it back"
-    return None
-
-
-def _home_of(function: Any) -> str:
-    """The module in which the code was written; `functools.wraps` hides it."""
-    function = getattr(function, "func", function)
-    if function is None:
-        return "transformers."
-    home = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
-    return str(home)
-
-
-def _of_module(module: nn.Module) -> Found:
-    for submodule in module.modules():
-        home = type(submodule).__module__
-        if home.startswith(("deepspeed.sequence", "deepspeed.runtime.sequence_parallel")):
-            return f"{type(submodule).__name__} of {home} is in the model", "take it out"
-    for parameter in module.parameters():
-        if isinstance(parameter, DTensor):
-            dim = _sequence_dim(parameter.device_mesh)
-            return (f"the model is on a mesh with the dim {dim!r}", "leave that dim out") if dim else None
-    return None
-
-
-def _sequence_dim(mesh: Any) -> str | None:
-    """The name of a mesh's dim, or of one of the mesh that it is a part of, along which sequences are cut."""
-    if mesh is None:
-        return None
-    root = getattr(mesh, "_get_root_mesh", lambda: mesh)() or mesh
-    for each in (mesh, root):
-        for name in getattr(each, "mesh_dim_names", None) or ():
-            if _DIM.search(name) and name not in _JOINT and _mesh_size(each, name) > 1:
-                return str(name)
-    return None
-
-
-def _mesh_size(mesh: Any, name: str) -> int:
-    return int(mesh.size(mesh.mesh_dim_names.index(name)))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, ctx.exchange.run(grad_BT, not ctx.to_chunks)

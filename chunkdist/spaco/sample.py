@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, distributed
@@ -40,12 +41,29 @@ class SampleReport:
         return self.num_rows * sum(chunk.num_tokens for chunk in self.kept)
 
 
-class ChunkSample:
-    """The weights of one stream's chunks: drawn in the backward of its last group, used in all."""
+class Sharers(Protocol):
+    """Ranks that share the tokens of the stream: they draw one sample."""
 
-    def __init__(self, sampler: ChunkSampler, stream: Stream) -> None:
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        ...
+
+    def of_first(self, x: Tensor) -> Tensor:
+        """The first rank's `x`."""
+        ...
+
+
+class ChunkSample:
+    """The weights of one stream's chunks: drawn in the backward of its last group, used in all.
+
+    Args:
+        sharers: Ranks that have other parts of the same chunks; `None`: the chunks are whole.
+    """
+
+    def __init__(self, sampler: ChunkSampler, stream: Stream, sharers: Sharers | None = None) -> None:
         self._sampler = sampler
         self._stream = stream
+        self._sharers = sharers
         self.weights: tuple[float, ...] = ()
         """(k,): of each chunk's output gradient; 0 drops the chunk."""
         self.relays: list[list[float]] | None = None
@@ -57,9 +75,14 @@ class ChunkSample:
         """Draws from the norms of the chunks' output gradients (B, T, H). The GPU is waited for once."""
         chunks = self._stream.chunks
         norms = [grad_output[:, chunk.start : chunk.end].float().norm() for chunk in chunks]
-        scores = torch.stack(norms).double().cpu()
+        scores = torch.stack(norms).double()
+        if self._sharers is not None:
+            scores = self._sharers.total(scores**2).sqrt()
+        scores = scores.cpu()
         with _rank_generator():
             drawn = self._sampler.draw(scores).double()
+        if self._sharers is not None:
+            drawn = self._sharers.of_first(drawn.to(grad_output.device)).cpu()
         k = len(chunks)
         if drawn.shape not in ((k,), (k, k)) or not bool((drawn.isfinite() & (drawn >= 0)).all()):
             raise ValueError(
@@ -76,7 +99,9 @@ class ChunkSample:
         self.relays = None if torch.equal(earlier, torch.ones_like(earlier).tril(-1)) else relays.tolist()
         if not bool(scores.any()):  # nothing comes in: a stream that fills up, or has no supervised token
             return
-        kept = tuple(chunk for chunk, weight in zip(chunks, self.weights, strict=True) if weight)
+        kept = tuple(
+            self._stream.in_whole(chunk) for chunk, weight in zip(chunks, self.weights, strict=True) if weight
+        )
         noise = (weights * (weights - 1) * scores**2).sum() / (scores**2).sum().clamp(
             min=torch.finfo(torch.float64).tiny
         )

@@ -50,15 +50,37 @@ class Stream:
         num_tokens: Tokens of a row.
         chunks: Ascending and adjacent; they cover all tokens.
         segment_starts: For each row, the first token of each of its segments, ascending, beginning with 0.
+        whole: The stream of a sequence group, of which this is one rank's part: an equal part of each chunk,
+            in the same order. `segment_starts` are the whole's. `None`: this is all there is.
     """
 
     num_tokens: int
     chunks: tuple[Chunk, ...]
     segment_starts: tuple[tuple[int, ...], ...]
+    whole: Stream | None = None
+
+    def part_of(self, num_ranks: int) -> Stream:
+        """What a rank of a sequence group has of this stream."""
+        chunks = tuple(Chunk(chunk.start // num_ranks, chunk.end // num_ranks) for chunk in self.chunks)
+        return Stream(
+            num_tokens=self.num_tokens // num_ranks,
+            chunks=chunks,
+            segment_starts=self.segment_starts,
+            whole=self,
+        )
+
+    def in_whole(self, tokens: Chunk) -> Chunk:
+        """The tokens of the whole stream that this rank's `tokens`, whole chunks, are a part of."""
+        if self.whole is None:
+            return tokens
+        num_ranks = self.whole.num_tokens // self.num_tokens
+        return Chunk(tokens.start * num_ranks, tokens.end * num_ranks)
 
     @property
     def longest_segment(self) -> int:
         """In tokens, of all rows."""
+        if self.whole is not None:
+            return self.whole.longest_segment
         return max(
             end - start
             for starts in self.segment_starts
@@ -72,6 +94,8 @@ class Stream:
     def is_read_later(self, index: int, chunks: Sequence[int]) -> bool:
         """Whether a later chunk, among `chunks` (ascending), sees a token of chunk `index`: the next one, if
         any does."""
+        if self.whole is not None:
+            return self.whole.is_read_later(index, chunks)
         position = bisect_right(chunks, index)
         return (
             position < len(chunks)

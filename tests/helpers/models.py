@@ -68,9 +68,9 @@ def norms_in_fp64(model: PreTrainedModel) -> PreTrainedModel:
     """Transformers' norms compute in fp32, whatever the model's dtype: here, torch's own in their places."""
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
-            if type(norm).__name__ == "LlamaRMSNorm":
-                size = norm.weight.shape[0]
-                setattr(parent, name, nn.RMSNorm(size, eps=norm.variance_epsilon, dtype=torch.float64))
+            if type(norm).__name__ in ("LlamaRMSNorm", "Gemma2RMSNorm"):
+                eps = getattr(norm, "variance_epsilon", None) or norm.eps
+                setattr(parent, name, nn.RMSNorm(norm.weight.shape[0], eps=eps, dtype=torch.float64))
     return model
 
 

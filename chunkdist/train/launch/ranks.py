@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from chunkdist.sharding.sequence import refuse_parallelism_config
+from chunkdist.sharding.refuse_sequence import refuse_parallelism_config
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

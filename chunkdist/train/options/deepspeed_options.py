@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from chunkdist.sharding.sequence import refuse_parallelism_config
+from chunkdist.sharding.refuse_sequence import refuse_parallelism_config
 from chunkdist.train.options.json_options import read_json, read_json_file
 
 if TYPE_CHECKING:

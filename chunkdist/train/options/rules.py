@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from chunkdist.sharding.sequence import refuse_parallelism_config
+from chunkdist.sharding.refuse_sequence import refuse_parallelism_config
 from chunkdist.train.options.json_options import read_json, read_json_file
 
 _NONE = type(None)

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chunkdist import ChunkConfig, chunk_model
-from chunkdist.sharding.sequence import refuse_mesh
+from chunkdist.sharding.refuse_sequence import refuse_mesh
 from chunkdist.train.launch.ranks import check_engine
 from tests.helpers.models import batch, gradients, largest_difference, tiny_llama
 from tests.train.launch.test_ranks import arguments
@@ -82,7 +82,7 @@ REPLACED: dict[str, tuple[Callable[[], Any], str]] = {
     "cp_size": (lambda: accelerate_with(cp_size=2), "cp_size=2: .*write cp_size=1"),
     "transformers' function": (
         attention_replaced,
-        r"'sdpa' of transformers has been replaced by .*test_sequence",
+        r"'sdpa' of transformers has been replaced by .*test_refuse_sequence",
     ),
     "torch's function": (torch_attention_replaced, "scaled_dot_product_attention has been replaced"),
     "torch's dispatch": (dispatch_enabled, "context_parallel is active: .*leave the context manager out"),
