@@ -94,6 +94,17 @@ def test_a_resumed_run_goes_on_as_the_whole_one(
         assert torch.equal(value, weights[name]), name
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_resumed_stream_goes_on_behind_what_all_ranks_saw(
+    two_ranks: Ranks, folder: Path, engine: str
+) -> None:
+    streaming = {"dataset_streaming": True, "long_samples": "drop", "train_sampling_strategy": "sequential"}
+    whole = run(two_ranks, engine, folder, **streaming)
+    assert len(set(whole.values())) == 4
+    shutil.rmtree(folder / "out" / "checkpoint-4")
+    assert run(two_ranks, engine, folder, resume_from_checkpoint=True, **streaming) == whole
+
+
 def test_a_run_that_was_killed_ends_as_one_that_was_not(folder: Path, two_ranks: Ranks) -> None:
     """One rank in a step (FSDP2), then all ranks with a checkpoint half written (ZeRO-3)."""
     expected = {}
