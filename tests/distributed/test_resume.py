@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
 from chunkdist.train.checkpoints import whole as checkpoints
 from chunkdist.train.checkpoints.files import FILE_LIST
+from tests.distributed.hub import train_and_push
 from tests.distributed.launched import (
     arguments_of,
     figures,
@@ -177,6 +179,49 @@ def test_the_best_evaluation_is_what_is_saved(two_ranks: Ranks, folder: Path, en
     ]
     for name, value in loaded(folder, lora=False).items():
         assert torch.allclose(value, expected[name], rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_what_is_pushed_and_what_on_save_finds(two_ranks: Ranks, folder: Path, engine: str) -> None:
+    """The limit holds, `on_save` finds a whole checkpoint, and one rank pushes whole weights."""
+    options = {
+        **OPTIONS,
+        "max_steps": 2,
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "chunk_method": "seco",
+        "spaco_budget": 8,
+    }
+    options |= {"push_to_hub": True, "hub_model_id": "a/b"}
+    options["hub_strategy"] = "end" if engine == "fsdp2" else "all_checkpoints"
+    (first, second) = two_ranks.run(train_and_push, *arguments_of(engine, folder, ROWS, **options))
+    assert [path.name for path in (folder / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert first[0] == second[0] == 0
+    assert first[2] == second[2] == [True, True]
+    assert second[1] == []
+    *during, (where, total) = first[1]
+    assert where == ""
+    saved = load_file(folder / "out" / "model.safetensors")
+    assert total == pytest.approx(sum(float(x.sum()) for x in saved.values()), rel=1e-4)
+    expected = [] if engine == "fsdp2" else ["", "checkpoint-1", "", "checkpoint-2"]
+    assert [place for place, _ in during] == expected
+    assert all(x is not None for _, x in during)
+    assert len({x for _, x in during}) == len(expected) // 2
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_checkpoints_of_weights_alone(two_ranks: Ranks, folder: Path, engine: str) -> None:
+    options = {**OPTIONS, "max_steps": 2, "save_only_model": True, "chunk_method": "seco", "spaco_budget": 8}
+    answers = two_ranks.run(train_in_vain, *arguments_of(engine, folder, ROWS, **options))
+    if engine == "fsdp2":
+        assert [status for status, _ in answers] == [2, 2]
+        assert "save_only_model" in answers[0][1]
+        assert not list((folder / "out").glob("checkpoint-*"))
+        return
+    assert [status for status, _ in answers] == [0, 0]
+    saved = load_file(folder / "out" / "checkpoint-2" / "model.safetensors")
+    for name, value in load_file(folder / "out" / "model.safetensors").items():
+        assert torch.equal(value, saved[name]), name
 
 
 def save_slowly(folder: Path) -> list[str]:
