@@ -127,6 +127,16 @@ def layers_of(model: nn.Module) -> list[GroupLayer]:
     return _handle(_causal_lm(model)).layers
 
 
+def num_computed(model: nn.Module) -> int:
+    """Tokens that its training forwards so far have computed on this rank: without padding that was left out,
+    shared ones once.
+
+    Raises:
+        ValueError: the model is not chunked.
+    """
+    return _handle(_causal_lm(model)).context.num_computed
+
+
 def host_memory(model: nn.Module) -> HostMemory | None:
     """What holds the host memory of `offload="host"`; `None`: without it.
 

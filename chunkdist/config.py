@@ -46,6 +46,9 @@ class ChunkConfig:
             the norm and the k/v projections without weights, which lowers SpaCO's variance and runs these
             parts of the layer again. `"auto"`: when a group is one layer and the sampler says
             `unbiased = True`.
+        share_prefixes: Whether tokens that sequences of one forward begin with are computed once for all of
+            them. `True`: any. `"auto"`: beginnings of a chunk's tokens or more, where it is exact; it is not
+            with dropout, a sampler, layers with state other than K/V, or attention in blocks.
 
     Raises:
         ValueError: a value is out of its range, or two values exclude each other.
@@ -61,6 +64,7 @@ class ChunkConfig:
     rebuild_kv: bool | Literal["auto"] = "auto"
     keep_attention: bool = False
     control_variate: bool | Literal["auto"] = "auto"
+    share_prefixes: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if self.chunk_size != "auto":
@@ -94,6 +98,15 @@ class ChunkConfig:
         if self.control_variate not in (True, False, "auto"):
             raise ValueError(
                 f"control_variate={self.control_variate!r} is unknown: write True, False or 'auto'"
+            )
+        if self.share_prefixes not in (True, False, "auto"):
+            raise ValueError(
+                f"share_prefixes={self.share_prefixes!r} is unknown: write True, False or 'auto'"
+            )
+        if self.share_prefixes is True and self.sampler is not None:
+            raise ValueError(
+                f"share_prefixes=True, but sampler={self.sampler!r} weighs what later chunks leave for "
+                "earlier ones along one line of chunks, not along branches: write share_prefixes='auto'"
             )
         if self.control_variate is True and (self.sampler is None or self.layers_per_group != 1):
             raise ValueError(

@@ -333,7 +333,7 @@ def refused_training(model: Any, **inputs: Any) -> None:
 def test_refusals_while_training() -> None:
     from transformers import DynamicCache
 
-    with pytest.raises(ValueError, match="left padding"):
+    with pytest.raises(ValueError, match="first token behind left padding"):  # it has a label
         refused_training(tiny_llama(), attention_mask=torch.tensor([[0] * 3 + [1] * 34]))
     with pytest.raises(ValueError, match="gap"):
         refused_training(tiny_llama(), attention_mask=torch.tensor([[1] * 10 + [0] * 3 + [1] * 24]))

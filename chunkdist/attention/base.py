@@ -47,6 +47,9 @@ class AttentionRow:
     Args:
         q_TND: Queries of the chunk (T, N, D).
         k_SKD, v_SKD: Keys and values that any of them sees (S, K, D).
+        gap: Where keys are those of an earlier part of the queries' sequence, in one span: how many of its
+            tokens lie between the last key and the first query. All are seen that the window shows, and each
+            query sees one. `None`: the last query of a span is aligned with its last key.
     """
 
     q_TND: Tensor
@@ -54,6 +57,11 @@ class AttentionRow:
     v_SKD: Tensor
     spans: tuple[Span, ...]
     variant: AttentionVariant
+    gap: int | None = None
+
+    def first_query_at(self, span: Span) -> int:
+        """Where the span's first query is, in the coordinates of the keys."""
+        return span.k_end - (span.q_end - span.q_start) if self.gap is None else span.k_end + self.gap
 
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from chunkdist.attention import AttentionChoice
-from chunkdist.attention.base import Span
 from chunkdist.attention.heads import HeadExchange
 from chunkdist.stores.attention_outputs import AttentionOutputs
 from chunkdist.stores.kv_store import KVStore
@@ -60,28 +59,6 @@ class Cell:
     def tokens(self) -> Chunk:
         """The chunk's tokens of all ranks, as stores and kernels have them."""
         return self.stream.in_whole(self.chunk)
-
-    def visible(self, row: int, window: int | None, block: int | None) -> tuple[int, tuple[Span, ...]]:
-        """The first key that any query of this chunk sees, and the spans relative to it.
-
-        Blocks of `block` tokens, counted from the start of a segment, are to attention what segments are.
-        """
-        chunk, starts, num_tokens = self.tokens, self.whole.segment_starts[row], self.whole.num_tokens
-        ends = (*starts[1:], num_tokens)
-        if block is not None:
-            cuts = [range(start, end, block) for start, end in zip(starts, ends, strict=True)]
-            starts = tuple(start for cut in cuts for start in cut)
-            ends = (*starts[1:], num_tokens)
-        origin, spans = None, []
-        for seg_start, seg_end in zip(starts, ends, strict=True):
-            q_start, q_end = max(seg_start, chunk.start), min(seg_end, chunk.end)
-            if q_start >= q_end:
-                continue
-            k_start = seg_start if window is None else max(seg_start, q_start - window + 1)
-            origin = k_start if origin is None else origin
-            spans.append(Span(q_start - chunk.start, q_end - chunk.start, k_start - origin, q_end - origin))
-        assert origin is not None
-        return origin, tuple(spans)
 
 
 @dataclass

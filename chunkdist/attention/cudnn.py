@@ -125,7 +125,9 @@ def _by_kernel(row: AttentionRow) -> Iterator[tuple[bool, AttentionRow, slice, s
         q, k = own[0].q_start, own[0].k_start
         moved = tuple(Span(s.q_start - q, s.q_end - q, s.k_start - k, s.k_end - k) for s in own)
         queries, keys = slice(q, own[-1].q_end), slice(k, own[-1].k_end)
-        part = AttentionRow(row.q_TND[queries], row.k_SKD[keys], row.v_SKD[keys], moved, row.variant)
+        part = replace(
+            row, q_TND=row.q_TND[queries], k_SKD=row.k_SKD[keys], v_SKD=row.v_SKD[keys], spans=moved
+        )
         yield is_for_cudnn, part, queries, keys
 
 

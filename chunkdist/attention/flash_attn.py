@@ -24,9 +24,11 @@ from chunkdist.attention.varlen import (
     must_be_deterministic,
     pack,
     readable_lse,
+    sees_all_before,
     simulated_workspace,
     why_no_kernel,
     window_left,
+    window_right,
 )
 
 _INSTALL = "pip install ninja packaging wheel && pip install --no-build-isolation 'flash-attn>=2.7,<3'"
@@ -54,9 +56,9 @@ class FlashAttnBackend:
             packed.max_k,
             dropout_p=0.0,
             softmax_scale=row.variant.scale,
-            causal=row.variant.window is None,
-            window_size_left=window_left(row.variant),
-            window_size_right=0,
+            causal=sees_all_before(row),
+            window_size_left=window_left(row),
+            window_size_right=window_right(row),
             softcap=row.variant.softcap or 0.0,
         )
         return out_TND, lse_NT
@@ -87,9 +89,9 @@ class FlashAttnBackend:
             packed.max_k,
             dropout_p=0.0,
             softmax_scale=row.variant.scale,
-            causal=row.variant.window is None,
-            window_size_left=window_left(row.variant),
-            window_size_right=0,
+            causal=sees_all_before(row),
+            window_size_left=window_left(row),
+            window_size_right=window_right(row),
             softcap=row.variant.softcap or 0.0,
             alibi_slopes=None,
             deterministic=must_be_deterministic(),

@@ -97,6 +97,11 @@ def attend(
     query, key, value = _in_one_dtype(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window = _window_in(cell.whole, mask.window)
+    if mask.block is not None and cell.whole.branches:
+        raise UnsupportedModelError(
+            f"{name} attends in blocks of {mask.block} tokens, which shared prefixes would cut: write "
+            "share_prefixes=False"
+        )
     variant = AttentionVariant(scale=scale, window=window, softcap=softcap or None)
     backend = cell.choice.backend_for(query, variant)
     q_BTND, k_BTKD, v_BTKD = (x.transpose(1, 2) for x in (query, key, value))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient, Span
+from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient
 
 TILE_TOKENS = 512
 
@@ -30,7 +30,7 @@ class MathBackend:
         dtype = _sum_dtype(q_TND)
         out_NTD = q_TND.new_zeros((num_heads, num_tokens, v_SKD.shape[-1]), dtype=dtype)
         lse_NT = q_TND.new_full((num_heads, num_tokens), -torch.inf, dtype=dtype)
-        for q_tile, k_tile, offset in _tiles(row.spans, variant.window):
+        for q_tile, k_tile, offset in _tiles(row):
             q_KGtD = _by_kv_head(q_TND[q_tile], k_SKD.shape[1]).to(dtype)
             scores_KGts = _scores(q_KGtD, k_SKD[k_tile].to(dtype), offset, variant)[0]
             tile_lse = scores_KGts.logsumexp(-1)
@@ -55,7 +55,7 @@ class MathBackend:
         dk_SKD, dv_SKD = given.kv_grads
         dq_TND = torch.zeros_like(q_TND, dtype=dtype)
         row_dot_TN = (grad_out_TND.to(dtype) * given.out_TND.to(dtype)).sum(-1)
-        for q_tile, k_tile, offset in _tiles(row.spans, variant.window):
+        for q_tile, k_tile, offset in _tiles(row):
             q_KGtD = _by_kv_head(q_TND[q_tile], num_kv_heads).to(dtype)
             do_KGtD = _by_kv_head(grad_out_TND[q_tile], num_kv_heads).to(dtype)
             k_K1sD = k_SKD[k_tile].to(dtype).transpose(0, 1)[:, None]
@@ -89,17 +89,16 @@ def _by_kv_head(x_TND: Tensor, num_kv_heads: int) -> Tensor:
     return heads
 
 
-def _tiles(spans: tuple[Span, ...], window: int | None) -> Iterator[tuple[slice, slice, int]]:
+def _tiles(row: AttentionRow) -> Iterator[tuple[slice, slice, int]]:
     """The tiles with at least one visible key: queries, keys, and the key position of the first query in the
     tile's keys."""
-    for span in spans:
-        first_key = (
-            span.k_end - (span.q_end - span.q_start) - span.q_start
-        )  # of query 0, in the coordinates of k
+    window = row.variant.window
+    for span in row.spans:
+        first_key = row.first_query_at(span) - span.q_start  # of query 0, in the coordinates of k
         for q_start in range(span.q_start, span.q_end, TILE_TOKENS):
             q_end = min(q_start + TILE_TOKENS, span.q_end)
             oldest = span.k_start if window is None else max(span.k_start, first_key + q_start - window + 1)
-            newest = first_key + q_end
+            newest = min(first_key + q_end, span.k_end)
             for k_start in range(oldest, newest, TILE_TOKENS):
                 k_end = min(k_start + TILE_TOKENS, newest)
                 yield slice(q_start, q_end), slice(k_start, k_end), first_key + q_start - k_start

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, RowGradient
+from chunkdist.attention.base import AttentionVariant, Backend
 from chunkdist.attention.cell import Cell
+from chunkdist.attention.parts import backward_parts, forward_parts
+from chunkdist.attention.visible import visible
 from chunkdist.replay import without_autocast
 from chunkdist.stores.kv_store import KVStore
 
@@ -67,13 +69,16 @@ class _ChunkAttention(torch.autograd.Function):
         dqs = []
         with without_autocast(q_BTND.device.type):
             for row, q_TND in enumerate(q_BTND):
-                origin, spans = cell.visible(row, ctx.variant.window, ctx.block)
-                with store.grads_from(cell.tokens, row, origin) as kv_grads:
-                    keys_and_values = store.read(row, origin, cell.tokens.end)
-                    dq_TND = ctx.backend.backward(
-                        AttentionRow(q_TND, *keys_and_values, spans, ctx.variant),
-                        RowGradient(grad_out_BTND[row], out_BTND[row], lse_BNT[row], kv_grads),
-                    )
+                dq_TND = backward_parts(
+                    ctx.backend,
+                    q_TND,
+                    store,
+                    row,
+                    visible(cell.whole, cell.tokens, row, ctx.variant.window, ctx.block),
+                    ctx.variant,
+                    reader=cell.tokens,
+                    merged=(grad_out_BTND[row], out_BTND[row], lse_BNT[row]),
+                )
                 dqs.append(dq_TND)
         own_grads = store.grads_of(cell.tokens)
         assert own_grads is not None
@@ -99,9 +104,8 @@ def _attend(
     outs, lses = [], []
     with without_autocast(q_BTND.device.type):
         for row, q_TND in enumerate(q_BTND):
-            origin, spans = cell.visible(row, variant.window, block)
-            keys_and_values = store.read(row, origin, cell.tokens.end)
-            out_TND, lse_NT = backend.forward(AttentionRow(q_TND, *keys_and_values, spans, variant))
+            parts = visible(cell.whole, cell.tokens, row, variant.window, block)
+            out_TND, lse_NT = forward_parts(backend, q_TND, store, row, parts, variant)
             if sink_N is not None:
                 lse_with_sink = torch.logaddexp(lse_NT, sink_N.to(lse_NT.dtype)[:, None])
                 out_TND = (out_TND * torch.exp(lse_NT - lse_with_sink).T[..., None]).to(out_TND.dtype)

@@ -42,7 +42,7 @@ class BackwardKernel(Protocol):
 
 def forward_in_squares(kernel: ForwardKernel, row: AttentionRow) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a row, as `Backend.forward` returns them."""
-    return joined([_forward_span(kernel, *row.qkv, span) for span in row.spans])
+    return joined([_forward_span(kernel, row, span) for span in row.spans])
 
 
 def backward_in_squares(kernel: BackwardKernel, row: AttentionRow, given: RowGradient) -> Tensor:
@@ -50,11 +50,9 @@ def backward_in_squares(kernel: BackwardKernel, row: AttentionRow, given: RowGra
     q_TND, k_SKD, v_SKD = row.qkv
     dq_TND = torch.zeros_like(q_TND)
     for span in row.spans:
-        queries, prefix, own = _parts(span)
+        queries, parts = _parts(row, span)
         merged = given.out_TND[queries], given.lse_NT[:, queries]
-        for keys, causal in ((own, True), (prefix, False)):
-            if keys is None:
-                continue
+        for keys, causal in parts:
             dqs, *dkv = kernel(
                 given.grad_out_TND[queries], q_TND[queries], k_SKD[keys], v_SKD[keys], *merged, causal=causal
             )
@@ -78,21 +76,29 @@ def heads_first(x_TND: Tensor) -> Tensor:
     return x_TND.transpose(0, 1)[None]
 
 
-def _forward_span(
-    kernel: ForwardKernel, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, span: Span
+def merged(
+    out_TND: Tensor, lse_NT: Tensor, other_out_TND: Tensor, other_lse_NT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    queries, prefix, own = _parts(span)
-    out, lse = kernel(q_TND[queries], k_SKD[own], v_SKD[own], causal=True)
-    if prefix is None:
-        return out, lse
-    other_out, other_lse = kernel(q_TND[queries], k_SKD[prefix], v_SKD[prefix], causal=False)
-    share = torch.sigmoid(other_lse - lse).T[..., None]
-    merged = torch.lerp(out.to(share.dtype), other_out.to(share.dtype), share)
-    return merged.to(out.dtype), torch.logaddexp(lse, other_lse)
+    """Output, in the dtype of the log-sum-exp, and log-sum-exp of the same queries over two sets of keys."""
+    share = torch.sigmoid(other_lse_NT - lse_NT).T[..., None]
+    out = torch.lerp(out_TND.to(share.dtype), other_out_TND.to(share.dtype), share)
+    return out, torch.logaddexp(lse_NT, other_lse_NT)
 
 
-def _parts(span: Span) -> tuple[slice, slice | None, slice]:
-    """Queries, the keys before the first of them (None: there are none), and the keys on the diagonal."""
-    diagonal = span.k_end - (span.q_end - span.q_start)
-    prefix = slice(span.k_start, diagonal) if diagonal > span.k_start else None
-    return slice(span.q_start, span.q_end), prefix, slice(diagonal, span.k_end)
+def _forward_span(kernel: ForwardKernel, row: AttentionRow, span: Span) -> tuple[Tensor, Tensor]:
+    q_TND, k_SKD, v_SKD = row.qkv
+    queries, parts = _parts(row, span)
+    found = [kernel(q_TND[queries], k_SKD[keys], v_SKD[keys], causal=causal) for keys, causal in parts]
+    if len(found) == 1:
+        return found[0]
+    out, lse = merged(*found[0], *found[1])
+    return out.to(q_TND.dtype), lse
+
+
+def _parts(row: AttentionRow, span: Span) -> tuple[slice, list[tuple[slice, bool]]]:
+    """Queries, and their keys: those on the diagonal, with True, and those that all queries see."""
+    diagonal = min(row.first_query_at(span), span.k_end)
+    parts = [(slice(diagonal, span.k_end), True), (slice(span.k_start, diagonal), False)]
+    return slice(span.q_start, span.q_end), [
+        (keys, causal) for keys, causal in parts if keys.start < keys.stop
+    ]

@@ -65,11 +65,11 @@ class VarlenBackend:
             packed.max_q,
             packed.max_k,
             0.0,
-            row.variant.window is None,
+            sees_all_before(row),
             False,
             scale=row.variant.scale,
-            window_size_left=window_left(row.variant),
-            window_size_right=0,
+            window_size_left=window_left(row),
+            window_size_right=window_right(row),
         )
         return out_TND, lse_NT
 
@@ -93,12 +93,12 @@ class VarlenBackend:
             packed.max_q,
             packed.max_k,
             0.0,
-            row.variant.window is None,
+            sees_all_before(row),
             torch.empty(2, dtype=torch.uint64, device=q_TND.device),
             torch.empty((), dtype=torch.uint64, device=q_TND.device),
             scale=row.variant.scale,
-            window_size_left=window_left(row.variant),
-            window_size_right=0,
+            window_size_left=window_left(row),
+            window_size_right=window_right(row),
         )
         del workspace
         for total, grad in zip(given.kv_grads, (dk, dv), strict=True):
@@ -155,7 +155,7 @@ def pack(row: AttentionRow) -> Packing:
     first = spans[0]
     first_key = first.k_start
     if window is not None:
-        first_key = max(first_key, first.k_end - (first.q_end - first.q_start) - (window - 1))
+        first_key = max(first_key, row.first_query_at(first) - (window - 1))
     q_ends = [0, *(span.q_end for span in spans)]
     k_ends = [0, *(span.k_end - first_key for span in spans)]
     # From pinned memory, since a copy from pageable memory waits for the stream.
@@ -166,9 +166,23 @@ def pack(row: AttentionRow) -> Packing:
     return Packing(first_key, lengths[0], lengths[1], _longest(q_ends), _longest(k_ends))
 
 
-def window_left(variant: AttentionVariant) -> int:
-    """The kernels' left window: tokens before the query, itself not counted; -1 for all."""
-    return -1 if variant.window is None else variant.window - 1
+def sees_all_before(row: AttentionRow) -> bool:
+    """Whether the kernels' causal mask is all there is to the row's."""
+    return row.variant.window is None and row.gap is None
+
+
+def window_left(row: AttentionRow) -> int:
+    """The kernels' left window, -1 for all: tokens before the query, itself not counted, where they align the
+    last query with the last key."""
+    if row.variant.window is None:
+        return -1
+    moved = 0 if row.gap is None else row.gap + row.spans[0].q_end - row.spans[0].q_start
+    return row.variant.window - 1 - moved
+
+
+def window_right(row: AttentionRow) -> int:
+    """The kernels' right window, -1 for all."""
+    return 0 if row.gap is None else -1
 
 
 def readable_lse(lse_NT: Tensor, q: Tensor) -> Tensor:

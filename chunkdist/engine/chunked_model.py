@@ -245,7 +245,7 @@ def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     context = handle.context
     with (
         running(context, decoder, args, kwargs, begin=handle.begin) as call,
-        noise_by_segment(decoder, context),
+        noise_by_segment(decoder, context, call.layout),
     ):
         output = call.finish(decoder.__dict__[_ORIGINAL_FORWARD](*call.args, **call.kwargs))
     if context.stream is None:

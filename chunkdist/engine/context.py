@@ -68,6 +68,8 @@ class ChunkContext:
         """Where group inputs, K/V and states wait for the backward."""
         self.stream: Stream | None = None
         """The tokens of the forward that runs; `None` outside of one, and in one that is not chunked."""
+        self.num_computed = 0
+        """Tokens that the training forwards so far have computed."""
         self.open_call: OpenCall | None = None
         self.bypassed = False
         """Layers run as they are: in a forward with a cache, and once the model is no longer chunked."""
@@ -86,6 +88,11 @@ class ChunkContext:
             raise UnsupportedModelError(
                 "the model has layers with state between tokens, which ranks do not hand on to each other: "
                 "train it without sequence parallelism (chunks bound the memory of a sequence)"
+            )
+        if self.config.share_prefixes is True:
+            raise UnsupportedModelError(
+                "share_prefixes=True, but ranks share the tokens of each row as they were passed: write "
+                "share_prefixes=False"
             )
 
     def resolve(self, config: ChunkConfig, reason: str) -> None:

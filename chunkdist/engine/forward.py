@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,27 +14,16 @@ from torch import nn
 from chunkdist.engine import router_logits
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.hidden_states import ARGUMENT, refuse_hidden_states
+from chunkdist.engine.layout import DecoderCall, in_stream
 from chunkdist.engine.parts import Parts
+from chunkdist.engine.sharing import least_shared_tokens
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.sharding.refuse_sequence import refuse_sequence_parallelism
 from chunkdist.spaco.sample import ChunkSample
 from chunkdist.stream.from_inputs import read_stream
-from chunkdist.stream.packed import refuse_segments
+from chunkdist.stream.packed import refuse_segments, why_right_padding, why_rows
 
 _ROUTER_LOGITS = "output_router_logits"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderCall:
-    """What a decoder is called with, and what becomes of its output."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    parts: Parts | None = None
-
-    def finish(self, output: Any) -> Any:
-        """What the caller gets."""
-        return output if self.parts is None else self.parts.restored(output)
 
 
 @contextmanager
@@ -53,11 +42,13 @@ def running(
         begin: Called with the tokens, and whether gradients are wanted, before `context` is read.
     """
     if context.stream is not None:  # inside another module that takes token ids
-        yield DecoderCall(args=args, kwargs=kwargs)
+        yield DecoderCall(args, kwargs)
         return
     signature = inspect.signature(decoder.forward)
-    arguments = signature.bind(*args, **kwargs).arguments
-    arguments = {**arguments, **arguments.get("kwargs", {})}
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(parameter.name, {})
     caches = [key for key in ("past_key_values", "cache_params") if arguments.get(key) is not None]
     caches += ["use_cache=True"] if arguments.get("use_cache") else []
     if caches and decoder.training and torch.is_grad_enabled():  # without a graph: `generate`
@@ -69,7 +60,7 @@ def running(
     if caches:  # generation
         before, context.bypassed = context.bypassed, True
         try:
-            yield DecoderCall(args=args, kwargs=kwargs)
+            yield DecoderCall(args, kwargs)
         finally:
             context.bypassed = before
         return
@@ -96,26 +87,39 @@ def running(
             refuse_hidden_states(hidden_states, decoder, context.config)
     if "use_cache" in signature.parameters and "use_cache" not in list(signature.parameters)[: len(args)]:
         kwargs = {**kwargs, "use_cache": False}
+        arguments["use_cache"] = False
     try:
         chunk_size = int(context.config.chunk_size)
         group = context.sequence
         if group is None:
-            context.stream = read_stream(
-                arguments, chunk_size, cut_at_segments=context.has_state, labels=context.labels
+            context.stream, layout = read_stream(
+                arguments,
+                chunk_size,
+                cut_at_segments=context.has_state,
+                why_rows=partial(why_rows, decoder),
+                why_right_padding=partial(
+                    why_right_padding, decoder, has_positions=arguments.get("position_ids") is not None
+                ),
+                min_shared=partial(least_shared_tokens, context.config, decoder, has_state=context.has_state),
+                labels=context.labels,
             )
-            if context.stream.longest_segment < context.stream.num_tokens:
-                refuse_segments(decoder, context.stream.longest_segment)
-            call = DecoderCall(args=args, kwargs=kwargs)
+            if context.stream.longest_sequence < context.stream.num_tokens:
+                refuse_segments(decoder, context.stream.longest_sequence)
+            call = DecoderCall(args, kwargs)
+            if layout is not None:  # in the stream there is no padding
+                call, context.labels.mask = in_stream(arguments, layout, context.labels.mask), None
         else:
             context.refuse_shared_rows()
-            arguments = {name: x for name, x in {**arguments, **kwargs}.items() if name != "kwargs"}
-            context.parts = parts = Parts(group, decoder, arguments, chunk_size, context.labels)
+            context.parts = parts = Parts(group, decoder, {**arguments, **kwargs}, chunk_size, context.labels)
             context.stream = parts.stream
-            call = DecoderCall(args=(), kwargs=parts.arguments, parts=parts)
+            call = DecoderCall((), parts.arguments, parts=parts)
         sampler = context.config.sampler
         context.sample = None if sampler is None else ChunkSample(sampler, context.stream, group)
+        if trains:
+            context.num_computed += len(context.stream.segment_starts) * context.stream.num_tokens
         with context.attention_installed():
             yield call
+        context.labels.mask = context.labels.mask if call.mask is None else call.mask
         if context.open_call is not None:
             raise UnsupportedModelError("the decoder skips layers: write layers_per_group=1")
     finally:

@@ -70,13 +70,15 @@ class Parts:
         if "input_ids" not in whole:
             whole["input_ids"] = torch.empty((num_rows, num_own * group.num_ranks), device="meta")
         of_rows = ForwardLabels()
-        stream = read_stream(whole, chunk_size, labels=of_rows)
+        stream, _ = read_stream(
+            whole, chunk_size, why_rows=_why_rows, why_right_padding=_why_rows, labels=of_rows
+        )
         if mask is not None:
             bad = group.total(labels.on_padding(mask).to(tokens.device, torch.int64))
             if bool(bad):
                 labels.refuse()
             labels.mask = mask if of_rows.mask is not None else None
-        refuse_segments(decoder, stream.longest_segment)
+        refuse_segments(decoder, stream.longest_sequence)
         self.group = group
         self.stream: Stream = stream.part_of(group.num_ranks)
         """This rank's."""
@@ -100,6 +102,10 @@ class Parts:
             return self.exchange.to_rows(output[0]), *output[1:]
         output["last_hidden_state"] = self.exchange.to_rows(output["last_hidden_state"])
         return output
+
+
+def _why_rows(num_tokens: int) -> str:
+    return "ranks share the tokens of each row, padding too"
 
 
 def _refuse_decoder(decoder: nn.Module, arguments: dict[str, Any]) -> None:

@@ -1,19 +1,33 @@
-"""Reads the stream of a forward from what the caller passed: rows, tokens, padding, segments.
+"""Reads the stream of a forward from what the caller passed: rows, tokens, padding, segments, equal
+beginnings.
 
-Read once a step, so a GPU waits at most once, and not at all without attention_mask, position_ids and
-cu_seq_lens_q.
+Read once a step, so a GPU waits at most once, and not at all without attention_mask, position_ids,
+cu_seq_lens_q and rows to compare.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from chunkdist.stream.layout import Layout, SequencePlace, lay_out
 from chunkdist.stream.padding import ForwardLabels
 from chunkdist.stream.stream import Stream, cut, cut_segments
+
+Starts = tuple[tuple[int, ...], ...]
+"""For each row, the first token of each of its segments."""
+
+WhyNot = Callable[[int], str | None]
+"""Why something cannot be done with rows of so many tokens, padding included; `None`: it can."""
+
+
+def _possible(num_tokens: int) -> None:
+    """Nothing is in the way."""
 
 
 def read_stream(
@@ -21,84 +35,178 @@ def read_stream(
     chunk_size: int,
     *,
     cut_at_segments: bool = False,
+    why_rows: WhyNot = _possible,
+    why_right_padding: WhyNot = _possible,
+    min_shared: Callable[[], int | None] = lambda: None,
     labels: ForwardLabels | None = None,
-) -> Stream:
-    """The stream of a decoder's arguments.
+) -> tuple[Stream, Layout | None]:
+    """The stream of a decoder's arguments, and how their rows become that stream; `None`: they are it.
 
     Segments come from `cu_seq_lens_q` (N + 1,), or from `position_ids` (B, T) that do not go on by one, as in
     transformers' packing; with an `attention_mask` (B, T) rows are padded, not packed.
 
     Args:
         cut_at_segments: Chunks end where segments do, too.
+        why_rows: Why rows cannot become one stream, which with padding they do if they can.
+        why_right_padding: Why padding must be on the right.
+        min_shared: Beginnings of at least so many tokens that sequences have in common are computed once;
+            `None`: they are not looked for. Called where there are several sequences of ids.
         labels: The forward's labels; `None`: not known.
 
     Raises:
-        ValueError: left padding, or a mask of another shape; labels of padding; positions that do not begin
-        at 0;
-            `seq_idx` with other segments; several rows with different segments, where chunks end where
-            segments do.
+        ValueError: left padding where there must be rows; a gap, or a mask of another shape; labels of
+            padding; positions that do not begin at 0; `seq_idx` with other segments; several rows with
+            different segments, where chunks end where segments do.
     """
     ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
     tokens = embeddings if ids is None else ids
     if tokens is None:
         raise ValueError("neither input_ids nor inputs_embeds were passed")
-    num_rows, num_tokens = tokens.shape[:2]
+    num_rows, num_tokens = shape = (tokens.shape[0], tokens.shape[1])
     if num_tokens == 0:
         raise ValueError("input_ids have no tokens: pass at least one")
-    mask = arguments.get("attention_mask")
-    is_part, labels = _is_part(arguments), labels or ForwardLabels()
+    told_apart = arguments.get("position_ids"), arguments.get("cu_seq_lens_q")
+    may_share = num_rows > 1 or any(x is not None for x in told_apart)
+    may_share = may_share and ids is not None and not isinstance(ids, FakeTensor)
+    least = min_shared() if may_share else None
+    labels = labels or ForwardLabels()
+    mask = _checked_mask(arguments.get("attention_mask"), num_tokens)
+    arguments = {**arguments, "attention_mask": mask}
+    arguments, has_labels = _on_host(arguments, labels, compares=least is not None)
     labels.mask = None
-    if mask is not None:
-        _refuse_mask(mask, is_part, num_tokens, labels)
-    starts: tuple[tuple[int, ...], ...] = ((0,),) * num_rows
+    is_part = _is_part(arguments)
     cu_seq_lens, position_ids = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
-    if cu_seq_lens is not None and not isinstance(cu_seq_lens, FakeTensor):
+    starts: Starts = ((0,),) * num_rows
+    padded = None
+    if mask is not None:
+        if is_part is not None and bool(is_part.any()):
+            _refuse_part()
+        if not isinstance(mask, FakeTensor):
+            padded = _sequences_between_padding(arguments["attention_mask"], why_right_padding)
+            if has_labels:
+                labels.refuse()
+            labels.mask = None if padded is None else mask
+    elif cu_seq_lens is not None and not isinstance(cu_seq_lens, FakeTensor):
         starts = _starts_from_lengths(cu_seq_lens, is_part, num_rows, num_tokens)
-    elif position_ids is not None and mask is None and not isinstance(position_ids, FakeTensor):
+    elif position_ids is not None and not isinstance(position_ids, FakeTensor):
         assert is_part is not None
         starts = _starts_from_positions(position_ids, is_part, num_rows)
-    elif is_part is not None and mask is None and bool(is_part.any()):
+    elif is_part is not None and bool(is_part.any()):
         _refuse_part()
     seq_idx = arguments.get("seq_idx")
     if isinstance(seq_idx, Tensor) and not isinstance(seq_idx, FakeTensor):
         _check_sequence_numbers(seq_idx, starts)
+    sequences = padded or _sequences_of(starts, num_tokens)
+    if (padded or (least is not None and len(sequences) > 1)) and why_rows(num_tokens) is None:
+        keys = [] if least is None else _keys(arguments, shape, sequences)
+        layout = lay_out(shape, sequences, tokens.device, keys=keys, min_shared=least)
+        if padded or layout.num_tokens < layout.num_passed:
+            return _stream_of(layout, chunk_size, cut_at_segments=cut_at_segments), layout
     if not cut_at_segments:
-        return Stream(num_tokens=num_tokens, chunks=cut(num_tokens, chunk_size), segment_starts=starts)
+        return Stream(num_tokens=num_tokens, chunks=cut(num_tokens, chunk_size), segment_starts=starts), None
     if len(set(starts)) > 1:
         raise ValueError(
             f"{num_rows} rows were passed whose packed sequences begin at different tokens: a model with "
             "state between tokens needs one row, with all sequences one after another in it"
         )
+    chunks = cut_segments(starts[0], num_tokens, chunk_size)
+    return Stream(num_tokens=num_tokens, chunks=chunks, segment_starts=starts), None
+
+
+def _stream_of(layout: Layout, chunk_size: int, *, cut_at_segments: bool) -> Stream:
+    starts, num_tokens = layout.segment_starts, layout.num_tokens
     return Stream(
         num_tokens=num_tokens,
-        chunks=cut_segments(starts[0], num_tokens, chunk_size),
-        segment_starts=starts,
+        chunks=cut_segments(starts, num_tokens, chunk_size)
+        if cut_at_segments
+        else cut(num_tokens, chunk_size),
+        segment_starts=(starts,),
+        branches=layout.branches,
     )
 
 
-def _refuse_mask(mask: object, is_part: Tensor | None, num_tokens: int, labels: ForwardLabels) -> None:
-    """Raises on masks that cannot be chunked, on labels of padding, and on positions of a sequence's part."""
+def _on_host(
+    arguments: dict[str, Any], labels: ForwardLabels, *, compares: bool
+) -> tuple[dict[str, Any], bool]:
+    """The arguments with what is read of them in host memory, and whether padding has labels: one wait.
+
+    Args:
+        compares: Whether ids and positions of all tokens are read.
+    """
+    read = {
+        key: arguments[key]
+        for key in ("attention_mask", "position_ids", "cache_position", "cu_seq_lens_q", "seq_idx")
+        if isinstance(arguments.get(key), Tensor) and not isinstance(arguments[key], FakeTensor)
+    }
+    if compares:
+        read["input_ids"] = arguments["input_ids"]
+    if "attention_mask" in read:
+        read["attention_mask"] = read["attention_mask"] != 0
+        read["labels"] = labels.on_padding(read["attention_mask"])
+        if not compares and "position_ids" in read:
+            read["position_ids"] = read["position_ids"][..., :2]
+    if any(x.device.type != "cpu" for x in read.values()):
+        device = next(x.device for x in read.values() if x.device.type != "cpu")
+        flat = torch.cat([x.to(device, torch.int64).flatten() for x in read.values()]).cpu()
+        parts = flat.split([x.numel() for x in read.values()])
+        read = {key: part.view(x.shape) for (key, x), part in zip(read.items(), parts, strict=True)}
+    has_labels = bool(read.pop("labels", False))
+    return {**arguments, **read}, has_labels
+
+
+def _checked_mask(mask: object, num_tokens: int) -> Tensor | None:
+    """Raises on masks that say more than which tokens are padding."""
+    if mask is None:
+        return None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != num_tokens:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask {shape} is not (rows, {num_tokens} tokens): chunked models take right padding, "
+            f"attention_mask {shape} is not (rows, {num_tokens} tokens): chunked models take padding, "
             "and packed segments by position_ids; leave custom masks out"
         )
-    if isinstance(mask, FakeTensor):
-        return
-    rises = (mask[:, 1:] != 0) & (mask[:, :-1] == 0)
-    facts = [rises.any(), labels.on_padding(mask), (mask == 0).any()]
-    facts += [] if is_part is None else [is_part.any().to(mask.device)]
-    has_gap, has_labels, has_padding, *begins_later = torch.stack(facts).tolist()  # one wait
-    if has_gap:
+    return mask
+
+
+def _sequences_between_padding(mask_BT: Tensor, why_right_padding: WhyNot) -> list[SequencePlace] | None:
+    """The rows' sequences; `None`: there is no padding, or nothing else."""
+    is_real = mask_BT != 0
+    if bool(is_real.all()) or not bool(is_real.any()):
+        return None
+    rises = is_real[:, 1:] & ~is_real[:, :-1]
+    if bool((rises.sum(1) + is_real[:, 0] > 1).any()):
         raise ValueError(
-            "attention_mask has left padding or a gap, and chunks run from the left: set padding_side='right'"
+            "attention_mask has a gap between a row's tokens: write padding before or behind them "
+            "(padding_side='left' or 'right')"
         )
-    if has_labels:
-        labels.refuse()
-    if any(begins_later):
-        _refuse_part()
-    labels.mask = mask if has_padding else None
+    if bool(rises.any()) and (reason := why_right_padding(mask_BT.shape[1])) is not None:
+        raise ValueError(f"attention_mask has left padding, and {reason}: set padding_side='right'")
+    first_B, length_B = is_real.to(torch.uint8).argmax(1).tolist(), is_real.sum(1).tolist()
+    return [
+        SequencePlace(row, first, first + length)
+        for row, (first, length) in enumerate(zip(first_B, length_B, strict=True))
+        if length
+    ]
+
+
+def _sequences_of(starts: Starts, num_tokens: int) -> list[SequencePlace]:
+    return [
+        SequencePlace(row, start, end)
+        for row, own in enumerate(starts)
+        for start, end in pairwise((*own, num_tokens))
+    ]
+
+
+def _keys(
+    arguments: dict[str, Any], shape: tuple[int, int], sequences: Sequence[SequencePlace]
+) -> list[Tensor]:
+    """By sequence, its tokens' ids, and positions where they were passed (tokens, any)."""
+    columns = [arguments["input_ids"][..., None].to(torch.int64)]
+    positions = arguments.get("position_ids")
+    if isinstance(positions, Tensor):
+        planes = positions if positions.ndim == 3 else torch.atleast_2d(positions)[None]
+        columns.append(planes.to(torch.int64).expand(planes.shape[0], *shape).movedim(0, -1))
+    keys = torch.cat(columns, dim=-1)
+    return [keys[place.row, place.start : place.end].contiguous() for place in sequences]
 
 
 def _refuse_part() -> NoReturn:

@@ -1,8 +1,8 @@
-"""What right padding may carry: no labels.
+"""What padding may carry: no labels.
 
-Chunks are causal without a mask: a padded token sees the padded tokens before it, where the plain model hides
-them. No real token sees a padded one, so that only what is computed at padded tokens differs, and counts only
-if it has a label, or a loss of the caller's own takes it: then a gradient arrives there.
+Padded tokens are not computed, and have another token's hidden states (or, where rows stay rows, those of
+tokens that see the padding before them). The plain model has something else there, which counts only if it
+has a label, or a loss of the caller's own takes it: then a gradient arrives there.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class ForwardLabels:
             self._labels, self._is_shifted, self._ignored = before
 
     def on_padding(self, mask_BT: Tensor) -> Tensor:
-        """A boolean: whether a padded token is to predict a label. The first padded token's own label is
-        predicted by a real one."""
+        """A boolean: whether a padded token is to predict a label. Behind a sequence, a real one predicts
+        the first padded token's label; before it, the last padded token predicts the first real one's."""
         labels = self._labels
         if labels is None or isinstance(labels, FakeTensor) or labels.shape[1] != mask_BT.shape[1]:
             return torch.zeros((), dtype=torch.bool, device=mask_BT.device)
@@ -67,9 +67,10 @@ class ForwardLabels:
     def refuse(self) -> None:
         """Raises on labels of padding."""
         raise ValueError(
-            "labels of padding (where attention_mask is 0) are not "
-            f"{self._ignored}: in chunks padded tokens see each other, so their losses would not be the "
-            f"plain model's; write labels[attention_mask == 0] = {self._ignored}"
+            "labels of padding (where attention_mask is 0), or of a row's first token behind left padding, "
+            f"are not {self._ignored}: padding would predict them, and it is not computed; write "
+            f"labels[attention_mask == 0] = {self._ignored}, and with left padding "
+            f"labels[:, 1:][attention_mask[:, :-1] == 0] = {self._ignored}"
         )
 
 
@@ -93,9 +94,9 @@ def _refuse_gradients(mask_BT: Tensor, grad: Tensor) -> None:
     def read() -> None:
         if bool(found):
             raise ValueError(
-                "a loss takes hidden states or logits of padding (where attention_mask is 0): in chunks "
-                "padded tokens see each other, so they are not the plain model's; leave them out of the "
-                "loss, with labels of -100 or a factor of 0"
+                "a loss takes hidden states or logits of padding (where attention_mask is 0), which is not "
+                "computed, so they are not the plain model's; leave them out of the loss, with labels of "
+                "-100 or a factor of 0"
             )
 
     Variable._execution_engine.queue_callback(read)  # torch 2.13

@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,16 @@ class Stream:
         segment_starts: For each row, the first token of each of its segments, ascending, beginning with 0.
         whole: The stream of a sequence group, of which this is one rank's part: an equal part of each chunk,
             in the same order. `segment_starts` are the whole's. `None`: this is all there is.
+        branches: For each segment of the one row, the end of the tokens that it goes on from, in an earlier
+            segment; 0: there are none. Trees are whole, and in depth-first order. Empty: each segment is a
+            sequence.
     """
 
     num_tokens: int
     chunks: tuple[Chunk, ...]
     segment_starts: tuple[tuple[int, ...], ...]
     whole: Stream | None = None
+    branches: tuple[int, ...] = ()
 
     def part_of(self, num_ranks: int) -> Stream:
         """What a rank of a sequence group has of this stream."""
@@ -77,36 +82,79 @@ class Stream:
         return Chunk(tokens.start * num_ranks, tokens.end * num_ranks)
 
     @property
-    def longest_segment(self) -> int:
+    def longest_sequence(self) -> int:
         """In tokens, of all rows."""
         if self.whole is not None:
-            return self.whole.longest_segment
+            return self.whole.longest_sequence
         return max(
-            end - start
+            end - start + sum(part.num_tokens for part in self.ancestors(index))
             for starts in self.segment_starts
-            for start, end in pairwise((*starts, self.num_tokens))
+            for index, (start, end) in enumerate(pairwise((*starts, self.num_tokens)))
         )
 
+    def ancestors(self, segment: int) -> tuple[Chunk, ...]:
+        """The tokens of its sequence before a segment, the nearest first."""
+        return self._ancestors[segment] if self.branches else ()
+
     def first_visible(self, chunk: Chunk) -> int:
-        """The first token, of any row, that a query of the chunk sees: where its first segment starts."""
-        return min(starts[bisect_right(starts, chunk.start) - 1] for starts in self.segment_starts)
+        """The first token, of any row, that a query of the chunk sees: where the sequence, or the tree, of
+        its first token starts."""
+        first = [bisect_right(starts, chunk.start) - 1 for starts in self.segment_starts]
+        if before := self.ancestors(first[0]):
+            return before[-1].start
+        return min(starts[index] for starts, index in zip(self.segment_starts, first, strict=True))
 
     def is_read_later(self, index: int, chunks: Sequence[int]) -> bool:
         """Whether a later chunk, among `chunks` (ascending), sees a token of chunk `index`: the next one, if
-        any does."""
+        any does. In trees, of which all chunks run, another one may."""
         if self.whole is not None:
             return self.whole.is_read_later(index, chunks)
+        if self.branches:
+            return self._readers[index] > 0
         position = bisect_right(chunks, index)
-        return (
-            position < len(chunks)
-            and self.first_visible(self.chunks[chunks[position]]) < self.chunks[index].end
-        )
+        return position < len(chunks) and self._reach_before(chunks[position], index)
 
     def runs(self) -> tuple[range, ...]:
-        """Dependent runs: consecutive chunks, by index, of which each but the last is read by the next."""
+        """Dependent runs: consecutive chunks, by index, that hold whole sequences and trees. Each but the
+        last is read later, or between two that one tree needs."""
         every = range(len(self.chunks))
-        ends = [index + 1 for index in every if not self.is_read_later(index, every)]
+        ends = [
+            index + 1
+            for index in every
+            if index + 1 == len(every) or not self._reach_before(index + 1, index)
+        ]
         return tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False))
+
+    def _reach_before(self, later: int, earlier: int) -> bool:
+        if self.whole is not None:
+            return self.whole._reach_before(later, earlier)
+        return self.first_visible(self.chunks[later]) < self.chunks[earlier].end
+
+    @cached_property
+    def _ancestors(self) -> list[tuple[Chunk, ...]]:
+        (starts,) = self.segment_starts
+        found: list[tuple[Chunk, ...]] = []
+        for end in self.branches:
+            parent = bisect_right(starts, end - 1) - 1
+            found.append((Chunk(starts[parent], end), *found[parent]) if end else ())
+        return found
+
+    @cached_property
+    def _readers(self) -> list[int]:
+        """By chunk, how many parts of later chunks' sequences have tokens in it."""
+        (starts,) = self.segment_starts
+        chunk_starts = [chunk.start for chunk in self.chunks]
+        changes = [0] * (len(self.chunks) + 1)
+        for chunk in self.chunks:
+            first = bisect_right(starts, chunk.start) - 1
+            parts = {Chunk(starts[first], chunk.start)}
+            for segment in range(first, bisect_right(starts, chunk.end - 1)):
+                parts.update(self.ancestors(segment))
+            for part in parts:
+                if part.start < (end := min(part.end, chunk.start)):
+                    changes[bisect_right(chunk_starts, part.start) - 1] += 1
+                    changes[bisect_right(chunk_starts, end - 1)] -= 1
+        return list(accumulate(changes[:-1]))
 
     def tokens_of(self, chunks: range) -> Chunk:
         """The tokens of consecutive chunks, by index."""

@@ -17,7 +17,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A chunk of several segments: the first has `prefix` keys before the chunk, and others `foreign`."""
+    """A chunk of several segments: the first has `prefix` keys before the chunk, and others `foreign`. With
+    a `gap`, only the `prefix` is there, so many tokens before the one segment's first query."""
 
     lengths: tuple[int, ...]
     prefix: int = 0
@@ -27,6 +28,7 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    gap: int | None = None
 
     @property
     def variant(self) -> AttentionVariant:
@@ -34,6 +36,9 @@ class Case:
 
     @property
     def spans(self) -> tuple[Span, ...]:
+        if self.gap is not None:
+            (length,) = self.lengths
+            return (Span(0, length, self.foreign, self.foreign + self.prefix),)
         q_end, k_end, spans = 0, self.foreign, []
         for i, length in enumerate(self.lengths):
             q_start, k_start = q_end, k_end
@@ -79,6 +84,14 @@ CASES = {
     "sinks": Case(lengths=(4, 5), prefix=6, sinks=True),
     "sinks, window": Case(lengths=(7, 2), prefix=6, window=5, sinks=True),
     "soft-cap": Case(lengths=(6, 5), prefix=7, softcap=1.5),
+    "keys of an ancestor": Case(lengths=(7,), prefix=12, gap=0),
+    "keys of an ancestor, foreign keys": Case(lengths=(13,), prefix=5, foreign=4, gap=9),
+    "keys of an ancestor, one query": Case(lengths=(1,), prefix=6, gap=3, heads=(6, 2)),
+    "keys of an ancestor, window": Case(lengths=(5,), prefix=12, gap=2, window=9),
+    "keys of an ancestor, window that ends with the queries": Case(lengths=(5,), prefix=12, gap=2, window=8),
+    "keys of an ancestor, long window": Case(lengths=(3,), prefix=6, foreign=2, gap=1, window=40),
+    "keys of an ancestor, one key": Case(lengths=(4,), prefix=1, gap=0, window=5),
+    "keys of an ancestor, soft-cap": Case(lengths=(6,), prefix=7, gap=4, softcap=1.5, window=11),
     "soft-cap, window, sinks": Case(lengths=(6, 5), prefix=7, window=4, softcap=1.5, sinks=True),
 }
 
@@ -107,9 +120,10 @@ def dense(case: Case, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> dict
     visible = torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool)
     for span in case.spans:
         for query in range(span.q_start, span.q_end):
-            position = span.k_end - (span.q_end - query)
+            behind = query - span.q_end if case.gap is None else query - span.q_start + case.gap
+            position = span.k_end + behind
             oldest = span.k_start if case.window is None else max(span.k_start, position - case.window + 1)
-            visible[query, oldest : position + 1] = True
+            visible[query, oldest : min(position + 1, span.k_end)] = True
     groups = case.heads[0] // case.heads[1]
     scores = torch.einsum("tnd,snd->nts", q, k.repeat_interleave(groups, 1)) * case.variant.scale
     if case.softcap is not None:
@@ -128,7 +142,7 @@ def dense(case: Case, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> dict
 def run(backend: Any, case: Case, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
     """The same by a backend; sinks as its caller adds them."""
     with torch.no_grad():
-        out, lse = backend.forward(row := AttentionRow(q, k, v, case.spans, case.variant))
+        out, lse = backend.forward(row := AttentionRow(q, k, v, case.spans, case.variant, case.gap))
         used_lse, used_out = lse, out
         if case.sinks:
             used_lse = torch.logaddexp(lse, case.sink(q))

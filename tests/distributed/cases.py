@@ -15,7 +15,7 @@ from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.sharding import RELEASED
 from chunkdist.train.launch.ranks import skip_shm_build
 from tests.helpers.hybrids import model_of
-from tests.helpers.models import batch, tiny_llama, with_lora
+from tests.helpers.models import batch, norms_in_fp64, tiny_llama, with_lora, with_positions
 
 EngineName = Literal["ddp", "fsdp2", "fsdp2 groups", "fsdp2 head", "zero1", "zero2", "zero3"]
 CHUNK_SIZE = 4
@@ -33,6 +33,7 @@ class Case:
         chunked: False: the plain model under the same engine.
         spaco: Every other chunk, so that one process can draw the same sample.
         hybrid: A class of tests/helpers/hybrids.py instead of Llama.
+        trees: Three padded rows a rank, which begin alike.
     """
 
     engine: EngineName
@@ -47,6 +48,7 @@ class Case:
     attention: Literal["math", "cpu_flash"] = "math"
     spaco: bool = False
     hybrid: str = ""
+    trees: bool = False
     mean_per_rank: bool = False
     chunked: bool = True
     offload: Literal["none", "host"] = "none"
@@ -116,6 +118,8 @@ def build(case: Case, dtype: torch.dtype) -> nn.Module:
         model = model_of(case.hybrid).to(dtype)
     else:
         model = tiny_llama(dtype=dtype, tie_word_embeddings=case.tied, initializer_range=0.2)
+        if case.trees:  # sums of branches' gradients are rounded to the dtype of norms
+            norms_in_fp64(model).to(dtype)
     return with_lora(model) if case.lora else model  # type: ignore[arg-type]
 
 
@@ -127,6 +131,7 @@ def chunk_config(case: Case) -> ChunkConfig:
         attention=case.attention,
         offload=case.offload,
         sampler=EveryOther() if case.spaco else None,
+        share_prefixes=True if case.trees else "auto",
     )
 
 
@@ -134,7 +139,12 @@ def micro_batches(case: Case, rank: int) -> list[dict[str, Any]]:
     """What one rank is given, in the order of its micro-batches."""
     num_ranks = len(case.lengths)
     given = [
-        [batch(num_tokens=length, seed=100 * r + step) for step in range(case.num_micro_batches)]
+        [
+            trees(length, seed=100 * r + step)
+            if case.trees
+            else batch(num_tokens=length, seed=100 * r + step)
+            for step in range(case.num_micro_batches)
+        ]
         for r, length in enumerate(case.lengths)
     ]
     if case.ignored_rank is not None:
@@ -145,6 +155,20 @@ def micro_batches(case: Case, rank: int) -> list[dict[str, Any]]:
     )
     extra = {} if case.mean_per_rank else {"num_items_in_batch": num_items / accumulation_divisor(case)}
     return [{**inputs, **extra, "use_cache": False} for inputs in given[rank]]
+
+
+def trees(num_tokens: int, seed: int) -> dict[str, Tensor]:
+    """A trunk with two branches, one of which has a branch of its own; one row is padded on the left."""
+    inputs = batch(num_rows=3, num_tokens=num_tokens, seed=seed)
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    half = -(-num_tokens // 2)
+    ids[1, :half] = ids[0, :half]
+    ids[2, :-1] = ids[1, :-1]
+    labels[:, 1:], labels[:, 0] = ids[:, 1:], -100
+    mask = torch.ones_like(ids)
+    ids[1], labels[1], mask[1] = ids[1].roll(1), labels[1].roll(1), 1 - (torch.arange(num_tokens) == 0).long()
+    labels[1, :2] = -100
+    return with_positions({**inputs, "attention_mask": mask})
 
 
 def accumulation_divisor(case: Case) -> int:

@@ -60,6 +60,20 @@ def test_two_ranks(two_ranks: Ranks, case: Case) -> None:
     check(two_ranks, case)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"engine": "ddp", "layers_per_group": "all"},
+        {"engine": "fsdp2", "retained_chunks": 2, "num_micro_batches": 2},
+        {"engine": "fsdp2 groups", "layers_per_group": 2, "lora": True},
+        {"engine": "zero3"},
+    ],
+    ids=lambda x: x["engine"],
+)
+def test_ranks_with_different_trees(two_ranks: Ranks, values: dict[str, Any]) -> None:
+    check(two_ranks, Case(trees=True, **values))
+
+
 @pytest.mark.parametrize("retained", [0, 2])
 def test_host_offload(two_ranks: Ranks, retained: int) -> None:
     check(two_ranks, Case(engine="fsdp2", offload="host", retained_chunks=retained, num_micro_batches=2))

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
 from chunkdist.check.gradients import check_gradients
 from chunkdist.engine import additions, hook_probe
-from tests.helpers.models import batch, gradients, largest_difference, padded_batch, tiny_llama, with_lora
+from tests.helpers.models import batch, gradients, largest_difference, tiny_llama, with_lora
 
 CONFIG = ChunkConfig(chunk_size=7)
 V = torch.sin(torch.arange(32).double())
@@ -587,7 +587,7 @@ def test_experts_get_tokens_by_their_choice() -> None:
             layer.mlp.inner.register_forward_hook(lambda module, args, output: change(output))
         return result
 
-    inputs = padded_batch([37, 30])
+    inputs = batch(num_rows=2)
     for change in (None, steered):
         found = gradients(chunk_model(model(change), CONFIG), inputs)
         assert largest_difference(found, gradients(model(change), inputs)) < 1e-10

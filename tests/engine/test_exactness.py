@@ -15,10 +15,12 @@ from tests.helpers.models import (
     batch,
     gradients,
     largest_difference,
+    left_padded,
     packed_batch,
     padded_batch,
     tiny_llama,
     with_lora,
+    with_positions,
 )
 
 NUM_TOKENS = 37
@@ -35,6 +37,7 @@ INPUTS: dict[str, Callable[[], dict[str, Tensor]]] = {
     "one row": lambda: batch(num_tokens=NUM_TOKENS),
     "packed": lambda: packed_batch([5, 1, 17, 13, 1]),
     "right-padded rows": lambda: padded_batch([NUM_TOKENS, 20, 3]),
+    "left-padded rows": lambda: with_positions(left_padded([20, NUM_TOKENS, 3])),
 }
 
 

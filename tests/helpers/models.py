@@ -109,6 +109,28 @@ def padded_batch(lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
     return result
 
 
+def left_padded(lengths: list[int], num_behind: int = 0, seed: int = 0) -> dict[str, Tensor]:
+    """Rows padded on the left to the longest, and on the right by `num_behind`; their first tokens have no
+    label."""
+    result = padded_batch(lengths, seed)
+    num_tokens = max(lengths) + num_behind
+    for row, length in enumerate(lengths):
+        result["labels"][row, 0] = -100
+        for x in result.values():
+            x[row] = x[row].roll(max(lengths) - length)
+    fill = {"labels": -100, "input_ids": 1, "attention_mask": 0}
+    padding = {key: x.new_full((len(lengths), num_behind), fill[key]) for key, x in result.items()}
+    result = {key: torch.cat([x, padding[key]], 1) for key, x in result.items()}
+    assert all(x.shape == (len(lengths), num_tokens) for x in result.values())
+    return result
+
+
+def with_positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Positions in the sequences, and 1 for padding, as `generate` has them."""
+    mask = inputs["attention_mask"]
+    return {**inputs, "position_ids": (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)}
+
+
 def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """One step's loss and gradients, under the parameters' names; `loss` beside them."""
     model.zero_grad(set_to_none=True)
@@ -116,6 +138,24 @@ def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **grads}
+
+
+def gradients_alone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As `gradients`, of padded rows' sequences, each in a forward of its own."""
+    model.zero_grad(set_to_none=True)
+    num_labels = (inputs["labels"][:, 1:] != -100).sum()
+    total = torch.zeros(())
+    for is_real, ids, labels in zip(
+        inputs["attention_mask"] == 1, inputs["input_ids"], inputs["labels"], strict=True
+    ):
+        own = labels[is_real][None]
+        if (own[:, 1:] != -100).any():
+            settings = {"num_items_in_batch": num_labels, "use_cache": False}
+            loss = model(input_ids=ids[is_real][None], labels=own, **settings).loss
+            loss.backward()
+            total = total + loss.detach()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": total, **grads}
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -7,13 +7,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config
 
-from chunkdist import ChunkConfig, chunk_model
+from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
 from chunkdist.check.gradients import check_gradients
-from tests.helpers.models import gradients, largest_difference, padded_batch, tiny_llama, with_lora
+from tests.helpers.models import (
+    VOCAB_SIZE,
+    gradients,
+    gradients_alone,
+    largest_difference,
+    left_padded,
+    padded_batch,
+    tiny_llama,
+    with_lora,
+    with_positions,
+)
 
 CONFIG = ChunkConfig(chunk_size=7)
-REFUSAL = r"labels of padding .* are not -100: .* write labels\[attention_mask == 0\] = -100"
+REFUSAL = r"labels of padding .* are not -100: .* write labels\[attention_mask == 0\] = -100, and with left"
 
 
 def with_labels_on_padding() -> dict[str, Tensor]:
@@ -74,6 +85,14 @@ def row_of_padding() -> dict[str, Tensor]:
     return inputs
 
 
+def with_columns(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Positions that count the padding."""
+    return {
+        **inputs,
+        "position_ids": torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"]),
+    }
+
+
 def mask(change: Any) -> dict[str, Tensor]:
     inputs = padded_batch([37, 20])
     return {**inputs, "attention_mask": change(inputs["attention_mask"])}
@@ -88,6 +107,9 @@ EQUAL = {
     "the end of a sequence": end_of_sequence,
     "the same, shifted": lambda: shifted(end_of_sequence()),
     "a row of padding": row_of_padding,
+    "left padding, and positions": lambda: with_positions(left_padded([37, 20, 1])),
+    "padding on both sides": lambda: with_positions(left_padded([30, 20], num_behind=7)),
+    "left padding, and positions of columns": lambda: with_columns(left_padded([37, 20])),
     "a mask of floats": lambda: mask(lambda x: x.float()),
     "a mask of booleans": lambda: mask(lambda x: x.bool()),
     "a mask of other numbers": lambda: mask(lambda x: 3 * x),
@@ -109,15 +131,80 @@ def test_equal_to_the_plain_model(name: str, height: Any) -> None:
     [
         lambda x: torch.ones(2, 1, 37, 37, dtype=torch.bool).tril(),
         lambda x: x[:, :20],
-        lambda x: x.flip(1),
         lambda x: torch.where(torch.arange(37) == 9, 0, x),
         lambda x: {"full_attention": None},
     ],
-    ids=["four dims", "too short", "left", "a gap", "a dict"],
+    ids=["four dims", "too short", "a gap", "a dict"],
 )
 def test_other_masks_are_refused(change: Any) -> None:
     with pytest.raises(ValueError, match="attention_mask"):
         chunk_model(tiny_llama(), CONFIG)(**mask(change))
+
+
+@pytest.mark.parametrize("height", [1, "all"])
+def test_positions_that_are_not_passed_begin_with_the_sequence(height: Any) -> None:
+    """The plain model counts the padding: the same up to the rounding of cosines, which are in fp32."""
+    inputs = left_padded([20, 37, 1], num_behind=3)
+    model = chunk_model(tiny_llama(), ChunkConfig(chunk_size=7, layers_per_group=height))
+    found = gradients(model, inputs)
+    assert largest_difference(found, gradients_alone(tiny_llama(), inputs)) < 1e-10
+    assert largest_difference(found, gradients(tiny_llama(), inputs)) < 1e-5
+
+
+def test_a_first_token_behind_left_padding_has_no_label() -> None:
+    inputs = left_padded([37, 20])
+    inputs["labels"][1, 17] = 3
+    for refused in (inputs, shifted(inputs)):
+        with pytest.raises(ValueError, match=REFUSAL):
+            chunk_model(tiny_llama(), CONFIG)(**refused)
+
+
+def test_learned_positions_count_the_padding_unless_they_are_passed() -> None:
+    settings = {"vocab_size": VOCAB_SIZE, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    config = GPT2Config(**settings, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).double()
+
+    inputs = left_padded([37, 20])
+    with pytest.raises(
+        ValueError, match=r"GPT2Model has no rotary embedding.* position_ids=\(attention_mask"
+    ):
+        chunk_model(model(), CONFIG)(**inputs)
+    inputs = with_positions(inputs)
+    found, expected = (gradients(x, inputs) for x in (chunk_model(model(), CONFIG), model()))
+    assert largest_difference(found, expected) < 1e-6  # its own softmax is in fp32
+
+
+@pytest.mark.parametrize("is_left", [True, False])
+def test_hidden_states_of_all_layers_come_back_in_rows(is_left: bool) -> None:
+    inputs = left_padded([37, 20]) if is_left else padded_batch([37, 20])
+    del inputs["labels"]
+    models = tiny_llama(), chunk_model(tiny_llama(), CONFIG)
+    with torch.no_grad():
+        plain, found = (x(**inputs, output_hidden_states=True, use_cache=False) for x in models)
+    is_real = inputs["attention_mask"] == 1
+    for x, y in zip((*plain.hidden_states, plain.logits), (*found.hidden_states, found.logits), strict=True):
+        torch.testing.assert_close(y[is_real], x[is_real], rtol=1e-4, atol=1e-4)
+        assert y.shape == x.shape
+
+
+def test_an_argument_whose_tokens_cannot_be_told() -> None:
+    inputs = padded_batch([37, 20])
+    with pytest.raises(UnsupportedModelError, match=r"the decoder gets other of shape \(3, 37\) with rows"):
+        chunk_model(tiny_llama(), CONFIG).model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], other=torch.ones(3, 37)
+        )
+
+
+def test_padding_is_not_computed() -> None:
+    seen = []
+    model = chunk_model(tiny_llama(), CONFIG)
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    gradients(model, left_padded([30, 20, 3], num_behind=7))
+    forward, rerun = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert [sum(shape[1] for shape in x) for x in (forward, rerun)] == [53, 53]
 
 
 def test_a_forward_that_failed_leaves_no_labels() -> None:

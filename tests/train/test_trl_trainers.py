@@ -24,6 +24,7 @@ from transformers import (
 from trl.trainer import utils
 
 from chunkdist import ChunkConfig, chunk_model, chunk_report, unchunk_model
+from chunkdist.chunking import num_computed
 from chunkdist.loss import cross_entropy
 from tests.helpers.row_logits import RowLogits
 from tests.helpers.tiny_run import BYTE_LLAMA
@@ -67,9 +68,9 @@ def preferences(*columns: str) -> Dataset:
     return Dataset.from_dict(rows)
 
 
-def same_length(num_rows: int) -> Dataset:
-    """Prompts that need no padding: their completions differ in length."""
-    return Dataset.from_dict({"prompt": ["Beautiful is better than", "Explicit is better than "] * num_rows})
+def prompts(num_rows: int) -> Dataset:
+    """Trainers that generate pad them on the left, and completions on the right."""
+    return Dataset.from_dict({"prompt": ["Beautiful is better than", "Although that way may"] * num_rows})
 
 
 def reward(completions: list[str], **kwargs: Any) -> list[float]:
@@ -116,7 +117,7 @@ def trainer_of(name: str, folder: Path, *, lora: bool, model: Any = None, **chan
         rows = {"chosen": ANSWERS, "rejected": TEXTS, "margin": [0.5, 0.1, 0.2]}
         made["train_dataset"] = Dataset.from_dict({key: value * 4 for key, value in rows.items()})
     else:
-        made |= {"model": ends_early(model), "train_dataset": same_length(6)}
+        made |= {"model": ends_early(model), "train_dataset": prompts(6)}
         given |= {"per_device_train_batch_size": 4, "max_completion_length": 24}
         if name == "Distillation":
             made["teacher_model"] = tiny(seed=1)
@@ -183,6 +184,14 @@ def test_three_steps_are_the_plain_trainers(
         assert any(x["completions/min_length"] < x["completions/max_length"] for x in found[0])
     assert caplog.text.count("gradient checkpointing is switched off") == 1
     assert "logits" not in caplog.text
+    if name in ("DPO", "GRPO", "RLOO"):  # prompts are longer than a chunk
+        assert num_computed(trainer.model) < passed_to(trainer)
+
+
+def passed_to(trainer: Any) -> int:
+    """Tokens of its training forwards, padding left out."""
+    entries = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
+    return int(entries[-1])
 
 
 def test_a_mixture_of_experts_has_its_balance_loss(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class ChunkArguments:
     chunk_offload: str = _of_config("offload", choices=("none", "host", "auto"))
     chunk_attention: str = _of_config("attention", choices=ATTENTION_NAMES)
     chunk_rebuild_kv: str = _of_config("rebuild_kv", choices=("auto", "true", "false"))
+    chunk_share_prefixes: str = _of_config("share_prefixes", choices=("auto", "true", "false"))
     oom: str = option(
         "error",
         "Of a step that runs out of memory. error: ends the run, and says what would fit. shrink: the step "
@@ -98,7 +99,7 @@ class ChunkArguments:
         sampler = self._sampler()
         if self.chunk_method == "none":
             return None
-        rebuild_kv: Any = {"true": True, "false": False}.get(self.chunk_rebuild_kv, self.chunk_rebuild_kv)
+        words: dict[str, Any] = {"true": True, "false": False, "auto": "auto"}
         offload: Any = self.chunk_offload
         attention: Any = self.chunk_attention
         return ChunkConfig(
@@ -108,7 +109,8 @@ class ChunkArguments:
             kv_grad_dtype=_KV_GRAD_DTYPES[self.chunk_kv_grad_dtype],
             offload=offload,
             attention=attention,
-            rebuild_kv=rebuild_kv,
+            rebuild_kv=words.get(self.chunk_rebuild_kv, self.chunk_rebuild_kv),
+            share_prefixes=words.get(self.chunk_share_prefixes, self.chunk_share_prefixes),
             sampler=sampler,
         )
 

@@ -54,6 +54,7 @@ def check_pipeline(
         "chunk_packing": chunk.chunk_packing,
         "chunk_offload": chunk.chunk_offload != "none",
         "chunk_rebuild_kv": chunk.chunk_rebuild_kv == "true",
+        "chunk_share_prefixes": chunk.chunk_share_prefixes == "true",
         "load_in_4bit": model.load_in_4bit,
         "load_in_8bit": model.load_in_8bit,
         "deepspeed": bool(training.deepspeed),

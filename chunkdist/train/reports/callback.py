@@ -24,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from chunkdist.chunking import ChunkReport, chunk_report, resolve_auto_values
+from chunkdist.chunking import ChunkReport, chunk_report, num_computed, resolve_auto_values
 from chunkdist.config import ChunkConfig
 from chunkdist.models.flops import peak_flops
 from chunkdist.spaco.sample import SampleReport
@@ -57,7 +57,9 @@ class ChunkCallback(TrainerCallback):
       CPU) the largest of the processes' resident memory; both since the process started.
     - `spaco_*`: chunks and tokens that SpaCO kept on rank 0 since the last log, the largest weight, and the
       mean of `SampleReport.relative_variance`.
-    - `mfu` is by model FLOPs, see `chunkdist.models.flops`.
+    - `mfu` is by model FLOPs, see `chunkdist.models.flops`, as far as tokens were not shared.
+    - `num_tokens_computed` is there where it is not `num_tokens_seen`: shared prefixes are computed once, and
+      padding where rows stay rows, too.
     - A file that cannot be written costs one warning; training goes on.
 
     Args:
@@ -84,6 +86,7 @@ class ChunkCallback(TrainerCallback):
         self._metrics = MetricsFile(Path(output_dir) / "metrics.jsonl")
         self.counter: TokenCounter | None = None
         self._num_tokens_seen = 0
+        self._num_tokens_computed = self._computed_before = 0
         self._expected: ChunkReport | None = None
         self._has_warned = False
         self._samples: list[SampleReport] = []
@@ -110,7 +113,8 @@ class ChunkCallback(TrainerCallback):
     ) -> None:
         self._stop_counting()  # an earlier run may have died
         self.counter = self._given_counter or TokenCounter(self._model)
-        self._num_tokens_seen, self._expected = 0, None
+        self._num_tokens_seen, self._num_tokens_computed, self._expected = 0, 0, None
+        self._computed_before = 0 if self._config is None else num_computed(self._model)
         self._forget_time()
         if self._config is not None:
             sizes = step_sizes(args, self._stream_tokens)
@@ -183,8 +187,13 @@ class ChunkCallback(TrainerCallback):
 
     def _figures(self, args: TrainingArguments) -> dict[str, float]:
         assert self.counter is not None
-        counts, peaks = _over_ranks(self.counter.take(), _peak_bytes(args.device), args.device)
+        computed = 0 if self._config is None else num_computed(self._model)
+        own = [computed - self._computed_before, *self.counter.take()]
+        self._computed_before = computed
+        (computed, *counts), peaks = _over_ranks(own, _peak_bytes(args.device), args.device)
+        computed = computed or counts[0]  # the stages of a pipeline compute what they are given
         self._num_tokens_seen += counts[0]
+        self._num_tokens_computed += computed
         memory_name = "peak_memory_gib" if args.device.type == "cuda" else "peak_rss_gib"
         figures = {
             "tokens_per_second": counts[0] / self._seconds,
@@ -192,9 +201,12 @@ class ChunkCallback(TrainerCallback):
             memory_name: max(peaks) / 2**30,
             "num_tokens_seen": self._num_tokens_seen,
         }
+        if self._num_tokens_computed != self._num_tokens_seen:
+            figures["num_tokens_computed"] = self._num_tokens_computed
         peak = peak_flops(torch.cuda.get_device_name(args.device)) if args.device.type == "cuda" else None
         if peak is not None:
-            figures["mfu"] = self.counter.flops.from_counts(counts) / self._seconds / (peak * len(peaks))
+            flops = self.counter.flops.from_counts(counts) * min(1.0, computed / max(1, counts[0]))
+            figures["mfu"] = flops / self._seconds / (peak * len(peaks))
         return figures | self._sample_figures()
 
     def _note_sample(self) -> None:
@@ -233,10 +245,10 @@ class ChunkCallback(TrainerCallback):
         if line:
             self._say(line)
         if step and self._metrics.path.exists():
-            seen = [
-                record["num_tokens_seen"] for record in self._metrics.read() if "num_tokens_seen" in record
-            ]
-            self._num_tokens_seen = seen[-1] if seen else 0
+            records = [record for record in self._metrics.read() if "num_tokens_seen" in record]
+            last: dict[str, Any] = records[-1] if records else {"num_tokens_seen": 0}
+            self._num_tokens_seen = last["num_tokens_seen"]
+            self._num_tokens_computed = last.get("num_tokens_computed", self._num_tokens_seen)
 
     def _finish(self) -> None:
         records = self._metrics.read() if self._metrics.path.exists() else []

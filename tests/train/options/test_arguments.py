@@ -46,6 +46,7 @@ def test_every_chunk_option_reaches_the_library(tmp_path: Path) -> None:
         chunk_kv_grad_dtype="model",
         chunk_attention="math",
         chunk_rebuild_kv=False,
+        chunk_share_prefixes=True,
         chunk_offload="host",
     )
     assert check_options(given) == ChunkConfig(
@@ -55,6 +56,7 @@ def test_every_chunk_option_reaches_the_library(tmp_path: Path) -> None:
         kv_grad_dtype=None,
         attention="math",
         rebuild_kv=False,
+        share_prefixes=True,
         offload="host",
     )
     assert check_options(options(tmp_path, chunk_size=5)) == ChunkConfig(

@@ -140,6 +140,25 @@ class TestFigures:
         trainer.data_collator = collate
         trainer.train()
         assert lines(tmp_path)[0]["num_tokens_seen"] == 40 + 25
+        assert "num_tokens_computed" not in lines(tmp_path)[0]
+
+    def test_shared_tokens_are_computed_once(self, tmp_path: Path) -> None:
+        def resumed(last: int, **settings: Any) -> None:
+            trainer = trainer_of(tmp_path, max_steps=last, per_device_train_batch_size=2, **settings)
+
+            def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+                ids = torch.tensor([sample["input_ids"] for sample in samples])
+                ids[1, :30], ids[1, 30] = ids[0, :30], (ids[0, 30] + 1) % VOCAB_SIZE
+                return {"input_ids": ids, "labels": ids}
+
+            trainer.data_collator = collate
+            trainer.train(resume_from_checkpoint=last > 2)
+
+        resumed(2, save_strategy="steps", save_steps=2)
+        resumed(4, eval_strategy="steps", eval_steps=1)
+        records = [record for record in lines(tmp_path) if "eval_loss" not in record]
+        assert [record["num_tokens_seen"] for record in records] == [80, 160, 240, 320]
+        assert [record["num_tokens_computed"] for record in records] == [50, 100, 150, 200]
 
     @pytest.mark.parametrize("what", ["evaluate", "_save_checkpoint"])
     def test_evaluation_and_saving_count_neither_as_tokens_nor_as_time(
