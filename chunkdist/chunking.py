@@ -3,6 +3,7 @@ model."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from chunkdist.engine.chunked_model import HANDLE, ChunkedModel
 from chunkdist.engine.layer import GroupLayer
 from chunkdist.loss.cross_entropy import tile_tokens
 from chunkdist.loss.lazy_logits import tiled_head
-from chunkdist.memory.auto import resolve_auto
+from chunkdist.memory.auto import resolve_auto, resolve_keep
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.sharded import SINGLE
 from chunkdist.models.layers import causal_lm_of
@@ -44,6 +45,9 @@ class ChunkReport:
     config: ChunkConfig
     """Without `"auto"`."""
     rebuilds_kv: bool
+    keeps_attention: bool
+    keep_reason: str
+    """Why attention's outputs are kept, or not."""
     attention: str
     attention_reason: str
     head_tile_tokens: int | None
@@ -77,7 +81,7 @@ def chunk_model(model: Model, config: ChunkConfig, *, sequence_group: ProcessGro
     sequence = None
     if sequence_group is not None and sequence_group.size() > 1:
         sequence = SequenceGroup(sequence_group)
-    causal_lm.__dict__[HANDLE] = ChunkedModel(causal_lm, config, resolve_auto_values, sequence)
+    ChunkedModel(causal_lm, config, resolve_auto_values, sequence)
     return model
 
 
@@ -89,7 +93,6 @@ def unchunk_model(model: Model) -> Model:
     """
     causal_lm = _causal_lm(model)
     _handle(causal_lm).remove()
-    del causal_lm.__dict__[HANDLE]
     return model
 
 
@@ -111,6 +114,8 @@ def chunk_report(model: nn.Module) -> ChunkReport:
         reason=handle.context.reason or "auto: chosen in the first step",
         config=config,
         rebuilds_kv=config.rebuilds_kv,
+        keeps_attention=config.keeps_attention,
+        keep_reason=handle.context.keep_reason or "auto: chosen in the first step",
         attention=" and ".join(reasons) or config.attention,
         attention_reason="; ".join(reasons.values()) or "chosen in the first step",
         head_tile_tokens=None if head is None else tile_tokens(head.out_features, head.weight.element_size()),
@@ -148,28 +153,44 @@ def host_memory(model: nn.Module) -> HostMemory | None:
 
 def resolve_auto_values(model: nn.Module, *, activation_bytes: int | None = None, **settings: Any) -> None:
     """Puts values in the place of each `"auto"` of the config; where there is none, does nothing. The first
-    training forward does it by its own tokens, unless it has been done.
+    training forward does it by its own tokens, unless it has been done. `keep_attention` alone is asked for
+    again where a longer row comes.
 
     Args:
         activation_bytes: As in `ModelSizes.of`.
         settings: What `resolve_auto` takes, of the longest row that will come.
     """
     context = (handle := _handle(_causal_lm(model))).context
+    num_tokens = settings["num_tokens"] * settings.get("num_rows", 1)
+    if context.reason and num_tokens > context.keep_decided_for:
+        context.keep_decided_for = num_tokens
+
+        def count() -> ModelSizes:
+            return model_sizes(model, activation_bytes, settings.get("engine", SINGLE).weights_dtype)
+
+        keeps, context.keep_reason = resolve_keep(model, context.config, count, **settings)
+        context.resolve(replace(context.config, keep_attention=keeps), context.reason)
     if not context.reason:
         sizes = model_sizes(model, activation_bytes, settings.get("engine", SINGLE).weights_dtype)
         chosen, reason = resolve_auto(model, context.requested, sizes, **settings)
         handle.regroup(chosen.layers_per_group)
         context.resolve(chosen, reason)
+        context.keep_reason, context.keep_decided_for = context.keep_reason or reason, math.inf
 
 
 def reschedule(model: nn.Module, *, chunk_size: int, reason: str) -> None:
-    """Other chunks, none of them retained, for the steps to come.
+    """Other chunks, none of them retained, for the steps to come; attention's outputs are not kept, unless
+    they were asked for.
 
     Args:
         reason: Why, for `ChunkReport`.
     """
     context = _handle(_causal_lm(model)).context
-    context.resolve(replace(context.config, chunk_size=chunk_size, retained_chunks=0), reason)
+    chosen = replace(context.config, chunk_size=chunk_size, retained_chunks=0)
+    if context.requested.keep_attention == "auto":
+        chosen, context.keep_decided_for = replace(chosen, keep_attention=False), math.inf
+        context.keep_reason = reason
+    context.resolve(chosen, reason)
 
 
 def model_sizes(

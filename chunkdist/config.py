@@ -41,7 +41,9 @@ class ChunkConfig:
             being kept from the forward. `"auto"`: rebuilt when a group is one layer and no chunk is retained,
             kept otherwise.
         keep_attention: Whether what attention returns in the forward (output and log-sum-exp) waits for the
-            backward, so that no attention kernel runs twice: gradients stay the same to the bit.
+            backward, so that no attention kernel runs twice: gradients stay the same to the bit. `"auto"`:
+            where it fits into free memory and is faster by estimate, determined before the first step; with a
+            sampler and in a pipeline, no.
         control_variate: Whether the gradients that kept chunks leave for other chunks' keys and values reach
             the norm and the k/v projections without weights, which lowers SpaCO's variance and runs these
             parts of the layer again. `"auto"`: when a group is one layer and the sampler says
@@ -62,7 +64,7 @@ class ChunkConfig:
     offload: Literal["none", "host", "auto"] = "none"
     attention: AttentionName = "auto"
     rebuild_kv: bool | Literal["auto"] = "auto"
-    keep_attention: bool = False
+    keep_attention: bool | Literal["auto"] = "auto"
     control_variate: bool | Literal["auto"] = "auto"
     share_prefixes: bool | Literal["auto"] = "auto"
 
@@ -89,8 +91,10 @@ class ChunkConfig:
                 f"rebuild_kv=True needs retained_chunks=0, not {self.retained_chunks}: graphs of retained "
                 "chunks hold the K/V that they read; write rebuild_kv='auto'"
             )
-        if self.keep_attention not in (True, False):
-            raise ValueError(f"keep_attention={self.keep_attention!r} is unknown: write True or False")
+        if self.keep_attention not in (True, False, "auto"):
+            raise ValueError(
+                f"keep_attention={self.keep_attention!r} is unknown: write True, False or 'auto'"
+            )
         if self.sampler is not None and not isinstance(self.sampler, ChunkSampler):
             raise ValueError(
                 f"sampler={self.sampler!r} has no method draw: write IndependentSampler(budget=8)"
@@ -122,7 +126,7 @@ class ChunkConfig:
     def without_auto(self) -> ChunkConfig:
         """What runs while the planner has not chosen: in evaluations before the first step, say."""
         found = {name: first for name, first in AUTO_FIELDS.items() if getattr(self, name) == "auto"}
-        return replace(self, **found)
+        return replace(self, **found, keep_attention=self.keeps_attention)
 
     @property
     def uses_control_variate(self) -> bool:
@@ -130,6 +134,11 @@ class ChunkConfig:
         if self.control_variate == "auto":
             return self.layers_per_group == 1 and getattr(self.sampler, "unbiased", False)
         return self.control_variate
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether attention's outputs are kept; while `"auto"` is not resolved, they are not."""
+        return self.keep_attention is True
 
     @property
     def rebuilds_kv(self) -> bool:

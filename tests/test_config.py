@@ -36,7 +36,7 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
 def test_what_stands_for_auto_until_the_planner_has_chosen() -> None:
     config = ChunkConfig(chunk_size="auto", layers_per_group="auto", retained_chunks="auto", offload="auto")
     assert config.has_auto
-    assert config.without_auto() == ChunkConfig(chunk_size=2048)
+    assert config.without_auto() == ChunkConfig(chunk_size=2048, keep_attention=False)
     assert not config.without_auto().has_auto
 
 

@@ -109,7 +109,7 @@ def test_results_of_a_gpu_are_shown_and_those_that_mean_nothing_refused(
     (tmp_path / "step-8b.json").write_text(json.dumps({**result, "partial": True}))
     page = script.gpu_results(tmp_path)
     assert page.startswith("### step-8b\n\nLlama of 10.3M parameters, layers 8, tokens 8,192, Made-up GPU")
-    assert re.search(r"\| chunked, K/V kept +\| ran +\| 15.683 s \| 0.95 x ", page)
+    assert re.search(r"\| chunked, K/V kept, .* twice +\| ran +\| 15.683 s \| 0.95 x ", page)
     assert f"It did not end. `{result['command']}`; python" in page
     (tmp_path / "step-8b.json").write_text(json.dumps({**result, "command": "chunkdist bench step --smoke"}))
     with pytest.raises(ValueError, match=r"step-8b\.json is of a run with --smoke"):

@@ -25,15 +25,8 @@ def main(arguments: Sequence[str]) -> int:
     failed = []
     for name in NAMES:
         print(f"== {name}", flush=True)
-        command = [
-            sys.executable,
-            "-m",
-            "chunkdist.cli.main",
-            "bench",
-            name,
-            "--json",
-            str(options.json_dir / f"{name}.json"),
-        ]
+        file = str(options.json_dir / f"{name}.json")
+        command = [sys.executable, "-m", "chunkdist.cli.main", "bench", name, "--json", file]
         command += ["--device", options.device] if name != "memory" else []
         command += ["--trace", str(options.json_dir / "trace.json.gz")] if name == "profile" else []
         command += ["--smoke"] if options.smoke else []

@@ -81,9 +81,6 @@ FIGURES: dict[str, Figure] = {
     "peak_allocated_bytes": Figure("peak", "{:.2f} GiB", GIB, "less"),
     "peak_reserved_bytes": Figure("reserved", "{:.2f} GiB", GIB, "less"),
     "host_bytes": Figure("host", "{:.1f} GiB", GIB),
-    "simulated_bytes": Figure("simulated", "{:.2f} GiB", GIB),
-    "formula_error": Figure("formula off by", "{:+.1%}"),
-    "bytes_over_weights": Figure("over the weights, a token", "{:.1f} KiB", KIB),
     "fits": Figure("fits", "{:,}", 1, "more"),
     "fails": Figure("does not fit", "{:,}"),
     "out_of_time": Figure("out of time"),
@@ -99,14 +96,7 @@ FIGURES: dict[str, Figure] = {
     "all_ranks_alike": Figure("ranks alike"),
     "tokens_padded": Figure("tokens padded", "{:,}"),
     "tokens_recomputed": Figure("tokens recomputed", "{:,}"),
-    "card": Figure("card"),
     "chunk_size": Figure("chunks", "{:,}"),
-    "layers_per_group": Figure("layers a group"),
-    "retained_chunks": Figure("retained"),
-    "kv": Figure("K/V"),
-    "offload": Figure("offload"),
-    "moment": Figure("largest"),
-    "predicted_s": Figure("step", "{:,.0f} s"),
 }
 """By the key of a row in the JSON."""
 

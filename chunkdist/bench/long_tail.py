@@ -26,12 +26,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from chunkdist import ChunkConfig, chunk_model, unchunk_model
 from chunkdist.bench.kernels import SEGMENTS
-from chunkdist.bench.models import Sizes
+from chunkdist.bench.models import Sizes, set_checkpointing
 from chunkdist.bench.options import parser_of
 from chunkdist.bench.report import Run
 from chunkdist.bench.rounds import allowed_difference, largest_difference
 from chunkdist.bench.timing import Cost, cost_of, report_progress, rotated, times
-from chunkdist.bench.variants import set_checkpointing
 from chunkdist.chunking import chunk_report
 from chunkdist.data.assignment import plan_batch
 from chunkdist.data.cost import SequenceCost

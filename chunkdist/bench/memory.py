@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.kernels import WHOLE
-from chunkdist.bench.models import SIZES, Sizes
+from chunkdist.bench.models import SIZES, Sizes, set_checkpointing
 from chunkdist.bench.options import count, parser_of
 from chunkdist.bench.report import Run
 from chunkdist.bench.timing import report_progress
-from chunkdist.bench.variants import BASELINE, KEPT, OFFLOADED, ONE_GROUP, REBUILT, Variant, set_checkpointing
+from chunkdist.bench.variants import BASELINE, KEPT, OFFLOADED, ONE_GROUP, REBUILT, TWICE, Variant
 from chunkdist.chunking import host_memory
 from chunkdist.loss.lazy_logits import lazy_logits
 from chunkdist.memory import LiveBytes
@@ -33,6 +33,7 @@ from chunkdist.memory.fake_model import fake_model
 
 NUM_LAYERS_RUN = (8, 12, 16)
 ALL_LOGITS = f"{BASELINE}, all logits"
+GROUPS = "chunked, groups of 4 layers, K/V rebuilt, attention forward run twice"
 SMALL = Sizes(64, 16, 256, 32, 64, 16, 2, 1, lora_rank=8)
 COLUMNS = ("variant", "num_tokens", "peak_bytes", "host_bytes", "bytes_per_token")
 NOTE = (
@@ -44,18 +45,18 @@ def variants(chunk_size: int) -> list[tuple[Variant, tuple[int, int, int]]]:
     """What is compared, and the numbers of layers that are run to know about all."""
 
     def chunked(name: str, few: tuple[int, int, int] = NUM_LAYERS_RUN, **settings: Any) -> Any:
-        config = ChunkConfig(chunk_size=chunk_size, attention="varlen", **settings)
-        return Variant(name=name, config=config), few
+        settings = {"chunk_size": chunk_size, "attention": "varlen", "keep_attention": True, **settings}
+        return Variant(name=name, config=ChunkConfig(**settings)), few
 
     return [
         (Variant(name=BASELINE), NUM_LAYERS_RUN),
         chunked(REBUILT),
+        chunked(TWICE, keep_attention=False),
+        chunked(GROUPS, layers_per_group=4, rebuild_kv=True, keep_attention=False),
         chunked(KEPT, rebuild_kv=False),
-        chunked("chunked, groups of 4 layers, K/V rebuilt", layers_per_group=4, rebuild_kv=True),
-        chunked("chunked, groups of 2 layers, K/V rebuilt", (4, 6, 8), layers_per_group=2, rebuild_kv=True),
         chunked(ONE_GROUP, layers_per_group="all"),
         chunked(OFFLOADED, (2, 3, 4), offload="host"),
-        chunked(f"{OFFLOADED}, K/V kept", (2, 3, 4), offload="host", rebuild_kv=False),
+        chunked(f"{OFFLOADED}, attention forward run twice", (2, 3, 4), offload="host", keep_attention=False),
         (Variant(name=ALL_LOGITS), NUM_LAYERS_RUN),
     ]
 

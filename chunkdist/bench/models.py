@@ -78,3 +78,13 @@ SIZES = {
 """`8b` has the geometry of Llama-3-8B."""
 
 LLAMA_3_8B = SIZES["8b"].config_values()
+
+
+def set_checkpointing(model: Any, on: bool, **settings: Any) -> None:
+    """Hugging Face's gradient checkpointing, under the name that this version of transformers has for it."""
+    # `activation_*` is new in transformers 5, the old names go with version 6: then this needs no choice
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False, **settings})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()

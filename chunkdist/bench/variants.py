@@ -9,28 +9,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from chunkdist import ChunkConfig, chunk_model, unchunk_model
 from chunkdist.bench.kernels import PREFIX
+from chunkdist.bench.models import set_checkpointing
 from chunkdist.bench.paper_loop import paper_step
+from chunkdist.config import AUTO_FIELDS
 from chunkdist.loss.lazy_logits import lazy_logits
 from chunkdist.models.layers import causal_lm_of
 
 BASELINE = "gradient checkpointing"
 CHOICE = f"{BASELINE}, torch's choice of kernel"
 ON_HOST = f"{BASELINE}, inputs on the host"
+SELECTIVE = "selective checkpointing (keeps attention's outputs)"
 KEPT = "chunked, K/V kept"
 REBUILT = "chunked, K/V rebuilt (default)"
 ONE_GROUP = "chunked, one group of all layers"
 OFFLOADED = "chunked, host offload"
+TWICE = "chunked, K/V rebuilt, attention forward run twice"
 PLANNED = "chunked, as planned (auto)"
 
+_aten = torch.ops.aten
+_ATTENTION = [_aten._scaled_dot_product_flash_attention_for_cpu.default]
+_ATTENTION += [getattr(_aten, f"_scaled_dot_product_{name}_attention").default for name in ("flash", "cudnn")]
 _SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -40,7 +50,8 @@ class Variant:
 
     Args:
         config: How it is chunked; `None`: it is not.
-        method: Without `config`: the plain model, Hugging Face's gradient checkpointing, or the paper's loop.
+        method: Without `config`: the plain model, Hugging Face's gradient checkpointing, the same with what
+            attention returns kept (torch's selective checkpointing), or the paper's loop.
         saved_on_host: With checkpointing: whether the inputs of layers wait in pinned host memory.
         kernel: The kernel of attention on CUDA, unchunked; "any": torch chooses.
         chunk_size: Tokens of a chunk in the paper's loop.
@@ -48,7 +59,7 @@ class Variant:
 
     name: str
     config: ChunkConfig | None = None
-    method: Literal["plain", "checkpointing", "paper"] = "checkpointing"
+    method: Literal["plain", "checkpointing", "selective", "paper"] = "checkpointing"
     saved_on_host: bool = False
     kernel: Literal["flash", "cudnn", "any"] = "flash"
     chunk_size: int = 0
@@ -64,6 +75,7 @@ def baselines(chunk_size: int, *, on_gpu: bool) -> list[Variant]:
     found = [
         Variant(name=BASELINE),
         Variant(name="plain", method="plain"),
+        Variant(name=SELECTIVE, method="selective"),
         Variant(name=ON_HOST, saved_on_host=True),
         Variant(name="the paper's chunk loop", method="paper", chunk_size=chunk_size),
     ]
@@ -76,14 +88,18 @@ def chunked(
     """The schedules of chunkdist: the usual ones, the planner's for the memory there is, with other chunk
     sizes, and with groups of so many layers."""
 
-    def variant(name: str, size: int | Literal["auto"] = chunk_size, **settings: Any) -> Variant:
-        return Variant(name=name, config=ChunkConfig(chunk_size=size, **settings))
+    def variant(name: str, size: int = chunk_size, **settings: Any) -> Variant:
+        return Variant(
+            name=name, config=ChunkConfig(**{"chunk_size": size, "keep_attention": True, **settings})
+        )
 
+    auto: Any = dict.fromkeys(AUTO_FIELDS, "auto")
     return [
         variant(KEPT, rebuild_kv=False),
         variant(REBUILT),
+        variant(TWICE, keep_attention=False),
         variant(ONE_GROUP, layers_per_group="all"),
-        variant(PLANNED, "auto", layers_per_group="auto", retained_chunks="auto", offload="auto"),
+        Variant(name=PLANNED, config=ChunkConfig(**auto)),
         *(variant(f"chunked, groups of {num} layers", layers_per_group=num) for num in groups),
         *(variant(f"chunked, chunks of {size:,}", size) for size in chunk_sizes if size != chunk_size),
         *([variant(OFFLOADED, offload="host")] if offload else []),
@@ -100,7 +116,7 @@ def extras(names: Sequence[str], chunk_size: int, *, on_gpu: bool) -> list[Varia
     with those that this machine has what they need for."""
     if "all" in names:
         names = [name for name in EXTRAS if name != "flash_attn" or find_spec(name)] if on_gpu else EXTRAS[:1]
-    kept, found = ChunkConfig(chunk_size=chunk_size, rebuild_kv=False), []
+    kept, found = ChunkConfig(chunk_size=chunk_size, rebuild_kv=False, keep_attention=True), []
     for name in names:
         label = "narrow K/V gradients" if name == EXTRAS[0] else f"attention {name}"
         if name == "cudnn":
@@ -131,8 +147,9 @@ def prepared(model: Any, variant: Variant, *, on_gpu: bool) -> Iterator[Callable
             stack.enter_context(lazy_logits(causal_lm))
             if on_gpu and variant.kernel != "any":
                 stack.enter_context(sdpa_kernel(_SDPA[variant.kernel]))
-            if variant.method == "checkpointing":
-                set_checkpointing(model, True)
+            if variant.method in ("checkpointing", "selective"):
+                contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _ATTENTION)}
+                set_checkpointing(model, True, **(contexts if variant.method == "selective" else {}))
                 stack.callback(set_checkpointing, model, False)
                 if variant.saved_on_host:
                     stack.enter_context(_inputs_on_host(model, pin_memory=on_gpu))
@@ -163,13 +180,3 @@ def _inputs_on_host(model: Any, *, pin_memory: bool) -> Iterator[None]:
     finally:
         for module, function in zip(modules, functions, strict=True):
             module._gradient_checkpointing_func = function
-
-
-def set_checkpointing(model: Any, on: bool) -> None:
-    """Hugging Face's gradient checkpointing, under the name that this version of transformers has for it."""
-    # `activation_*` is new in transformers 5, the old names go with version 6: then this needs no choice
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
-        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(model, f"{name}_checkpointing_disable")()

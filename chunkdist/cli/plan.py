@@ -157,6 +157,7 @@ def all_auto(config: ChunkConfig) -> ChunkConfig:
         retained_chunks="auto",
         offload="auto",
         rebuild_kv="auto",
+        keep_attention="auto",
         control_variate="auto",
     )
 
@@ -199,7 +200,8 @@ def print_choice(console: Console, job: Job, plan: Plan, length: int, *, is_aske
     console.print(
         f"{'as configured' if is_asked else 'what would fit'}: chunk_size: {config.chunk_size}, "
         f"layers_per_group: {config.layers_per_group}, retained_chunks: {config.retained_chunks}, "
-        f"chunk_rebuild_kv: {str(config.rebuilds_kv).lower()}, chunk_offload: {config.offload}"
+        f"chunk_rebuild_kv: {str(config.rebuilds_kv).lower()}, chunk_keep_attention: "
+        f"{str(config.keeps_attention).lower()}, chunk_offload: {config.offload}"
     )
     console.print(
         f"a step takes about {seconds:,.1f} s, {length * job.num_rows / seconds:,.0f} tokens/s a rank "
@@ -220,8 +222,9 @@ def print_choice(console: Console, job: Job, plan: Plan, length: int, *, is_aske
     console.print(
         f"fastest schedule: {fastest.time.seconds:,.1f} s (chunk_size: {fastest.config.chunk_size}, "
         f"layers_per_group: {fastest.config.layers_per_group}, retained_chunks: "
-        f"{fastest.config.retained_chunks}, chunk_offload: {fastest.config.offload}); with 1 GiB more: "
-        f"{faster.time.seconds:,.1f} s"
+        f"{fastest.config.retained_chunks}, chunk_keep_attention: "
+        f"{str(fastest.config.keeps_attention).lower()}, chunk_offload: {fastest.config.offload}); "
+        f"with 1 GiB more: {faster.time.seconds:,.1f} s"
     )
 
 

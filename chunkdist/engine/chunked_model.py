@@ -116,6 +116,7 @@ class ChunkedModel(CopiedNotPickled):
             entry.__dict__[HANDLE] = self
             self._replace_forward(entry, _method(_decoder_forward, entry))
         self._replace_forward(model, _method(_causal_lm_forward, model))
+        model.__dict__[HANDLE] = self
 
     @property
     def layers(self) -> list[GroupLayer]:
@@ -125,6 +126,7 @@ class ChunkedModel(CopiedNotPickled):
     def remove(self) -> None:
         """Puts the forwards back; where others have wrapped ours, ours only passes on from now."""
         self.context.bypassed = True
+        self.model.__dict__.pop(HANDLE, None)
         if self.context.host is not None:
             self.context.host.close()
         self._zero3.remove()

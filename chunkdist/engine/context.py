@@ -5,6 +5,7 @@ Holds no module, so that a copied submodule (PEFT's `modules_to_save`) does not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -81,6 +82,10 @@ class ChunkContext:
         self.model_configs = model_configs
         self.reason = "" if config.has_auto else "as configured"
         """Why these values; empty while `"auto"` is not resolved."""
+        self.keep_reason = "" if config.keep_attention == "auto" else "as configured"
+        """Why attention's outputs are kept, or not; empty while that is not decided."""
+        self.keep_decided_for = math.inf if self.keep_reason else 0.0
+        """Tokens of all rows for which it was decided: more ask anew."""
 
     def refuse_shared_rows(self) -> None:
         """Raises `UnsupportedModelError` where ranks cannot share the tokens of a row."""

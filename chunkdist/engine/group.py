@@ -126,7 +126,7 @@ class GroupCall:
             group.context.host,
             group.num_above,
             reads_retained=group.context.config.uses_control_variate,
-            keeps_attention=self.group.is_decoder and group.context.config.keep_attention,
+            keeps_attention=self.group.is_decoder and group.context.config.keeps_attention,
         )
 
     def abandon(self) -> None:

@@ -83,7 +83,7 @@ class Fsdp2Gathered(Gathered):
         last = self._units[-1]
         if self._tied:
             return _parts(self._tied, last)
-        return _parts(self._head, max(0, last - tile_bytes))  # the loss runs inside the head's own call
+        return _parts(self._head, self._head + max(0, last - tile_bytes))
 
     def loss_backward(self) -> Parts:
         return _parts(self._tied or self._head, self._units[-1])

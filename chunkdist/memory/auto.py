@@ -3,6 +3,7 @@ first step, and alike on all ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,14 @@ from torch import distributed, nn
 from chunkdist.config import AUTO_FIELDS, ChunkConfig
 from chunkdist.memory.cards import CARDS, Card, card_named
 from chunkdist.memory.model_sizes import ModelSizes
-from chunkdist.memory.planner import Job, choose_retained, gib, plan_step
+from chunkdist.memory.planner import (
+    Job,
+    choose_keep,
+    choose_retained,
+    gib,
+    plan_as_configured,
+    plan_step,
+)
 from chunkdist.memory.sharded import SINGLE, Engine
 from chunkdist.models.flops import StepFlops
 from chunkdist.stores.free_memory import free_host_bytes
@@ -20,6 +28,9 @@ USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 """Share of the free memory that is planned with: the rest is for what the estimate leaves out (a kernel's
 scratch space, the allocator's
 gaps), on a CPU also for other processes."""
+
+SMALL_SHARE = 0.01
+"""What attention's outputs may take of the free memory without an estimate."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -84,11 +95,13 @@ def resolve_auto(
     there = weights.estimate(config.without_auto(), num_tokens).device["weights"]
     job = replace(weights, available_bytes=available_bytes + there)
     if asked == ["retained_chunks"]:
-        chosen = choose_retained(job, config, num_tokens)
+        chosen = choose_keep(job, replace(config, retained_chunks=0), num_tokens)
+        chosen = choose_retained(job, chosen, num_tokens)
     else:
         chosen = plan_step(job, config, num_tokens).config
     estimate = job.estimate(chosen, num_tokens)
-    choice = ", ".join(f"{name}={getattr(chosen, name)}" for name in asked)
+    told = [*asked, *(["keep_attention"] if config.keep_attention == "auto" else [])]
+    choice = ", ".join(f"{name}={getattr(chosen, name)}" for name in told)
     if asked == ["retained_chunks"]:
         num_chunks = -(-num_tokens // int(chosen.chunk_size))
         choice = f"{chosen.retained_chunks} of the {num_chunks} chunks of {num_tokens:,} tokens"
@@ -98,11 +111,73 @@ def resolve_auto(
     )
 
 
+def resolve_keep(
+    model: nn.Module,
+    config: ChunkConfig,
+    count: Callable[[], ModelSizes],
+    *,
+    num_tokens: int,
+    num_rows: int = 1,
+    optimizer: str = "",
+    engine: Engine = SINGLE,
+    num_micro_batches: int = 1,
+) -> tuple[bool, str]:
+    """Whether attention's outputs are kept where nothing else of `config` is left to the planner, and why.
+
+    Ranks may differ in it: neither gradients nor collectives depend on it.
+
+    Args:
+        count: Counts the sizes of `model`; asked only where outputs are more than `SMALL_SHARE` of what is
+            free.
+        num_tokens: Tokens of the longest row that is known to come.
+    """
+    if config.sampler is not None:
+        return False, "auto: dropped chunks, not known before the backward, would keep theirs for nothing"
+    device = next(model.parameters()).device
+    share = USABLE_SHARE.get(device.type, min(USABLE_SHARE.values()))
+    free, free_host = int(free_bytes(device) * share), int(free_host_bytes() * USABLE_SHARE["cpu"])
+    try:
+        flops = StepFlops.of(model)
+        # 12 FLOPs a pair and unit of the queries' width; at most fp32, and a log-sum-exp for each head.
+        most = num_tokens * num_rows * 8 * sum(cost for _, cost in flops.per_pair) // 12
+        if 0 < most <= SMALL_SHARE * min(free, free_host):
+            return True, f"auto: they take less than {SMALL_SHARE:.0%} of what is free"
+        job = Job(
+            sizes=count(),
+            flops=flops,
+            card=card_of(device),
+            available_bytes=free,
+            host_bytes=free_host,
+            num_rows=num_rows,
+            engine=engine,
+            optimizer=optimizer,
+            num_micro_batches=num_micro_batches,
+        )
+        there = job.estimate(config, num_tokens).device["weights"]
+        job = replace(job, available_bytes=free + there)
+        chosen = choose_keep(job, replace(config, keep_attention="auto"), num_tokens)
+        without, kept = (
+            plan_as_configured(job, replace(config, keep_attention=keep), num_tokens)
+            for keep in (False, True)
+        )
+    except Exception as error:  # what only saves time ends no run
+        return False, f"auto: memory cannot be estimated ({type(error).__name__}: {error})"
+    saved = f"{1 - kept.time.seconds / without.time.seconds:.0%} of a step by estimate"
+    needs = f"a step then needs {gib(kept.estimate.step_bytes)}"
+    needs += f" and {gib(kept.estimate.host_bytes)} on the host" if kept.estimate.host_bytes else ""
+    room = f"{gib(free)} and {gib(free_host)}, {share:.0%} of what is free"
+    if chosen.keeps_attention:
+        return True, f"auto: saves {saved}; {needs} of {room}"
+    if job.fits(kept.estimate):
+        return False, f"auto: would save {saved}: too little"
+    return False, f"auto: no room: would save {saved}; {needs} of {room}"
+
+
 def card_of(device: torch.device) -> Card:
     """What the time is predicted with."""
     if device.type == "cuda":
         return card_named(torch.cuda.get_device_name(device))
-    return CARDS["rtx3090"]  # only the order of schedules matters
+    return replace(CARDS["rtx3090"], flops=1e11)  # only the order of schedules matters
 
 
 def _slowest(card: Card) -> Card:

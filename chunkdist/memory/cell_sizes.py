@@ -73,6 +73,7 @@ class CellSizes:
         kv_bytes: K and V of a token; 0 without attention.
         kv_numbers: How many numbers these are.
         kv_heads: Heads of K, and of V.
+        attention_bytes: What attention returns of a token, output and log-sum-exp; 0 without attention.
         state_bytes: State at a chunk's start.
     """
 
@@ -86,6 +87,7 @@ class CellSizes:
     kv_bytes: int
     kv_numbers: int
     kv_heads: int
+    attention_bytes: int
     state_bytes: int
 
     def keys_workspace(self, num_keys: int, num_tokens: int) -> int:
@@ -141,6 +143,7 @@ class _Watch:
     seen: dict[tuple[int, int], _Seen] = field(default_factory=dict)
     """By layer and index of the chunk."""
     kv: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    attention_bytes: dict[int, int] = field(default_factory=dict)
     running: list[tuple[int, int]] = field(default_factory=list)
     arguments_bytes: int | None = None
     hidden_bytes: int = 0
@@ -202,6 +205,8 @@ class _Counted:
         seen.attention = before - seen.base
         numbers = (row.k_SKD.numel() + row.v_SKD.numel()) // row.k_SKD.shape[0]
         watch.kv[number] = numbers * row.k_SKD.element_size(), numbers, row.k_SKD.shape[1]
+        outputs = (given.out_TND, given.lse_NT)
+        watch.attention_bytes[number] = sum(x.nbytes for x in outputs) // row.q_TND.shape[0]
         watch.live.reset_peak()
         result = self._inner.backward(row, given)
         seen.workspace = watch.live.peak_bytes - before
@@ -235,7 +240,13 @@ def measure_cells(
     kinds = layer_kinds(base)
     firsts = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
     chunks = _chunks_of(base)
-    config = ChunkConfig(chunk_size=1, rebuild_kv=False, attention=attention, kv_grad_dtype=kv_grad_dtype)
+    config = ChunkConfig(
+        chunk_size=1,
+        rebuild_kv=False,
+        keep_attention=False,
+        attention=attention,
+        kv_grad_dtype=kv_grad_dtype,
+    )
     num_layers = max(firsts.values()) + 1
     runs = {
         size: _run(model, num_layers, size, config, device_type, autocast, weights_dtype) for size in chunks
@@ -273,6 +284,7 @@ def _cell_sizes(runs: dict[int, _Watch], number: int) -> CellSizes:
         kv_bytes=kv_bytes,
         kv_numbers=kv_numbers,
         kv_heads=kv_heads,
+        attention_bytes=run.attention_bytes.get(number, 0),
         state_bytes=run.state_bytes[number],
     )
 

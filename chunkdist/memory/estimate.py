@@ -19,7 +19,7 @@ from chunkdist.memory.step_peaks import StepMoments
 FIXED = ("weights", "gradients", "optimizer", "gathered weights", "collectives")
 SEQUENCE = (
     *("group inputs", "hidden states", "keys and values", "K/V gradients", "attention's backward"),
-    *("states", "positions"),
+    *("states", "attention's outputs", "positions"),
 )
 CELLS = ("one cell", "retained cells", "loss tile")
 
@@ -80,7 +80,7 @@ def estimate_memory(
 
     Args:
         config: Without `"auto"` in `chunk_size`, `layers_per_group` and `offload`; an unresolved
-            `retained_chunks` counts as 0.
+            `retained_chunks` counts as 0, an unresolved `keep_attention` as False.
         num_tokens: Tokens of a row.
         num_rows: Rows of a micro-batch.
         optimizer: As in `TrainingArguments.optim`.

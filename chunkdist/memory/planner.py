@@ -1,13 +1,15 @@
 """Chooses a schedule: of those that fit into memory, the one with the least predicted time.
 
-Tried are chunk sizes and heights of groups in powers of two, K/V kept and rebuilt, host offload, and as many
-retained chunks as there is room for; what a config sets, stays. Everything is arithmetic on `ModelSizes`.
+Tried are chunk sizes and heights of groups in powers of two, K/V kept and rebuilt, attention's outputs kept
+or not, host offload, and as many retained chunks as there is room for; what a config sets, stays. Everything
+is arithmetic on `ModelSizes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from chunkdist.config import ChunkConfig
@@ -110,19 +112,32 @@ def plan_step(job: Job, config: ChunkConfig, num_tokens: int) -> Plan:
 
 
 def plan_as_configured(job: Job, config: ChunkConfig, num_tokens: int) -> Plan:
-    """The plan of a schedule without `"auto"`, whether it fits or not."""
-    return _plan(job, config, num_tokens)
+    """The plan of a schedule without `"auto"` but for `keep_attention`, whether it fits or not."""
+    return _plan(job, choose_keep(job, config, num_tokens), num_tokens)
 
 
 def longest_length(job: Job, config: ChunkConfig) -> int:
     """The most tokens of a row for which a schedule fits, in steps of `LENGTH_STEP`; 0: none does."""
     lean = replace(config, retained_chunks=0) if config.retained_chunks == "auto" else config
+    lean = replace(lean, keep_attention=False) if config.keep_attention == "auto" else lean
 
     def fits(length: int) -> bool:
         candidates = _candidates(job, lean, length)
         return any(job.fits(job.estimate(candidate, length)) for candidate in candidates)
 
     return most(fits, LONGEST // LENGTH_STEP, unit=LENGTH_STEP)
+
+
+def choose_keep(job: Job, config: ChunkConfig, num_tokens: int) -> ChunkConfig:
+    """`config` with a value in the place of `keep_attention="auto"`: attention's outputs are kept where there
+    is room for them and a step is predicted to be faster by more than `EQUAL`."""
+    if config.keep_attention != "auto":
+        return config
+    if config.sampler is not None:
+        return replace(config, keep_attention=False)
+    without, kept = (_plan(job, replace(config, keep_attention=keep), num_tokens) for keep in (False, True))
+    pays = without.time.seconds > EQUAL * kept.time.seconds
+    return kept.config if pays and job.fits(kept.estimate) else without.config
 
 
 def choose_retained(job: Job, config: ChunkConfig, num_tokens: int) -> ChunkConfig:
@@ -199,15 +214,18 @@ def _candidates(job: Job, config: ChunkConfig, num_tokens: int) -> Iterator[Chun
     rebuilds = [config.rebuild_kv]
     if config.rebuild_kv == "auto" and config.layers_per_group == "auto":
         rebuilds = [False] if retained else [True, False]
-    for chunk_size in chunk_sizes:
-        for height in heights:
-            for rebuild in rebuilds:
-                for offload in offloads:
-                    yield replace(
-                        config,
-                        chunk_size=chunk_size,
-                        layers_per_group=height,
-                        rebuild_kv=rebuild,
-                        offload=offload,
-                        retained_chunks=retained,
-                    )
+    keeps = [True, False] if config.keep_attention == "auto" else [config.keep_attention]
+    if config.keep_attention == "auto" and config.sampler is not None:
+        keeps = [False]  # which chunks are dropped is known in the backward: theirs would wait for nothing
+    for chunk_size, height, rebuild, offload, keep in product(
+        chunk_sizes, heights, rebuilds, offloads, keeps
+    ):
+        yield replace(
+            config,
+            chunk_size=chunk_size,
+            layers_per_group=height,
+            rebuild_kv=rebuild,
+            offload=offload,
+            keep_attention=keep,
+            retained_chunks=retained,
+        )

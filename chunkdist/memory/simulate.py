@@ -1,8 +1,9 @@
 """The peak of a step of the real code, on a machine without a GPU: fake tensors, live bytes counted op by op.
 
-Where layers are alike, one group of them is run: what each other group adds is its input, and its K/V where
-they are kept (none of which stays on the device with `offload="host"`). `check_groups` counts whether that
-holds. Models whose layers differ, steps with retained chunks, and ranks of FSDP2 are run whole.
+Where layers are alike, one group of them is run: what each other group adds is its input, and its K/V and
+attention's outputs where they are kept (none of which stays on the device with `offload="host"`).
+`check_groups` counts whether that holds. Models whose layers differ, steps with retained chunks, and ranks of
+FSDP2 are run whole.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ def simulate(
     each = 0 if config.offload == "host" else sizes.stream.hidden_bytes * tokens
     if not config.rebuilds_kv and config.offload != "host":
         each += height * sizes.cells[0].kv_bytes * tokens
+    if config.keeps_attention and config.offload != "host":
+        each += height * sizes.cells[0].attention_bytes * tokens
     return Simulated(peak_bytes=peak + missing * each, host_bytes=host, num_layers_run=run)
 
 

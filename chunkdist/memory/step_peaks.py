@@ -34,6 +34,10 @@ class StepMoments:
         retained = 0 if config.retained_chunks == "auto" else config.retained_chunks
         self.num_retained = min(retained, self.num_chunks)
         self.keeps_kv = not config.rebuilds_kv and self.num_chunks > 1
+        self.keeps_attention = config.keeps_attention
+        rerun = max(0, num_tokens - self.num_retained * size)
+        self.rerun_tokens = rerun * num_rows
+        """Tokens of the chunks that are run again."""
         self.keeps_gradients = num_micro_batches > 1
         self.gathered = engine.gathered(sizes)
         self.hidden = sizes.stream.hidden_bytes * self.tokens
@@ -57,6 +61,7 @@ class StepMoments:
             "group inputs on the host": (len(self.groups) - 1) * self.hidden,
             "K/V on the host": self._kv(leaving) if self.keeps_kv else 0,
             "states on the host": self._states(leaving),
+            "attention's outputs on the host": self._outputs(leaving, self.rerun_tokens),
         }
 
     def forward(self, group: int) -> Parts:
@@ -123,7 +128,7 @@ class StepMoments:
             retained += self._retained(layers, self.num_retained - 1)["retained cells"]
             yield from self._cells({**common, "retained cells": retained}, layers)
         if self.num_retained < self.num_chunks:
-            yield from self._cells(running, layers)
+            yield from self._cells(running, layers, rerun=True)
         copies = sum(w.whole_trainable_bytes for w in trained)
         parts = {name: size for name, size in common.items() if name != "K/V gradients"}
         parts |= self._retained(below, self.num_retained)
@@ -146,12 +151,15 @@ class StepMoments:
             "gradients": grads + weight,
         }
 
-    def _cells(self, common: Parts, layers: range) -> Iterator[tuple[str, Parts]]:
-        """A cell of the running group in its backward, from its last layer down."""
+    def _cells(self, common: Parts, layers: range, *, rerun: bool = False) -> Iterator[tuple[str, Parts]]:
+        """A cell of the running group in its backward, from its last layer down. The graph of a cell that is
+        run again shares what attention has returned with what is kept."""
         grads = self._kv_grads(layers)
         for layer in reversed(layers):
             cell, c = self.sizes.cells[layer], self.chunk_tokens
             under = sum(self._graph(i) for i in range(layers.start, layer))
+            is_shared = rerun and not (self.on_host and layers != self.groups[-1])
+            under -= self._outputs(range(layers.start, layer + 1), self.chunk_tokens) if is_shared else 0
             unpacked = self.sizes.layers[layer]
             extra = unpacked.largest_bytes if unpacked.is_quantised else 0
             later = {**common, "K/V gradients": grads} if self.num_chunks > 1 else common
@@ -187,6 +195,7 @@ class StepMoments:
         states = self._states(below)
         inputs = (group + 1) * self.hidden
         kv = self._kv(below if self.keeps_kv else layers)
+        outputs = self._outputs(below, self.rerun_tokens)
         if self.on_host:
             is_last = group == len(self.groups) - 1
             chunk = self.sizes.stream.hidden_bytes * self.chunk_tokens
@@ -194,7 +203,16 @@ class StepMoments:
             kv, states = self._kv(layers), self._states(layers)
             if not is_last:
                 states = 2 * states // max(1, self.num_chunks - 1)  # of the running chunk and the next one
-        return {"group inputs": inputs, "keys and values": kv, "states": states, "positions": self.positions}
+                outputs = self._outputs(layers, self.chunk_tokens)  # on its way
+            else:
+                outputs = self._outputs(layers, self.rerun_tokens)
+        return {
+            "group inputs": inputs,
+            "keys and values": kv,
+            "states": states,
+            "attention's outputs": outputs,
+            "positions": self.positions,
+        }
 
     def _graph(self, layer: int) -> int:
         """Graph of a layer below others in its cell, whose output is not kept."""
@@ -207,6 +225,12 @@ class StepMoments:
     def _kv_grads(self, layers: range) -> int:
         numbers = sum(self.sizes.cells[i].kv_numbers for i in layers)
         return self.tokens * numbers * self.sizes.kv_grad_bytes
+
+    def _outputs(self, layers: range, num_tokens: int) -> int:
+        """What attention has returned of so many tokens, if it is kept."""
+        if not self.keeps_attention:
+            return 0
+        return num_tokens * sum(self.sizes.cells[i].attention_bytes for i in layers)
 
     def _states(self, layers: range) -> int:
         return sum(self.sizes.cells[i].state_bytes for i in layers) * (self.num_chunks - 1) * self.num_rows

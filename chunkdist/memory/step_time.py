@@ -72,10 +72,12 @@ def step_time(
     trained = sizes.all_weights.num_trainable / max(1, sizes.all_weights.num_numbers)
     # Forward, rerun, gradients of inputs and of what is trained; K/V once more where they are rebuilt.
     passes = 1 + again + 1 + trained
-    attention_passes = 1 + again + 2.5  # the kernels' backward has five products, their forward two
-    if config.rebuilds_kv and num_chunks > 1:
-        passes += _projections(sizes) if height == 1 else 1
-        attention_passes += 0 if height == 1 else 1
+    attention_reruns = again
+    if config.rebuilds_kv and num_chunks > 1:  # all layers of a group, the last one up to its attention
+        passes += 1 - (1 - _projections(sizes)) / height
+        attention_reruns += 1 - 1 / height
+    # The kernels' backward has five products, their forward two.
+    attention_passes = 1 + (0 if config.keeps_attention else attention_reruns) + 2.5
     head = 2 * sizes.head_width * (sizes.stream.hidden_bytes // sizes.element_bytes)
     forward = flops.per_token / 3 - head
     matmul = tokens * (forward * passes + head * (2 + (sizes.head_numbers_trained > 0)))

@@ -124,7 +124,7 @@ class ModelStage(nn.Module):
         return [self._new_store(tokens) for _ in self._layers]
 
     def _new_store(self, tokens: Chunk) -> LayerStores:
-        outputs = AttentionOutputs() if self._config.keep_attention else None
+        outputs = AttentionOutputs() if self._config.keeps_attention else None
         return LayerStores(KVStore(tokens, self._config.kv_grad_dtype), StateStore(), outputs)
 
     def begin_step(self) -> None:

@@ -86,8 +86,8 @@ def _advice(job: Job, num_tokens: int) -> str:
     return (
         f"{gib(chosen.estimate.peak_bytes)} of {gib(job.available_bytes)} are enough with chunk_size: "
         f"{config.chunk_size}, layers_per_group: {config.layers_per_group}, retained_chunks: "
-        f"{config.retained_chunks}, chunk_rebuild_kv: {str(config.rebuilds_kv).lower()}, chunk_offload: "
-        f"{config.offload}"
+        f"{config.retained_chunks}, chunk_rebuild_kv: {str(config.rebuilds_kv).lower()}, "
+        f"chunk_keep_attention: {str(config.keeps_attention).lower()}, chunk_offload: {config.offload}"
     )
 
 

@@ -9,10 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunkdist.bench import rounds
 from chunkdist.bench.models import SIZES
-from chunkdist.bench.variants import BASELINE, Variant, baselines, chunked, extras, prepared
+from chunkdist.bench.variants import (
+    BASELINE,
+    REBUILT,
+    SELECTIVE,
+    TWICE,
+    Variant,
+    baselines,
+    chunked,
+    extras,
+    prepared,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +46,27 @@ def test_every_variant_has_the_gradients_of_the_plain_model(lora_model: Any) -> 
         found = {name: p.grad for name, p in trained.items()}
         assert rounds.largest_difference(found, expected) < 1e-5, variant.name
     assert lora_model.get_base_model().config._attn_implementation == "sdpa", "they leave no trace"
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the calls of attention's forward."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "num_passes"), [(BASELINE, 2), (SELECTIVE, 1), (TWICE, 2), (REBUILT, 1)])
+def test_what_keeps_attentions_outputs_runs_its_forward_once(name: str, num_passes: int) -> None:
+    sizes = SIZES["smoke"]
+    model, ids = sizes.model("cpu", torch.float32), sizes.tokens("cpu")
+    known = [*baselines(sizes.num_tokens, on_gpu=False), *chunked(sizes.num_tokens)]
+    variant = next(variant for variant in known if variant.name == name)
+    with prepared(model, variant, on_gpu=False) as step, Kernels() as kernels:
+        step(ids)
+    assert kernels.count == num_passes * sizes.num_layers
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])

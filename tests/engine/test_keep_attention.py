@@ -175,7 +175,9 @@ def test_no_kernel_runs_forward_twice(schedule: str, offload: str) -> None:
 
 def test_without_kept_outputs_kernels_run_twice() -> None:
     """So the counting above would see it."""
-    model = chunk_model(tiny_llama(num_layers=4), ChunkConfig(chunk_size=7, attention="cpu_flash"))
+    model = chunk_model(
+        tiny_llama(num_layers=4), ChunkConfig(chunk_size=7, attention="cpu_flash", keep_attention=False)
+    )
     gradients(model, batch(num_tokens=37))
     with counted(CpuFlashBackend) as calls:
         gradients(model, batch(num_tokens=37))

@@ -42,13 +42,16 @@ def llama(dtype: torch.dtype, **settings: Any) -> Any:
         (torch.bfloat16, {"layers_per_group": "all"}),
         (torch.bfloat16, {"retained_chunks": 2}),
         (torch.float32, {"layers_per_group": 1}),
+        (torch.bfloat16, {"keep_attention": True}),
+        (torch.bfloat16, {"keep_attention": True, "layers_per_group": "all", "rebuild_kv": True}),
+        (torch.bfloat16, {"keep_attention": True, "retained_chunks": 1}),
+        (torch.float32, {"keep_attention": True}),
     ],
 )
 def test_is_within_5_percent(dtype: torch.dtype, settings: dict[str, Any]) -> None:
     num_tokens = 4608
-    config = ChunkConfig(
-        chunk_size=1536, attention="varlen" if dtype == torch.bfloat16 else "auto", **settings
-    )
+    attention = "varlen" if dtype == torch.bfloat16 else "auto"
+    config = ChunkConfig(**{"chunk_size": 1536, "keep_attention": False, "attention": attention, **settings})
     mode = FakeTensorMode()
     with mode:
         model = chunk_model(fake_model(lambda: llama(dtype), mode), config)
@@ -83,7 +86,7 @@ def qwen3_5(**settings: Any) -> Any:
 @pytest.fixture(scope="module")
 def hybrid() -> Iterator[tuple[Any, ChunkConfig, dict[int, int]]]:
     """The model, its config, and the peaks by number of tokens."""
-    config = ChunkConfig(chunk_size=64)
+    config = ChunkConfig(chunk_size=64, keep_attention=True)
     mode = FakeTensorMode()
     peaks = {}
     with mode:
@@ -139,7 +142,8 @@ def granite() -> Any:
 
 
 def test_state_spaces() -> None:
-    config, mode = ChunkConfig(chunk_size=512, retained_chunks=1, attention="varlen"), FakeTensorMode()
+    mode = FakeTensorMode()
+    config = ChunkConfig(chunk_size=512, retained_chunks=1, attention="varlen", keep_attention=False)
     with mode:
         model = chunk_model(fake_model(granite, mode), config)
         ids = torch.zeros(1, 1536, dtype=torch.long)

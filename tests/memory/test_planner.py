@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from chunkdist import ChunkConfig, chunk_model
+from chunkdist import ChunkConfig, IndependentSampler, chunk_model
 from chunkdist.chunking import chunk_report, layers_of, resolve_auto_values
 from chunkdist.memory.cards import CARDS
 from chunkdist.memory.model_sizes import ModelSizes
-from chunkdist.memory.planner import Job, NothingFits, longest_length, plan_step
+from chunkdist.memory.planner import Job, NothingFits, longest_length, plan_as_configured, plan_step
 from chunkdist.memory.sharded import Engine
 from chunkdist.memory.simulate import check_groups, simulate
 from chunkdist.models.flops import StepFlops
@@ -82,18 +82,92 @@ def test_zero3_has_groups_of_one_layer(job: Job) -> None:
     [
         ({"layers_per_group": 2, "rebuild_kv": True}, 1024),
         ({"layers_per_group": 2, "rebuild_kv": False, "offload": "host"}, 1024),
+        ({"layers_per_group": 2, "rebuild_kv": True, "keep_attention": True}, 1024),
+        ({"layers_per_group": 2, "keep_attention": True, "offload": "host"}, 1024),
     ],
 )
 def test_the_formula_is_within_5_percent_of_the_simulation(
     job: Job, settings: dict[str, Any], num_tokens: int
 ) -> None:
     model = with_lora(tiny_llama(dtype=torch.bfloat16, num_layers=8, hidden_size=64))
-    config = ChunkConfig(chunk_size=256, **settings)
+    config = ChunkConfig(**{"chunk_size": 256, "keep_attention": False, **settings})
     found = simulate(model, job.sizes, config, num_tokens=num_tokens)
     assert job.estimate(config, num_tokens).step_bytes == pytest.approx(found.peak_bytes, rel=0.05)
     assert found.num_layers_run == 2
     if "offload" not in settings:
         check_groups(model, job.sizes, config, num_tokens=num_tokens)
+
+
+def test_attention_is_kept_where_it_fits_and_pays(job: Job) -> None:
+    config, num_tokens = ChunkConfig(chunk_size=16384), 2**20
+    roomy = replace(job, available_bytes=2**40)
+    assert plan_as_configured(roomy, config, num_tokens).config.keeps_attention
+    assert not plan_as_configured(roomy, config, 512).config.keeps_attention, "attention is a small part"
+    kept, without = (
+        job.estimate(replace(config, keep_attention=keep), num_tokens).peak_bytes for keep in (True, False)
+    )
+    assert plan_as_configured(replace(job, available_bytes=kept), config, num_tokens).config.keeps_attention
+    assert not plan_as_configured(
+        replace(job, available_bytes=kept - 1), config, num_tokens
+    ).config.keeps_attention
+    per_token = 8 * (2 * 64 + 4 * 4)  # eight layers: 64 numbers in bf16, and 4 heads' log-sum-exps in fp32
+    assert kept - without == pytest.approx(num_tokens * per_token, rel=0.05)
+    longer = replace(config, layers_per_group=4, rebuild_kv=True)
+    plans = [
+        plan_as_configured(roomy, replace(longer, keep_attention=keep), num_tokens) for keep in (True, False)
+    ]
+    assert plans[0].time.seconds < plans[1].time.seconds
+
+
+class TestKeepAttention:
+    """`keep_attention="auto"` beside values that are set."""
+
+    @pytest.fixture
+    def model(self) -> Any:
+        return chunk_model(tiny_llama(num_layers=2), ChunkConfig(chunk_size=16))
+
+    def test_little_is_kept_without_an_estimate(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("chunkdist.chunking.model_sizes", None)
+        assert not chunk_report(model).keeps_attention
+        gradients(model, batch(num_tokens=48))
+        report = chunk_report(model)
+        assert (report.keeps_attention, report.reason) == (True, "as configured")
+        assert report.keep_reason == "auto: they take less than 1% of what is free"
+
+    def test_longer_rows_ask_again(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        gradients(model, batch(num_tokens=20))
+        monkeypatch.setattr("chunkdist.memory.auto.free_bytes", lambda device: 100_000)
+        gradients(model, batch(num_tokens=20))
+        assert chunk_report(model).keeps_attention
+        gradients(model, batch(num_tokens=48))
+        report = chunk_report(model)
+        assert not report.keeps_attention
+        assert "no room" in report.keep_reason
+        assert (
+            largest_difference(
+                gradients(model, batch(num_tokens=48)),
+                gradients(tiny_llama(num_layers=2), batch(num_tokens=48)),
+            )
+            < 1e-10
+        )
+
+    def test_sampled_chunks_keep_nothing(self) -> None:
+        config = ChunkConfig(chunk_size=16, sampler=IndependentSampler(budget=2))
+        model = chunk_model(tiny_llama(num_layers=2), config)
+        gradients(model, batch(num_tokens=48))
+        assert not chunk_report(model).keeps_attention
+        assert "dropped chunks" in chunk_report(model).keep_reason
+
+    def test_what_cannot_be_estimated_is_not_kept(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fails(*args: Any) -> Any:
+            raise RuntimeError("experts")
+
+        monkeypatch.setattr("chunkdist.chunking.model_sizes", fails)
+        monkeypatch.setattr("chunkdist.memory.auto.SMALL_SHARE", 0)
+        gradients(model, batch(num_tokens=48))
+        report = chunk_report(model)
+        assert not report.keeps_attention
+        assert report.keep_reason == "auto: memory cannot be estimated (RuntimeError: experts)"
 
 
 class TestAuto:

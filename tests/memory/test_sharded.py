@@ -15,7 +15,7 @@ from chunkdist.memory.sharded import Engine
 from chunkdist.memory.simulate import simulate
 from tests.helpers.models import tiny_llama, with_lora
 
-CONFIG = ChunkConfig(chunk_size=64)
+CONFIG = ChunkConfig(chunk_size=64, keep_attention=False)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_gradients_of_several_micro_batches(sizes: ModelSizes) -> None:
 )
 def test_a_rank_of_fsdp2_against_the_real_code(settings: dict[str, Any], lora: bool, height: int) -> None:
     """Each with another moment: a group's gradients, tied weights, gathers of a large vocabulary."""
-    config = ChunkConfig(chunk_size=64, layers_per_group=height)
+    config = ChunkConfig(chunk_size=64, layers_per_group=height, keep_attention=lora)
     with torch.device("meta"):
         model = tiny_llama(num_layers=4, dtype=torch.bfloat16, hidden_size=128, **settings)
         model = with_lora(model) if lora else model

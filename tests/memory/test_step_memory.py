@@ -54,7 +54,7 @@ def peak_bytes(num_layers: int, num_tokens: int, chunk_size: int = CHUNK_SIZE) -
     mode = FakeTensorMode()
     model = chunk_model(
         fake_model(lambda: llama3_8b(num_layers), mode),
-        ChunkConfig(chunk_size=chunk_size, attention="varlen"),
+        ChunkConfig(chunk_size=chunk_size, attention="varlen", keep_attention=False),
     )
     model.train()
     with mode, pytest.MonkeyPatch.context() as patch:
@@ -96,7 +96,7 @@ def step_bytes(num_layers: int, num_tokens: int, **settings: Any) -> tuple[int, 
     has all of it)."""
     mode = FakeTensorMode()
     model = fake_model(lambda: llama3_8b(num_layers, vocab_size=1024), mode)
-    chunk_model(model.train(), ChunkConfig(attention="varlen", **settings))
+    chunk_model(model.train(), ChunkConfig(**{"attention": "varlen", "keep_attention": False, **settings}))
     host = host_memory(model)
     with mode:
         ids = torch.zeros((1, num_tokens), dtype=torch.long)
@@ -121,6 +121,18 @@ def test_host_offload_fits_128k_tokens_in_23_gib() -> None:
     assert weights_bytes() + long <= 23 * GIB
     assert (long - device) / (112 * KIB) <= 48 * KIB
     assert (NUM_LAYERS - 1) * host * 4 <= 16 * GIB, "65,536 tokens"
+
+
+def test_128k_tokens_fit_with_attention_kept_on_the_host() -> None:
+    """In 23 GiB of the device and 64 GiB of the host: output in bf16 and log-sum-exp in fp32."""
+    settings = {"chunk_size": 2 * KIB, "offload": "host", "keep_attention": True}
+    (device, host), (same, twice) = (step_bytes(num, 16 * KIB, **settings) for num in (2, 3))
+    layer = 16 * KIB * (8 * KIB + 8 * KIB + 32 * 4)
+    assert same == device
+    assert (host, twice) == pytest.approx((layer, 2 * layer), rel=0.06), "in whole blocks"
+    long, _ = step_bytes(2, 128 * KIB, **{**settings, "chunk_size": 8 * KIB})
+    assert weights_bytes() + long <= 23 * GIB
+    assert (NUM_LAYERS - 1) * layer * 8 <= 64 * GIB
 
 
 def test_32k_tokens_fit_in_23_gib_without_the_host() -> None:

@@ -72,6 +72,7 @@ class ChunkArguments:
     chunk_attention: str = _of_config("attention", choices=ATTENTION_NAMES)
     chunk_rebuild_kv: str = _of_config("rebuild_kv", choices=("auto", "true", "false"))
     chunk_share_prefixes: str = _of_config("share_prefixes", choices=("auto", "true", "false"))
+    chunk_keep_attention: str = _of_config("keep_attention", choices=("auto", "true", "false"))
     oom: str = option(
         "error",
         "Of a step that runs out of memory. error: ends the run, and says what would fit. shrink: the step "
@@ -99,7 +100,7 @@ class ChunkArguments:
         sampler = self._sampler()
         if self.chunk_method == "none":
             return None
-        words: dict[str, Any] = {"true": True, "false": False, "auto": "auto"}
+        words: dict[str, Any] = {"true": True, "false": False}
         offload: Any = self.chunk_offload
         attention: Any = self.chunk_attention
         return ChunkConfig(
@@ -111,6 +112,7 @@ class ChunkArguments:
             attention=attention,
             rebuild_kv=words.get(self.chunk_rebuild_kv, self.chunk_rebuild_kv),
             share_prefixes=words.get(self.chunk_share_prefixes, self.chunk_share_prefixes),
+            keep_attention=words.get(self.chunk_keep_attention, self.chunk_keep_attention),
             sampler=sampler,
         )
 

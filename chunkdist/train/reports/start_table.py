@@ -123,6 +123,11 @@ def _schedule_rows(
         ("layers per group", f"{height} of {report.num_layers}", why_groups),
         ("retained chunks", str(report.retained_chunks), retained),
         ("keys and values", kept, why_kept),
+        (
+            "attention's outputs",
+            "kept from the forward" if report.keeps_attention else "not kept: its forward runs twice",
+            report.keep_reason,
+        ),
     ]
 
 
