@@ -51,6 +51,8 @@ def short_sample(batch: Mapping[str, Any], *, max_tokens: int, device: torch.dev
             value = value[:num_rows] if value.shape[0] == ids.shape[0] else value
         sample[name] = value.to(device) if isinstance(value, Tensor) else value
     labels = sample.get("labels")
+    if labels is not None and labels.ndim == 1:  # of scores
+        return sample
     if labels is None or not bool((labels[:, 1:] != _NO_LABEL).any()):
         mask = sample.get("attention_mask")
         real = torch.ones_like(sample["input_ids"]) if mask is None else mask

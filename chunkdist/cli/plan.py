@@ -12,13 +12,14 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import get_peft_config
 
 from chunkdist.cli.plan_options import PlanOptions
 from chunkdist.cli.plan_pipeline import run_pipeline_plan
 from chunkdist.config import ChunkConfig
 from chunkdist.memory.cards import GIB
+from chunkdist.memory.estimate import FIXED
 from chunkdist.memory.model_sizes import ModelSizes, quantized
 from chunkdist.memory.planner import (
     CONTEXT_BYTES,
@@ -54,7 +55,10 @@ def run_plan(options: TrainingOptions, asked: PlanOptions, console: Console) -> 
     settings = step_sizes(options.training)
     length = asked.length or settings.num_tokens
     if length is None:
-        raise ValueError("max_length is not set, so there is no length to plan for: write --length N")
+        raise ValueError(
+            "the config sets no length of a row, so there is none to plan for: write --length N"
+            + (", a prompt and its completion" if options.kind == "grpo" else "")
+        )
     model = meta_model(options)
     engine = Engine(
         name=asked.engine, num_ranks=asked.num_ranks, gathered_element_bytes=settings.activation_bytes
@@ -66,6 +70,8 @@ def run_plan(options: TrainingOptions, asked: PlanOptions, console: Console) -> 
     if chosen is None:
         return 1
     table_of_bytes(console, chosen, job)
+    if options.kind == "grpo":
+        print_generation(console, model, job, chosen, length)
     print_choice(console, job, chosen, length, is_asked=is_asked)
     if asked.simulate:
         print_simulation(console, model, job, chosen, length, settings.activation_bytes)
@@ -86,8 +92,11 @@ def meta_model(options: TrainingOptions) -> Any:
     dtype = None if given.dtype in (None, "auto") else getattr(torch, str(given.dtype))
     adapters = get_peft_config(given)
     quantised = given.load_in_4bit or given.load_in_8bit
+    kind: Any = AutoModelForCausalLM
+    if options.kind == "reward":
+        kind, config.num_labels, config.pad_token_id = AutoModelForSequenceClassification, 1, 0
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = kind.from_config(config, dtype=dtype)
         if adapters is not None:
             # As TRL does: adapters of quantised models, and under DeepSpeed, are in the model's dtype.
             in_fp32 = not quantised and options.training.deepspeed is None
@@ -120,12 +129,38 @@ def job_of(
         sizes=sizes,
         flops=StepFlops.of(model),
         card=card,
-        available_bytes=usable_bytes(card.memory_bytes),
+        available_bytes=usable_bytes(card.memory_bytes) - reference_bytes(sizes, options, engine),
         host_bytes=int(asked.host_gib * GIB),
         num_rows=settings.num_rows,
         engine=engine,
         optimizer=settings.optimizer,
         num_micro_batches=settings.num_micro_batches,
+    )
+
+
+def reference_bytes(sizes: ModelSizes, options: TrainingOptions, engine: Engine) -> int:
+    """Weights of a reference model, which stays on the device whole; with adapters it is the model without
+    them."""
+    training = options.training
+    has_one = options.kind == "dpo" and not training.precompute_ref_log_probs
+    has_one |= options.kind == "grpo" and bool(training.beta)
+    if not has_one or options.model.use_peft:
+        return 0
+    return sizes.all_weights.whole_bytes // engine.num_ranks
+
+
+def print_generation(console: Console, model: Any, job: Job, plan: Plan, length: int) -> None:
+    """The other moment of a step that generates: the rows' keys and values, of all layers."""
+    text: Any = model.config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    tokens = job.num_rows * length
+    cache = tokens * text.num_hidden_layers * 2 * heads * width * job.sizes.element_bytes
+    fixed = sum(size for name, size in plan.estimate.device.items() if name in FIXED)
+    verdict = "fits" if fixed + cache <= job.available_bytes else "is too much: fewer or shorter completions"
+    console.print(
+        f"while it generates: {gib(cache)} of keys and values for {job.num_rows} rows of {length:,} tokens, "
+        f"beside {gib(fixed)}, {verdict}"
     )
 
 
@@ -176,6 +211,8 @@ def table_of_job(
         "may be used": f"{gib(job.available_bytes)}: less {gib(CONTEXT_BYTES)} for CUDA and others, and a "
         f"margin of {MARGIN_SHARE:.0%} for gaps and scratch space; on the host {gib(job.host_bytes)} a rank",
     }
+    if reference := reference_bytes(job.sizes, options, job.engine):
+        rows["reference model"] = f"{gib(reference)}, which the run cannot use otherwise"
     for name, text in rows.items():
         table.add_row(name, text)
     console.print(table)

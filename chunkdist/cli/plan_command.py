@@ -25,6 +25,12 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--length", type=int, help="tokens of a row; default: max_length")
     parser.add_argument("--engine", choices=ENGINE_NAMES, default="single", help="default: single")
     parser.add_argument("--num-ranks", type=int, default=1, help="default: 1")
+    parser.add_argument(
+        "--trainer",
+        choices=("sft", "dpo", "reward", "grpo"),
+        default="sft",
+        help="whose config; default: sft",
+    )
     parser.add_argument("--simulate", action="store_true", help="run the real code under fake tensors, too")
     parser.set_defaults(run=_plan)
 
@@ -41,5 +47,6 @@ def _plan(arguments: argparse.Namespace, options_given: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:  # arguments make their folder, and nothing is to be written
         silent = ["--output_dir", folder, "--report_to", "none", "--push_to_hub", "false"]
         silent += ["--resume_from_checkpoint", "false", "--use_cpu", "true", "--tf32", "false"]
-        options = parse_options(["--config", arguments.config, *options_given, *silent])
+        given = ["--config", arguments.config, *options_given, *silent]
+        options = parse_options(given, arguments.trainer)
         return run_plan(options, asked, Console(highlight=False))

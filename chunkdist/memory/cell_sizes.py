@@ -22,7 +22,7 @@ from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, Ro
 from chunkdist.attention.varlen import SCRATCH_BYTES, VarlenBackend, why_no_kernel
 from chunkdist.config import AttentionName, ChunkConfig
 from chunkdist.engine.chunked_model import ChunkedModel
-from chunkdist.memory.fake_model import layer_kinds, twin_of, without_triton_kernels
+from chunkdist.memory.fake_model import layer_kinds, loss_of, twin_of, without_triton_kernels
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.models.layers import causal_lm_of, find_layers, mixer_of
 from chunkdist.replay import undisturbed_rng
@@ -320,7 +320,7 @@ def _run(
         mixed = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
         with live:
             with mixed:
-                loss = twin(input_ids=ids, labels=ids, use_cache=False).loss
+                loss = loss_of(twin, ids)
             loss.backward()
         watch.state_bytes = [
             sum(shape.numel() * dtype.itemsize for shape, dtype in layer.state_shapes.values())

@@ -104,6 +104,15 @@ def twin_of(model: nn.Module, num_layers: int, dtype: torch.dtype | None = None)
     return _Twins(find_layers(causal_lm_of(model))[2], num_layers, dtype).of(model)
 
 
+def loss_of(twin: Any, ids: Tensor) -> Tensor:
+    """A causal LM's loss of all tokens, or of a reward model's scores, which its last layer makes of each."""
+    if causal_lm_of(twin).get_output_embeddings() is not None:
+        loss: Tensor = twin(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss
+    scores: Tensor = twin(input_ids=ids, use_cache=False).logits
+    return scores.float().sum()
+
+
 class _Twins:
     def __init__(self, layers: list[nn.Module], num_layers: int, dtype: torch.dtype | None) -> None:
         self._dtype = dtype

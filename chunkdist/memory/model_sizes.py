@@ -147,7 +147,7 @@ class ModelSizes:
             all_weights=Weights.of(model.parameters()),
             stream=stream,
             embedding_is_trained=any(p.requires_grad for p in embedding.parameters()),
-            head_width=text.vocab_size,
+            head_width=text.vocab_size if causal_lm.get_output_embeddings() else causal_lm.config.num_labels,
             head_tile_tokens=None
             if head is None
             else tile_tokens(head.out_features, activation_bytes or head.weight.element_size()),

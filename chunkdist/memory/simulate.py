@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from chunkdist.config import ChunkConfig
 from chunkdist.engine.chunked_model import ChunkedModel
 from chunkdist.memory.cell_sizes import GpuAttention
-from chunkdist.memory.fake_model import layer_kinds, twin_of, without_triton_kernels
+from chunkdist.memory.fake_model import layer_kinds, loss_of, twin_of, without_triton_kernels
 from chunkdist.memory.live_bytes import LiveBytes
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.sharded import SINGLE, Engine
@@ -132,7 +132,7 @@ def _run(
         host = chunked.context.host
         with LiveBytes(exclude=[*twin.parameters(), *twin.buffers(), ids], host=host) as live:
             with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-                loss = twin(input_ids=ids, labels=ids, use_cache=False).loss
+                loss = loss_of(twin, ids)
             loss.backward()
         return live.peak_bytes, 0 if host is None else host.held_bytes
 

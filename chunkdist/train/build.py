@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer`, built from one set of options; bad input is refused before it trains."""
+"""One of TRL's trainers, built from one set of options; bad input is refused before it trains."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import SFTTrainer, get_dataset
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.data.completions import refuse_without_completions
 from chunkdist.data.loading import (
+    STDLIB_NAME,
     is_conversational,
     kind_of_columns,
     load_mixture,
@@ -21,11 +20,9 @@ from chunkdist.data.loading import (
     pick_split,
     sample_kind,
 )
+from chunkdist.data.pairs import check_columns, pairs_of_texts
 from chunkdist.data.sample_stream import SampleStream, checked_samples, first_sample
-from chunkdist.data.samples import LongSamples
-from chunkdist.sharding.zero3 import whole_weights
 from chunkdist.train.checkpoints.fingerprints import samples_fingerprint
-from chunkdist.train.checkpoints.initial_weights import load_model
 from chunkdist.train.checkpoints.run_record import RunRecord, changed_steps, refuse_other_options
 from chunkdist.train.checkpoints.trained_weights import refuse_other_weights
 from chunkdist.train.checkpoints.whole import resumption_of
@@ -41,15 +38,19 @@ from chunkdist.train.launch.ranks import (
     num_launched_ranks,
 )
 from chunkdist.train.launch.usable_gpu import try_first_kernel
+from chunkdist.train.model import model_parts
 from chunkdist.train.options.amounts import check_amounts, chunk_size_line
 from chunkdist.train.options.arguments import TrainingOptions
 from chunkdist.train.options.combinations import check_options
 from chunkdist.train.options.needed_packages import usable_attention
 from chunkdist.train.options.tokenizer_options import check_end_token
 from chunkdist.train.options.wandb_mode import settle_wandb
+from chunkdist.train.rewards import rewards_of
+from chunkdist.train.samples.first_rows import first_rows
 from chunkdist.train.samples.stream_order import refuse_other_order
-from chunkdist.train.token_check import check_token_ids
+from chunkdist.train.token_check import check_pair_ids, check_token_ids
 from chunkdist.train.trainers.checked import CheckedSFTTrainer
+from chunkdist.train.trainers.pairs import CheckedDPOTrainer, CheckedGRPOTrainer, CheckedRewardTrainer
 from chunkdist.train.trainers.pipeline import PipelineSFTTrainer
 from chunkdist.train.trainers.shrinking import ShrinkingTrainer
 from chunkdist.train.trainers.streams import StreamTrainer
@@ -73,6 +74,9 @@ _OF_TRAINER = (
 """Options that only the trainer's constructor looks at."""
 
 
+_COLUMNS = {"dpo": ("chosen", "rejected"), "reward": ("chosen", "rejected"), "grpo": ("prompt",)}
+
+
 class ChunkSFTTrainer(StreamTrainer, CheckedSFTTrainer):
     """`CheckedSFTTrainer` on token streams, for a model chunked by `chunk_config`."""
 
@@ -81,9 +85,7 @@ class ShrinkingSFTTrainer(ShrinkingTrainer, CheckedSFTTrainer):
     """`CheckedSFTTrainer` whose steps run again with smaller chunks where memory is not enough."""
 
 
-def build_trainer(
-    options: TrainingOptions, *, has_weights: bool = True
-) -> tuple[CheckedSFTTrainer, ChunkConfig | None]:
+def build_trainer(options: TrainingOptions, *, has_weights: bool = True) -> tuple[Any, ChunkConfig | None]:
     """The trainer of a run, its model not yet chunked, and the config to chunk it with.
 
     Files and options are looked at before the model is loaded.
@@ -108,7 +110,8 @@ def build_trainer(
     for dataset in (train_dataset, eval_dataset):
         if dataset is not None:
             _check_template(dataset, tokenizer, options)
-    check_end_token(train_dataset, tokenizer, training, name=str(model_options.model_name_or_path))
+    if options.kind == "sft":
+        check_end_token(train_dataset, tokenizer, training, name=str(model_options.model_name_or_path))
     if options.is_streaming:
         train_dataset, eval_dataset = _checked_streams(options, train_dataset, eval_dataset)
     if "wandb" in (training.report_to or []):
@@ -124,58 +127,22 @@ def build_trainer(
         )
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # there is nothing to pin memory for, torch would warn
-    model: Any = model_options.model_name_or_path
-    with asked_by("use_peft", "lora_target_modules", "load_in_4bit", "load_in_8bit"):
-        adapters, quantization = get_peft_config(model_options), get_quantization_config(model_options)
-    if not has_weights:
-        model_options.attn_implementation = None  # nothing will attend
-        with torch.device("meta"):
-            model = _model_from_scratch(options)
-            model = model if adapters is None else get_peft_model(model, adapters)
-        adapters = quantization = None
-    elif model_options.from_scratch:
-        model = _model_from_scratch(options)
-    else:
-        given = dict(training.model_init_kwargs) if isinstance(training.model_init_kwargs, dict) else {}
-        if "attn_implementation" in given:
-            given["attn_implementation"], _ = usable_attention(
-                given["attn_implementation"], is_chunked=chunk_config is not None
-            )
-        set_seed(training.seed)
-        if quantization is not None and "quantization_config" in given:
-            raise ValueError(
-                "load_in_4bit and model_init_kwargs.quantization_config are both set: write one of them"
-            )
-        values = {
-            "revision": model_options.model_revision,
-            "attn_implementation": model_options.attn_implementation,
-            "dtype": model_options.dtype,
-            "device_map": None,  # the trainer places the model; "auto" might leave layers on the host unasked
-            "quantization_config": quantization,
-            "trust_remote_code": training.trust_remote_code,
-            **given,
-        }
-        model = load_model(model, allow_missing=model_options.allow_missing_weights, **values)
-        training.model_init_kwargs = quantization = None
+    parts = model_parts(options, is_chunked=chunk_config is not None, has_weights=has_weights)
+    parts |= _of_kind(options, chunk_config, parts)
+    if has_weights and not model_options.from_scratch:
+        training.model_init_kwargs = None  # they have been taken
     with asked_by(f"model_name_or_path={model_options.model_name_or_path!r}", *_OF_TRAINER):
-        make: Callable[..., CheckedSFTTrainer] = CheckedSFTTrainer
-        if options.chunk.oom == "shrink":
-            make = ShrinkingSFTTrainer
-        if chunk_config is not None and options.chunk.chunk_packing:
-            make = partial(ChunkSFTTrainer, chunk_config=chunk_config)
-        if chunk_config is not None and training.pipeline_stages > 1:
-            make = partial(PipelineSFTTrainer, chunk_config=chunk_config)
-        trainer = make(
-            long_samples=cast(LongSamples, options.data.long_samples),
-            model=model,
+        trainer = _trainer_class(options, chunk_config)(
             args=training,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            quantization_config=quantization,
-            peft_config=adapters,
+            **parts,
         )
-    check_token_ids(trainer)
+    if options.kind == "sft":
+        check_token_ids(trainer)
+    else:
+        check_pair_ids(trainer)
     check_ranks(trainer.accelerator)
     check_amounts(trainer)
     leave_offloaded_unpinned(trainer.accelerator)
@@ -192,6 +159,33 @@ def build_trainer(
     for said in filter(None, lines):
         print_once(said)
     return trainer, chunk_config
+
+
+def _trainer_class(options: TrainingOptions, chunk_config: ChunkConfig | None) -> Callable[..., Any]:
+    if options.kind != "sft":
+        return {"dpo": CheckedDPOTrainer, "reward": CheckedRewardTrainer, "grpo": CheckedGRPOTrainer}[
+            options.kind
+        ]
+    if chunk_config is not None and options.training.pipeline_stages > 1:
+        return partial(PipelineSFTTrainer, chunk_config=chunk_config)
+    if chunk_config is not None and options.chunk.chunk_packing:
+        return partial(ChunkSFTTrainer, chunk_config=chunk_config)
+    return ShrinkingSFTTrainer if options.chunk.oom == "shrink" else CheckedSFTTrainer
+
+
+def _of_kind(
+    options: TrainingOptions, chunk_config: ChunkConfig | None, parts: dict[str, Any]
+) -> dict[str, Any]:
+    """What the trainers do not have in common."""
+    if options.kind == "grpo":
+        return {"reward_funcs": rewards_of(options.data.reward_funcs)}
+    given = {"long_samples": options.data.long_samples}
+    needs_reference = options.kind == "dpo" and parts["peft_config"] is None
+    if needs_reference and not options.training.precompute_ref_log_probs:
+        # TRL would load it where the model's weights are, and an engine may wrap it before it is chunked.
+        reference = model_parts(options, is_chunked=chunk_config is not None)["model"].eval()
+        given["ref_model"] = reference if chunk_config is None else chunk_model(reference, chunk_config)
+    return given
 
 
 def chunk_trainer(trainer: SFTTrainer, chunk_config: ChunkConfig | None) -> None:
@@ -211,7 +205,10 @@ def chunk_trainer(trainer: SFTTrainer, chunk_config: ChunkConfig | None) -> None
         )
     assert trainer.model is not None
     chunk_model(trainer.model, chunk_config)
-    install_tiled_loss(trainer)
+    if isinstance(trainer, CheckedSFTTrainer):
+        install_tiled_loss(trainer)
+    elif isinstance(trainer, CheckedGRPOTrainer) and trainer.ref_model is not None:
+        chunk_model(trainer.ref_model, chunk_config)
 
 
 def first_batch(trainer: SFTTrainer, min_tokens: int = 5) -> dict[str, Any]:
@@ -221,6 +218,8 @@ def first_batch(trainer: SFTTrainer, min_tokens: int = 5) -> dict[str, Any]:
         ValueError: all are shorter.
     """
     samples: Any = trainer.train_dataset
+    if not isinstance(trainer, CheckedSFTTrainer):
+        return first_rows(trainer, min_tokens)
     for sample in samples.once() if isinstance(samples, SampleStream) else samples:
         if len(sample["input_ids"]) >= min_tokens:
             return cast(dict[str, Any], trainer._prepare_inputs(trainer.data_collator([sample])))
@@ -250,6 +249,8 @@ def _datasets(options: TrainingOptions) -> tuple[Any, Any]:
             corpus_max_bytes=data.corpus_max_bytes,
             streaming=data.dataset_streaming,
         )
+        if options.kind != "sft" and name == STDLIB_NAME:
+            splits = {split: pairs_of_texts(rows) for split, rows in splits.items()}
     else:
         name = "datasets"
         splits = load_mixture(lambda: get_dataset(options.mixture), options.mixture.datasets)
@@ -280,6 +281,14 @@ def _checked_streams(options: TrainingOptions, *streams: IterableDataset | None)
 
 def _check_template(dataset: Any, tokenizer: PreTrainedTokenizerBase, options: TrainingOptions) -> None:
     name = options.data.dataset_name or "datasets"
+    if options.kind != "sft":
+        first = check_columns(dataset, _COLUMNS[options.kind], name=name)
+        if isinstance(first[_COLUMNS[options.kind][0]], list) and tokenizer.chat_template is None:
+            raise ValueError(
+                f"{name!r} has messages, but the tokenizer of {options.model.model_name_or_path!r} has no "
+                "chat template: take a model that has one"
+            )
+        return
     text_field = options.training.dataset_text_field
     if options.is_streaming:
         first = first_sample(dataset, name)
@@ -300,26 +309,4 @@ def _check_template(dataset: Any, tokenizer: PreTrainedTokenizerBase, options: T
             f"{name!r} has messages, but the tokenizer of {options.model.model_name_or_path!r} has no chat "
             "template: "
             "write chat_template_path: a .jinja file, or a model that has one"
-        )
-
-
-def _model_from_scratch(options: TrainingOptions) -> Any:
-    name = str(options.model.model_name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(
-            name,
-            revision=options.model.model_revision,
-            trust_remote_code=options.training.trust_remote_code,
-        )
-    except Exception as error:  # transformers checks values in its own way
-        raise ValueError(f"model_name_or_path={name!r} gives no config: {first_line(error)}") from error
-    set_seed(options.training.seed)
-    dtype = options.model.dtype
-    asked = asked_by(f"model_name_or_path={name!r}", "attn_implementation")
-    with asked, whole_weights(getattr(options.training, "hf_deepspeed_config", None)):
-        return AutoModelForCausalLM.from_config(
-            config,
-            dtype=None if dtype in (None, "auto") else getattr(torch, str(dtype)),
-            attn_implementation=options.model.attn_implementation,
-            trust_remote_code=options.training.trust_remote_code,
         )

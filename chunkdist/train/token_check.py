@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from chunkdist.data.pairs import refuse_pair_ids_outside
 from chunkdist.data.token_ids import outside, refuse_ids_outside
 from chunkdist.train.launch.output import print_once
 
@@ -34,6 +35,19 @@ def check_token_ids(trainer: CheckedSFTTrainer) -> None:
         train: Any = trainer.train_dataset
         next(iter(train.once()), None)  # the first sample, before anything is written
     refuse_padding_outside(trainer, num_embeddings, is_used=has_padding)
+    say_larger_tokenizer(trainer, num_embeddings)
+
+
+def check_pair_ids(trainer: Any) -> None:
+    """Goes over the tokenised pairs of a trainer; of prompts, which it tokenises later, over none.
+
+    Raises:
+        ValueError: a sample has an id that is not in the embedding; names the first one.
+    """
+    num_embeddings, _ = num_rows(trainer.model)
+    for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
+        if dataset is not None and "chosen_ids" in dataset.column_names:
+            refuse_pair_ids_outside(dataset, name=f"{name} data", num_embeddings=num_embeddings)
     say_larger_tokenizer(trainer, num_embeddings)
 
 
@@ -69,7 +83,7 @@ def refuse_padding_outside(trainer: CheckedSFTTrainer, num_embeddings: int, *, i
         )
 
 
-def say_larger_tokenizer(trainer: CheckedSFTTrainer, num_embeddings: int) -> None:
+def say_larger_tokenizer(trainer: Any, num_embeddings: int) -> None:
     """Prints a line where the tokenizer has tokens that the model has not; no sample uses them."""
     tokenizer: Any = trainer.processing_class
     try:

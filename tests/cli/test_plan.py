@@ -43,6 +43,39 @@ def test_says_where_every_gib_goes(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in out
 
 
+@pytest.mark.parametrize(
+    ("kind", "more", "words"),
+    [
+        ("dpo", [], "16,384 tokens, 2 row(s) a micro-batch"),
+        ("reward", [], "16,384 tokens, 2 row(s) a micro-batch"),
+        (
+            "grpo",
+            ["--length", "6144"],
+            "while it generates: 3.00 GiB of keys and values for 4 rows of 6,144 tokens",
+        ),
+    ],
+)
+def test_other_trainers_presets_fit(
+    kind: str, more: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    config = str(Path(CONFIG).with_name(f"llama3-8b-{kind}-lora-24gb.yaml"))
+    given = ["--trainer", kind, "--model_name_or_path", str(tmp_path), *more]
+    assert main(["plan", config, *given]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert words in out
+    assert "as configured: chunk_size: " in out
+    assert "is too much" not in out
+
+
+def test_a_reference_model_takes_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(Path(CONFIG).with_name("dpo-quickstart.yaml"))
+    assert main(["plan", config, "--trainer", "dpo"]) == 0
+    assert "reference model" in capsys.readouterr().out
+    assert main(["plan", config, "--trainer", "dpo", "--precompute_ref_log_probs", "true"]) == 0
+    assert "reference model" not in capsys.readouterr().out
+
+
 def test_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["plan", CONFIG, "--memory-gib", "1.02", "--host-gib", "0", "--length", "524288"])
     assert status == 1

@@ -18,6 +18,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from chunkdist.train import run
 from tests.helpers.tiny_run import (
     ASSISTANT,
     CHAT_TEMPLATE,
@@ -272,14 +273,14 @@ def test_a_failed_gradient_check_stops_the_run(
 def test_the_gradient_check_meets_a_hook_that_looks_at_other_tokens(
     launcher: Any, tiny_model: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    check = launcher.check_gradients
+    check = run.check_gradients
 
     def steered(model: Any, batch: Any, config: Any) -> Any:
         mlp = model.model.layers[0].mlp
         mlp.register_forward_hook(lambda module, args, output: output + output.mean(1, keepdim=True))
         return check(model, batch, config)
 
-    monkeypatch.setattr(launcher, "check_gradients", steered)
+    monkeypatch.setattr(run, "check_gradients", steered)
     assert "on mlp of layer 0" in fault(launcher, capsys, command_line(tiny_model, FITTING))
     assert not (tiny_model.parent / "out").exists()
 

@@ -10,7 +10,10 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths")
+_COLUMNS = (
+    *("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths"),
+    *("prompt_ids", "chosen_ids", "rejected_ids"),
+)
 _BATCH_ROWS = 1000
 _MOST_BATCHES = 1000
 """Where there are more than a million rows, batches at even distances are looked at."""
@@ -25,7 +28,7 @@ def samples_fingerprint(dataset: Any) -> str | None:
 
     if not isinstance(dataset, Dataset):
         return None
-    columns = [name for name in _COLUMNS if name in dataset.column_names]
+    columns = [name for name in _COLUMNS if name in dataset.column_names] or ["prompt"]
     digest = xxhash.xxh3_64(f"{len(dataset)} {columns}".encode())
     rows = dataset.select_columns(columns).with_format("arrow")
     starts = range(0, len(dataset), _BATCH_ROWS)
@@ -60,6 +63,9 @@ def _update(digest: Any, values: Any) -> None:
         lengths = array.value_lengths().fill_null(-1)
         digest.update(np.ascontiguousarray(lengths.to_numpy(zero_copy_only=False)).astype(np.int64))
         _update(digest, array.flatten())
+        return
+    if not (pa.types.is_primitive(array.type) or pa.types.is_null(array.type)):  # text, or messages
+        digest.update(repr(array.to_pylist()).encode())
         return
     numbers = array.cast(pa.int64()) if pa.types.is_boolean(array.type) else array
     digest.update(np.ascontiguousarray(numbers.fill_null(-1).to_numpy(zero_copy_only=False)).astype(np.int64))

@@ -25,11 +25,12 @@ _REPORT = "LOAD REPORT"
 """The first line of the table that transformers 5.23 logs; a line of ours says the same."""
 
 
-def load_model(name: str, *, allow_missing: bool, **given: Any) -> Any:
+def load_model(name: str, *, allow_missing: bool, replaced: tuple[str, ...] = (), **given: Any) -> Any:
     """The model of a folder or a name on the Hub, loaded as TRL loads it.
 
     Args:
         allow_missing: Whether weights may be drawn at random, or left out, where files and config differ.
+        replaced: Beginnings of the names of weights that the model is to have anew, or to leave out.
         given: Goes to `from_pretrained`.
 
     Raises:
@@ -51,6 +52,8 @@ def load_model(name: str, *, allow_missing: bool, **given: Any) -> Any:
         if is_of_system or is_out_of_memory(error):  # not of what the user wrote
             raise
         raise ValueError(f"model_name_or_path={name!r} cannot be loaded: {first_line(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys"):
+        report[kind] = {key for key in report[kind] if not key.startswith(replaced)}
     faults = _differences(report, with_shapes=not takes_other_shapes)
     if faults and not allow_missing:
         raise ValueError(

@@ -106,6 +106,9 @@ class RunRecord:
             "ranks x per_device_train_batch_size x gradient_accumulation_steps": replicas
             * training.per_device_train_batch_size
             * training.gradient_accumulation_steps,
+            **{
+                name: getattr(options.data, name) for name in ("reward_funcs",) if hasattr(options.data, name)
+            },
             **_of_chunks(options.chunk),
             **_of_deepspeed(training),
             "data_seed (or seed)": training.seed if training.data_seed is None else training.data_seed,

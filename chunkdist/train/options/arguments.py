@@ -8,27 +8,30 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import (
+    DatasetMixtureConfig,
+    DPOConfig,
+    GRPOConfig,
+    ModelConfig,
+    RewardConfig,
+    ScriptArguments,
+    SFTConfig,
+    TrlParser,
+)
 
 from chunkdist.data.samples import LongSamples
 from chunkdist.train.launch.faults import asked_by
-from chunkdist.train.launch.ranks import (
-    allow_fsdp,
-    launcher_wants_fsdp,
-    needs_gloo,
-    skip_shm_build,
-    start_gloo,
-    tell_ranks,
-)
-from chunkdist.train.launch.roll_call import check_launch, forget_stale_rank, meet
-from chunkdist.train.launch.usable_gpu import refuse_idle_gpu
+from chunkdist.train.launch.roll_call import check_launch, forget_stale_rank
 from chunkdist.train.options.chunk_options import ChunkArguments, option
 from chunkdist.train.options.deepspeed_options import check_deepspeed
 from chunkdist.train.options.names import OLD_NAMES
 from chunkdist.train.options.rules import bool_or_word, check_values, is_bool_or_word
+from chunkdist.train.options.run_arguments import RunArguments
 from chunkdist.train.options.yaml_options import read_yaml
+
+TrainerKind = Literal["sft", "dpo", "reward", "grpo"]
 
 
 @dataclass
@@ -47,13 +50,24 @@ class DataArguments(ScriptArguments):
 
 
 @dataclass
-class TrainArguments(SFTConfig):
-    """TRL's `SFTConfig`, with Hugging Face's gradient checkpointing off: a chunked step is its own."""
+class RewardedArguments(ScriptArguments):
+    """TRL's dataset options, and what rewards a completion."""
 
-    # `None`, not `False`: recent versions of transformers take any other value for the deprecated spelling.
-    gradient_checkpointing: bool | None = option(  # type: ignore[assignment]
-        None, "Hugging Face's gradient checkpointing, for chunk_method: none. A chunked step switches it off."
+    reward_funcs: list[str] | None = option(  # noqa: RUF009
+        None,
+        "What rewards a completion: functions of TRL (think_format_reward, ...) or of yours, as FILE.py:NAME "
+        "or package.module:NAME, and folders of reward models.",
     )
+    corpus_max_bytes: int = option(
+        4_000_000, "How much of the interpreter's standard library dataset_name: python-stdlib reads."
+    )
+
+
+@dataclass
+class TrainArguments(RunArguments, SFTConfig):  # type: ignore[misc]
+    """TRL's `SFTConfig`."""
+
+    kind = "sft"
 
     pipeline_stages: int = option(
         1,
@@ -66,39 +80,43 @@ class TrainArguments(SFTConfig):
         "1", "Forwards that a stage is ahead of the next one; 2: a smaller bubble, more graphs. auto: chosen."
     )
 
-    enable_jit_checkpoint: bool = option(
-        True,
-        "SIGTERM and SIGINT save a checkpoint when the step ends, and the run leaves with exit status 75; a "
-        "second signal ends it at once. false: they end it without saving.",
-    )
 
-    def __post_init__(self) -> None:
-        if self.report_to is None:
-            self.report_to = "none"  # transformers (5.23) would look for a tracker named None
-        if not self.use_cpu:
-            refuse_idle_gpu()
-        store = meet(self.ddp_timeout_delta)  # noqa: F841  # until the process group is made
-        if self.deepspeed:
-            skip_shm_build()
-        elif needs_gloo():
-            self.use_cpu = True
-            start_gloo(self.ddp_timeout_delta)
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        if self.deepspeed and needs_gloo():
-            tell_ranks(self.distributed_state)
-        elif needs_gloo() and (launcher_wants_fsdp() or self.fsdp):
-            allow_fsdp(self.distributed_state)
+class _PlainRows:
+    """What only `SFTTrainer` has: other trainers' samples are a row or two each, on whole models."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What transformers pickles into each `training_args.bin`: everything but the key to the Hub."""
-        return {**self.__dict__, "hub_token": None}
+    pipeline_stages, pipeline_shard_weights, pipeline_forwards_ahead = 1, False, "1"
+    packing = eval_packing = padding_free = activation_offloading = False
+    packing_strategy, dataset_kwargs, max_length = "bfd", None, None
 
-    def _validate_args(self) -> None:
-        """For transformers, bf16 without a GPU needs `use_cpu`, which DeepSpeed must not be given."""
-        given = self.use_cpu
-        self.use_cpu = given or bool(self.deepspeed and needs_gloo())
-        super()._validate_args()  # type: ignore[no-untyped-call]
-        self.use_cpu = given
+
+@dataclass
+class DPOArguments(RunArguments, _PlainRows, DPOConfig):  # type: ignore[misc]
+    """TRL's `DPOConfig`."""
+
+    kind = "dpo"
+
+
+@dataclass
+class RewardArguments(RunArguments, _PlainRows, RewardConfig):  # type: ignore[misc]
+    """TRL's `RewardConfig`."""
+
+    kind = "reward"
+
+
+@dataclass
+class GRPOArguments(RunArguments, _PlainRows, GRPOConfig):  # type: ignore[misc]
+    """TRL's `GRPOConfig`."""
+
+    kind = "grpo"
+
+
+KINDS: dict[TrainerKind, tuple[type, type]] = {
+    "sft": (DataArguments, TrainArguments),
+    "dpo": (DataArguments, DPOArguments),
+    "reward": (DataArguments, RewardArguments),
+    "grpo": (RewardedArguments, GRPOArguments),
+}
+"""What is asked about data, and about training."""
 
 
 @dataclass
@@ -122,10 +140,17 @@ class TrainingOptions:
     """Everything that one run was told."""
 
     chunk: ChunkArguments
-    data: DataArguments
-    training: TrainArguments
+    data: Any
+    """One of `KINDS`."""
+    training: Any
+    """Likewise."""
     model: ModelArguments
     mixture: DatasetMixtureConfig
+
+    @property
+    def kind(self) -> TrainerKind:
+        kind: TrainerKind = self.training.kind
+        return kind
 
     @property
     def is_streaming(self) -> bool:
@@ -136,8 +161,8 @@ class TrainingOptions:
 class OptionParser(TrlParser):
     """TRL's parser; faults of YAML and command line alike are one line that names the option."""
 
-    def __init__(self) -> None:
-        types = (ChunkArguments, DataArguments, TrainArguments, ModelArguments, DatasetMixtureConfig)
+    def __init__(self, kind: TrainerKind = "sft") -> None:
+        types = (ChunkArguments, *KINDS[kind], ModelArguments, DatasetMixtureConfig)
         super().__init__(types, allow_abbrev=False)  # type: ignore[arg-type]  # TRL's annotation is a string
         self._from_yaml: set[str] = set()
         hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
@@ -218,11 +243,11 @@ class OptionParser(TrlParser):
         return f": did you mean {close[0]!r}?" if close else ": --help lists those that there are"
 
 
-def parse_options(arguments: Sequence[str] | None = None) -> TrainingOptions:
+def parse_options(arguments: Sequence[str] | None = None, kind: TrainerKind = "sft") -> TrainingOptions:
     """The options of this process's command line, or of `arguments`."""
     check_launch()
     forget_stale_rank()
-    return OptionParser().parse(sys.argv[1:] if arguments is None else arguments)
+    return OptionParser(kind).parse(sys.argv[1:] if arguments is None else arguments)
 
 
 def _split_config(argument: str) -> list[str]:

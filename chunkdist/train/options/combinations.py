@@ -11,6 +11,7 @@ from chunkdist.train.launch.ranks import launcher_wants_fsdp, num_launched_ranks
 from chunkdist.train.options.arguments import TrainingOptions
 from chunkdist.train.options.deepspeed_options import check_at_odds
 from chunkdist.train.options.needed_packages import check_packages, usable_attention
+from chunkdist.train.rewards import rewards_of
 
 
 def check_pipeline(
@@ -222,6 +223,40 @@ def check_streaming(options: TrainingOptions) -> None:
             )
 
 
+def check_kind(options: TrainingOptions) -> None:
+    """Refuses what trainers of pairs and of rewards do not do.
+
+    Raises:
+        ValueError: says what to write instead.
+    """
+    training, model = options.training, options.model
+    refused = {
+        "chunk_packing": (options.chunk.chunk_packing, "a micro-batch's rows belong together; leave it out"),
+        "oom": (options.chunk.oom == "shrink", "only SFT's steps are tried again; leave it out"),
+        "dataset_streaming": (options.is_streaming, "samples are looked at before training; write false"),
+        "long_samples": (
+            getattr(options.data, "long_samples", "") == "split"
+            or (options.kind == "reward" and options.data.long_samples == "truncate"),
+            "the answer's end is what counts; write drop, or a larger max_length",
+        ),
+    }
+    for name, (is_set, instead) in refused.items():
+        if is_set:
+            raise ValueError(f"{name} with {options.kind}: {instead}")
+    if options.kind == "reward":
+        model.lora_task_type = "SEQ_CLS"  # so that PEFT trains the score, too
+    if options.kind != "grpo":
+        return
+    shards = bool(training.deepspeed) or bool(training.fsdp) or launcher_wants_fsdp()
+    if training.beta and not model.use_peft and (model.from_scratch or shards):
+        why = "it would be wrapped before it is chunked" if shards else "there are no weights to load it from"
+        raise ValueError(
+            f"beta={training.beta} without use_peft needs a reference model, and {why}: write beta: 0, or "
+            "use_peft: true"
+        )
+    rewards_of(options.data.reward_funcs)
+
+
 def check_options(options: TrainingOptions, *, will_train: bool = True) -> ChunkConfig | None:
     """What can be said from the options alone. Returns the chunk config.
 
@@ -239,6 +274,8 @@ def check_options(options: TrainingOptions, *, will_train: bool = True) -> Chunk
             "which keeps "
             "them apart (and long_samples: split to cut long ones)"
         )
+    if options.kind != "sft":
+        check_kind(options)
     check_pipeline(options, chunk_config, will_train=will_train)
     check_shrinking(options, shards_weights=bool(training.fsdp) or launcher_wants_fsdp())
     if options.chunk.chunk_packing:

@@ -236,7 +236,7 @@ def _check_together(values: Namespace, given: set[str]) -> None:
                 f"{', '.join(without)} without {needed}: {_INSTEAD[needed]}; write {needed}: true, or leave "
                 "them out"
             )
-    _check_padding(values.pad_to_multiple_of)
+    _check_padding(getattr(values, "pad_to_multiple_of", None))
     if values.optim_args and any("=" not in part for part in str(values.optim_args).split(",")):
         raise ValueError(f"optim_args={values.optim_args!r}: write name=value,name=value")
 

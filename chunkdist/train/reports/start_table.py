@@ -70,7 +70,7 @@ class StepSizes:
 
 def step_sizes(args: TrainingArguments, stream_tokens: int | None = None) -> StepSizes:
     """The sizes of a trainer's steps, of one stream each where `stream_tokens` is its length."""
-    tokens, rows = num_tokens(args), args.per_device_train_batch_size
+    tokens, rows = num_tokens(args), args.per_device_train_batch_size * _rows_of_sample(args)
     if stream_tokens is not None:
         tokens, rows = stream_tokens, 1
     elif getattr(args, "packing", False) or getattr(args, "padding_free", False):
@@ -82,6 +82,12 @@ def step_sizes(args: TrainingArguments, stream_tokens: int | None = None) -> Ste
         optimizer=str(getattr(args.optim, "value", args.optim)),
         num_micro_batches=args.gradient_accumulation_steps,
     )
+
+
+def _rows_of_sample(args: TrainingArguments) -> int:
+    """2 where a sample is a chosen and a rejected row, or a row and its prompt with another's answer."""
+    pairs = {"DPOConfig", "KTOConfig", "RewardConfig"}
+    return 2 if pairs & {kind.__name__ for kind in type(args).__mro__} else 1
 
 
 def _schedule_rows(

@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer` that truncates and drops nothing unasked, and whose checkpoints are whole."""
+"""TRL's trainers that truncate and drop nothing unasked, and whose checkpoints are whole."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard  # type: ignore[import-untyped]
 from datasets import IterableDataset
 from torch.utils.data import DataLoader
+from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
 from chunkdist.data.sample_stream import SampleStream, StreamFit
@@ -26,7 +27,51 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class CheckedSFTTrainer(KeptTrainer):
+class CheckedTrainer(KeptTrainer):
+    """Before one of TRL's trainers among the bases: faults of options and samples are a line, signals are
+    `StopCallback`'s."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.is_leaving: Any = None
+        """Set by `StopCallback`."""
+        # Transformers' own callback for this option would take the signals: StopCallback stands for it.
+        args, stops = kwargs["args"], kwargs["args"].enable_jit_checkpoint
+        args.enable_jit_checkpoint = False
+        super().__init__(**kwargs)
+        args.enable_jit_checkpoint = stops
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own; what it refuses is said with the options that it comes from."""
+        with asked_by(f"optim={getattr(self.args.optim, 'value', self.args.optim)}", "optim_args"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own; what it refuses is said with the options that it comes from."""
+        kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+        with asked_by(f"lr_scheduler_type={kind} with lr_scheduler_kwargs={self.args.lr_scheduler_kwargs}"):
+            return super().create_scheduler(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own; of a bad sample only the line is told, without a data loader's traceback."""
+        try:
+            return super().train(*args, **kwargs)
+        except BadSampleError as error:
+            raise BadSampleError(str(error).strip().rpartition("BadSampleError: ")[2]) from None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Transformers' own; its workers outlive a signal to the whole group of processes."""
+        loader: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
+        if self.is_leaving is not None:
+            keep_workers(loader, self.is_leaving)
+        return loader
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """A model without weights, which is not to be trained, stays where it is."""
+        if not next(model.parameters()).is_meta:
+            super()._move_model_to_device(model, device)
+
+
+class CheckedSFTTrainer(CheckedTrainer, SFTTrainer):
     """`SFTTrainer` that truncates and drops no sample unasked, and loses no work."""
 
     def __init__(self, *, long_samples: LongSamples, **kwargs: Any) -> None:
@@ -35,13 +80,7 @@ class CheckedSFTTrainer(KeptTrainer):
         """The samples by the name of their data, before any is cut, until their ids have been looked at."""
         self.streams: dict[str, StreamFit] = {}
         """What samples that stream are held to, by the name of their data."""
-        self.is_leaving: Any = None
-        """Set by `StopCallback`."""
-        # Transformers' own callback for this option would take the signals: StopCallback stands for it.
-        args, stops = kwargs["args"], kwargs["args"].enable_jit_checkpoint
-        args.enable_jit_checkpoint = False
         super().__init__(**kwargs)
-        args.enable_jit_checkpoint = stops
 
     def _prepare_dataset(
         self,
@@ -109,36 +148,6 @@ class CheckedSFTTrainer(KeptTrainer):
         ):
             loader.set_sampler(LongestFirst(loader.get_sampler(), sample_lengths(self.train_dataset)))
         return loader
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' own; what it refuses is said with the options that it comes from."""
-        with asked_by(f"optim={getattr(self.args.optim, 'value', self.args.optim)}", "optim_args"):
-            return super().create_optimizer(*args, **kwargs)
-
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' own; what it refuses is said with the options that it comes from."""
-        kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
-        with asked_by(f"lr_scheduler_type={kind} with lr_scheduler_kwargs={self.args.lr_scheduler_kwargs}"):
-            return super().create_scheduler(*args, **kwargs)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' own; of a bad sample only the line is told, without a data loader's traceback."""
-        try:
-            return super().train(*args, **kwargs)
-        except BadSampleError as error:
-            raise BadSampleError(str(error).strip().rpartition("BadSampleError: ")[2]) from None
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Transformers' own; its workers outlive a signal to the whole group of processes."""
-        loader: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
-        if self.is_leaving is not None:
-            keep_workers(loader, self.is_leaving)
-        return loader
-
-    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        """A model without weights, which is not to be trained, stays where it is."""
-        if not next(model.parameters()).is_meta:
-            super()._move_model_to_device(model, device)
 
 
 def _tokenize_or_name_culprit(dataset: Dataset, tokenize: Callable[[Dataset], Dataset], name: str) -> Dataset:

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from trl import SFTTrainer
 
 from chunkdist.train.checkpoints.model_parts import first_words, save_parts
 from chunkdist.train.checkpoints.run_record import RunRecord
@@ -20,8 +19,9 @@ from chunkdist.train.checkpoints.whole import delete_older, whole_checkpoint
 from chunkdist.train.launch.output import print_once
 
 
-class KeptTrainer(SFTTrainer):
-    """`SFTTrainer` that loses no work (transformers 5.23, TRL 1.15: their private methods)."""
+class KeptTrainer(Trainer):
+    """Before one of TRL's trainers among the bases: loses no work (transformers 5.23, TRL 1.15: their private
+    methods)."""
 
     def __init__(self, **kwargs: Any) -> None:
         self._checkpoints: Path | None = None
@@ -88,7 +88,7 @@ class KeptTrainer(SFTTrainer):
         with whole_checkpoint(target, args, self.accelerator.wait_for_everyone) as folder:
             self._checkpoints, args.save_total_limit, args.push_to_hub = folder, None, False
             try:
-                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+                super()._save_checkpoint(model, trial)
             finally:
                 self._checkpoints, args.save_total_limit, args.push_to_hub = None, limit, push
             state.best_model_checkpoint = best_checkpoint

@@ -1,0 +1,47 @@
+"""TRL's trainers of preferences and of rewards, which truncate and drop nothing unasked and lose no work."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from trl import DPOTrainer, GRPOTrainer, RewardTrainer
+
+from chunkdist.data.pairs import LongPairs, fit_pairs
+from chunkdist.train.launch.output import print_once
+from chunkdist.train.trainers.checked import CheckedTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class _PairTrainer(CheckedTrainer):
+    """TRL (1.16) cuts, or leaves out, pairs that are too long without a word."""
+
+    def __init__(self, *, long_samples: LongPairs, **kwargs: Any) -> None:
+        self._long_samples = long_samples
+        super().__init__(**kwargs)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
+        whole = copy.copy(args)
+        whole.max_length = None
+        prepared: Any = super()._prepare_dataset(dataset, processing_class, whole, dataset_name)  # type: ignore[misc]
+        return fit_pairs(
+            prepared,
+            max_length=args.max_length,
+            long_samples=self._long_samples,
+            name=f"{dataset_name} data",
+            say=print_once,
+        )
+
+
+class CheckedDPOTrainer(_PairTrainer, DPOTrainer):
+    """`DPOTrainer` whose samples are looked at."""
+
+
+class CheckedRewardTrainer(_PairTrainer, RewardTrainer):
+    """`RewardTrainer` whose samples are looked at."""
+
+
+class CheckedGRPOTrainer(CheckedTrainer, GRPOTrainer):
+    """`GRPOTrainer` that loses no work."""
