@@ -260,9 +260,7 @@ def test_a_failed_gradient_check_stops_the_run(
             return "layers.0: 12 % off"
 
     seen = []
-    monkeypatch.setattr(
-        launcher, "check_gradients", lambda model, batch, config: seen.append(batch) or Failed()
-    )
+    monkeypatch.setattr(run, "check_gradients", lambda model, batch, config: seen.append(batch) or Failed())
     assert launcher.main(command_line(tiny_model, FITTING)) == 1
     assert "layers.0: 12 % off" in capsys.readouterr().out
     assert seen[0]["input_ids"].shape == (1, 23)
