@@ -102,7 +102,8 @@ def trainer_of(name: str, folder: Path, *, lora: bool, model: Any = None, **chan
     }
     tokenizer = AutoTokenizer.from_pretrained(BYTE_LLAMA)
     kind = Qwen2ForSequenceClassification if name == "Reward" else Qwen2ForCausalLM
-    model = model or (tiny(kind, num_labels=1) if name == "Reward" else tiny(kind))
+    changed = {"Reward": {"num_labels": 1}, "DPO": {"final_logit_softcapping": 4.0, "logit_scale": 0.7}}
+    model = model or tiny(kind, **changed.get(name, {}))
     made: dict[str, Any] = {"model": model}
     if name == "SFT":
         made["train_dataset"] = Dataset.from_dict({"text": TEXTS * 4})
@@ -123,7 +124,7 @@ def trainer_of(name: str, folder: Path, *, lora: bool, model: Any = None, **chan
             made["teacher_model"] = tiny(seed=1)
         else:
             made["reward_funcs"] = reward
-            given |= {"num_generations": 2, "beta": 0.1 if lora else 0.0}
+            given |= {"num_generations": 2, "beta": 0.1 if lora else 0.0, "temperature": 0.8}
     if lora:
         task = "SEQ_CLS" if name == "Reward" else "CAUSAL_LM"
         made["peft_config"] = LoraConfig(
