@@ -66,10 +66,9 @@ def chunk_mask(
 
 def _read(function: Any) -> tuple[ChunkMask, bool]:
     """What a mask function says, and whether it hides all later tokens."""
-    name = getattr(function, "__qualname__", type(function).__name__)
     if inspect.isfunction(function) and function.__module__ == masking_utils.__name__:
         inside = inspect.getclosurevars(function).nonlocals
-        match name.partition(".")[0]:
+        match _name_of(function):
             case "causal_mask_function":
                 return ChunkMask(), True
             case "sliding_window_overlay":
@@ -86,7 +85,15 @@ def _read(function: Any) -> tuple[ChunkMask, bool]:
                 parts = [part for part in inside["mask_functions"] if not _shows_nothing(part)]
                 if len(parts) == 1:
                     return _read(parts[0])
-    return ChunkMask(unsupported=f"it is more than causal, windowed and packed ({name})"), False
+                if any(_name_of(part) == "blockwise_overlay" for part in parts):
+                    return ChunkMask(unsupported="tokens of one image see each other both ways"), False
+    return ChunkMask(unsupported=f"it is more than causal, windowed and packed ({_name_of(function)})"), False
+
+
+def _name_of(function: Any) -> str:
+    """Of what has made a mask function."""
+    name: str = getattr(function, "__qualname__", type(function).__name__)
+    return name.partition(".")[0]
 
 
 def _all_of(parts: list[tuple[ChunkMask, bool]]) -> tuple[ChunkMask, bool]:

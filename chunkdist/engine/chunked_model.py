@@ -67,9 +67,10 @@ class ChunkedModel(CopiedNotPickled):
         sequence: SequenceGroup | None = None,
     ) -> None:
         entries, decoder, layers = find_layers(model)
+        configs = configs_of(entries, decoder)
         # a mesh may have a dim for ranks that share rows
         sharded = [] if sequence is not None else [model]
-        refuse_sequence_parallelism(configs_of([*entries, decoder, *layers]), sharded)
+        refuse_sequence_parallelism(configs, sharded)
         refuse_known(model, entries[-1], layers)
         refuse_offset_adapters([module for layer in layers for module in layer.modules()])
         num_layers = len(layers)
@@ -91,7 +92,6 @@ class ChunkedModel(CopiedNotPickled):
                 "chunk; write sampler=None"
             )
         self.additions = Additions(LayerProbe() if needs_probe(model, has_state=relays) else None)
-        configs = configs_of([*entries, decoder, *layers])
         self.context = ChunkContext(
             config, configs, has_state=relays, sequence=sequence, checked=self.additions.asked
         )

@@ -41,10 +41,12 @@ def running(
     Args:
         begin: Called with the tokens, and whether gradients are wanted, before `context` is read.
     """
-    if context.stream is not None:  # inside another module that takes token ids
-        yield DecoderCall(args, kwargs)
-        return
     signature = inspect.signature(decoder.forward)
+    takes_use_cache = "use_cache" in list(signature.parameters)[len(args) :]
+    without_cache = {**kwargs, "use_cache": False} if takes_use_cache else kwargs
+    if context.stream is not None:  # inside another module that takes token ids
+        yield DecoderCall(args, without_cache)
+        return
     arguments = dict(signature.bind(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -85,8 +87,8 @@ def running(
         context.layer_by_layer = not torch.is_grad_enabled()
         if not context.layer_by_layer:
             refuse_hidden_states(hidden_states, decoder, context.config)
-    if "use_cache" in signature.parameters and "use_cache" not in list(signature.parameters)[: len(args)]:
-        kwargs = {**kwargs, "use_cache": False}
+    if takes_use_cache:
+        kwargs = without_cache
         arguments["use_cache"] = False
     try:
         chunk_size = int(context.config.chunk_size)

@@ -22,6 +22,7 @@ from chunkdist.memory.planner import (
 )
 from chunkdist.memory.sharded import SINGLE, Engine
 from chunkdist.models.flops import StepFlops
+from chunkdist.models.layers import adds_between_layers
 from chunkdist.stores.free_memory import free_host_bytes
 
 USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
@@ -77,6 +78,8 @@ def resolve_auto(
         available_bytes = int(free_bytes(device) * share)
     host_bytes = int(free_host_bytes() * USABLE_SHARE["cpu"])
     asked = [name for name in AUTO_FIELDS if getattr(config, name) == "auto"]
+    if config.layers_per_group == "auto" and adds_between_layers(model):
+        config = replace(config, layers_per_group=1)
     card = card_of(device)
     if asked != ["retained_chunks"]:
         available_bytes, host_bytes, num_tokens = _alike(device, available_bytes, host_bytes, num_tokens)

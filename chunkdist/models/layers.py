@@ -59,6 +59,13 @@ def find_layers(model: PreTrainedModel) -> tuple[list[nn.Module], nn.Module, lis
     return entries, decoder, layers
 
 
+def adds_between_layers(model: nn.Module) -> bool:
+    """Whether a decoder may add features of images to the hidden states between its layers (deepstack, as in
+    Qwen3-VL): its groups have one layer each."""
+    forwards = (module.forward for module in model.modules() if isinstance(module, PreTrainedModel))
+    return any("deepstack_visual_embeds" in inspect.signature(forward).parameters for forward in forwards)
+
+
 def causal_lm_of(model: Any) -> Any:
     """A PEFT model's own; else itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -148,9 +155,15 @@ def norms_of(decoder: nn.Module) -> list[nn.Module]:
     ]
 
 
-def configs_of(modules: list[nn.Module]) -> list[PreTrainedConfig]:
-    """The config objects, each once, from which masks and attention modules read their implementation."""
-    found = [getattr(submodule, "config", None) for module in modules for submodule in module.modules()]
+def configs_of(entries: list[nn.Module], decoder: nn.Module) -> list[PreTrainedConfig]:
+    """The config objects, each once, from which the decoder's masks and attention modules read their
+    implementation. Towers beside it, of images or sounds, have configs of their own, and attend as they would
+    without chunks.
+
+    Args:
+        entries: The modules around the layers that take token ids.
+    """
+    found = [getattr(module, "config", None) for module in [*entries, *decoder.modules()]]
     configs = [config for config in found if isinstance(config, PreTrainedConfig)]
     configs += [config.get_text_config() for config in configs]
     return list({id(config): config for config in configs}.values())

@@ -61,7 +61,8 @@ class ModelStage(nn.Module):
         if HANDLE in model.__dict__:
             raise ValueError("the model is chunked already: call unchunk_model(model) first")
         entries, decoder, all_layers = find_layers(model)
-        refuse_sequence_parallelism(configs_of([*entries, decoder, *all_layers]), [model])
+        configs = configs_of(entries, decoder)
+        refuse_sequence_parallelism(configs, [model])
         refuse_known(model, entries[-1], all_layers)
         if not layers or layers.start < 0 or layers.stop > len(all_layers):
             raise ValueError(
@@ -82,7 +83,6 @@ class ModelStage(nn.Module):
                 "one token as generation does: write at least 2"
             )
         additions = Additions(LayerProbe() if needs_probe(model, has_state=self.has_state) else None)
-        configs = configs_of([*entries, decoder, *all_layers])
         self._context = ChunkContext(config, configs, checked=additions.asked)
         self._cell: CellInputs | None = None
         self._layers: list[GroupLayer] = []

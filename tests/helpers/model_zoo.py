@@ -170,7 +170,7 @@ def class_names() -> list[str]:
 def tiny_config(class_name: str, layer_types: list[str] | None = None) -> PreTrainedConfig:
     """The class's default config, shrunk, dropout off; with one layer of each of `layer_types`, if given."""
     model_class = getattr(transformers, class_name)
-    changes = _merged(_shrunk(model_class.config_class()), OVERRIDES.get(class_name, {}))
+    changes = merged(shrunk(model_class.config_class()), OVERRIDES.get(class_name, {}))
     if layer_types is not None:
         changes |= {"layer_types": layer_types, "num_hidden_layers": len(layer_types)}
     config: PreTrainedConfig = model_class.config_class(**changes)
@@ -203,11 +203,11 @@ def tiny_model(class_name: str, layer_types: list[str] | None = None) -> PreTrai
             getattr(transformers, class_name)(tiny_config(class_name, layer_types)).double().train()
         )
         for parameter in model.parameters():
-            _redraw(parameter)
+            redraw(parameter)
     return model
 
 
-def _redraw(parameter: nn.Parameter) -> None:
+def redraw(parameter: nn.Parameter) -> None:
     """Initial weights are so small, or zero, that an error in the attention would not show."""
     with torch.no_grad():
         if parameter.ndim < 2:
@@ -216,7 +216,7 @@ def _redraw(parameter: nn.Parameter) -> None:
             parameter.copy_(torch.randn_like(parameter) * 1.5 / parameter.shape[-1] ** 0.5)
 
 
-def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
+def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     """The arguments that make a small config of the same kind."""
     values = {key: value for key, value in vars(config).items() if not key.startswith("_")}
     changes: dict[str, Any] = {}
@@ -229,7 +229,7 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     kept = _first_of_each_kind(per_layer)
     for key, value in values.items():
         if key in config.sub_configs and isinstance(value, PreTrainedConfig):
-            changes[key] = _shrunk(value)
+            changes[key] = shrunk(value)
         elif key in per_layer:
             changes[key] = [value[index] for index in kept]
         elif kept and key in _LAYER_COUNTS:
@@ -267,10 +267,10 @@ def _first_of_each_kind(per_layer: dict[str, Any]) -> list[int]:
     return sorted(first.values())[:4] if len(first) > 1 else [0, 1]
 
 
-def _merged(changes: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    merged = copy.copy(changes)
+def merged(changes: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    result = copy.copy(changes)
     for key, value in overrides.items():
-        merged[key] = (
-            _merged(merged.get(key, {}), value) if isinstance(value, dict) and key in changes else value
+        result[key] = (
+            merged(result.get(key, {}), value) if isinstance(value, dict) and key in changes else value
         )
-    return merged
+    return result

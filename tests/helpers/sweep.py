@@ -1,18 +1,12 @@
-"""The sweep: each causal LM class, chunked against unchunked, in fp64.
-
-    python -m tests.helpers.sweep --write docs/models.md     # all classes, about three minutes on one core
-    python -m tests.helpers.sweep LlamaForCausalLM           # a few, printed
+"""The sweep: each causal LM class, chunked against unchunked, in fp64 (`sweep_table` runs it over all).
 
 What always holds: the unchunked model is the reference; a packed stream runs through it segment by segment.
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import re
 import traceback
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -33,8 +26,6 @@ from tests.helpers.model_zoo import (
     FIRST_PLAIN_TOKEN,
     NOT_BUILT,
     VOCAB_SIZE,
-    WINDOW,
-    class_names,
     other_layer_types,
     tiny_model,
 )
@@ -94,7 +85,7 @@ def run_class(name: str) -> Record:
                 )
             return other_record
     except Exception as error:
-        return Record(name=name, outcome="crashed", reason=_describe(error))
+        return Record(name=name, outcome="crashed", reason=describe(error))
 
 
 def _compare(name: str, model: PreTrainedModel) -> Record:
@@ -116,9 +107,9 @@ def _compare(name: str, model: PreTrainedModel) -> Record:
             continue
         if id(inputs) not in references:
             references[id(inputs)] = plain_step(model, segments(inputs) if inputs is packed else [inputs])
-        difference = _difference(references[id(inputs)], step)
-        if difference is not None:
-            return Record(name=name, outcome="wrong", reason=f"{case or 'groups of one layer'}: {difference}")
+        problem = difference(references[id(inputs)], step)
+        if problem is not None:
+            return Record(name=name, outcome="wrong", reason=f"{case or 'groups of one layer'}: {problem}")
     insensitive = _insensitive(model)
     if insensitive:
         return Record(name=name, outcome="wrong", reason=insensitive)
@@ -184,7 +175,7 @@ def plain_step(model: PreTrainedModel, parts: Iterable[dict[str, Tensor]]) -> St
     return Step(loss=total, grads=grads)
 
 
-def _difference(expected: Step, actual: Step) -> str | None:
+def difference(expected: Step, actual: Step) -> str | None:
     """What differs most, if too much. A gradient that is zero but for rounding is measured by the largest."""
     if abs(actual.loss - expected.loss) > TOLERANCE * abs(expected.loss):
         return f"loss {actual.loss} instead of {expected.loss}"
@@ -227,92 +218,7 @@ def double_precision() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-2:]
     where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
     return f"{type(error).__name__}: {error} ({where})".replace("\n", " ")
-
-
-def table(records: Iterable[Record]) -> str:
-    """docs/models.md."""
-    records = sorted(records, key=lambda record: record.name.lower())
-    counts = Counter(record.outcome for record in records)
-    summary = ", ".join(
-        f"{counts[outcome]} {outcome}" for outcome in ("exact", "refused", "not built") if counts[outcome]
-    )
-    rows = "".join(f"| {record.name} | {record.outcome} | {record.reason} |\n" for record in records)
-    torch_version = torch.__version__.partition("+")[0]
-    return f"""# Models
-
-Every causal LM class of transformers {transformers.__version__}, swept with torch {torch_version}:
-{summary}.
-
-A tiny random model of each class runs in chunks of {CHUNK_SIZE} of {NUM_TOKENS} tokens, in groups of one
-layer and of all, on right-padded rows and on a packed stream, and its loss and all its parameter gradients
-are compared with those of the unchunked model, in fp64. Sliding windows are {WINDOW} tokens, dropout is off.
-
-- **exact**: they agree to {TOLERANCE:.0e}. What is refused nevertheless is said beside it.
-- **refused**: `chunk_model`, or the first step, raises `UnsupportedModelError` with this reason.
-
-Written by `python -m tests.helpers.sweep --write docs/models.md`; `tests/models/test_sweep.py` fails when it
-is out of date.
-
-| class | outcome | reason |
-|---|---|---|
-{rows}"""
-
-
-def exact_classes_module(records: Iterable[Record]) -> str:
-    """chunkdist/models/exact_classes.py."""
-    names = sorted(record.name for record in records if record.outcome == "exact")
-    lines = "".join(f'        "{name}",\n' for name in names)
-    docstring = (EXACT_CLASSES.read_text()).partition("\n")[0]
-    return (
-        f'{docstring}\n\nTRANSFORMERS_VERSION = "{transformers.__version__}"\n\n'
-        f"CLASSES = frozenset(\n    (\n{lines}    )\n)\n"
-    )
-
-
-def read_table(path: Path = MODELS_MD) -> tuple[str, dict[str, Record]]:
-    """The version of transformers that was swept, and the records by class."""
-    text = path.read_text()
-    version = re.search(r"transformers ([\w.]+),", text)
-    assert version is not None, f"{path} names no version of transformers"
-    rows = [
-        line.strip("| \n").split("|", 2)
-        for line in text.splitlines()
-        if re.match(r"\| \w+ \| (exact|ref|not)", line)
-    ]
-    cells = ([cell.strip() for cell in (*row, "")[:3]] for row in rows)
-    return version[1], {
-        name: Record(name=name, outcome=outcome, reason=reason) for name, outcome, reason in cells
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("names", nargs="*", help="classes; default: all")
-    parser.add_argument(
-        "--write", type=Path, help=f"write the table of all classes to this file, and {EXACT_CLASSES.name}"
-    )
-    options = parser.parse_args()
-    if options.write and options.names:
-        parser.error("--write takes all classes: leave the names out")
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    records = []
-    for name in options.names or class_names():
-        records.append(run_class(name))
-        print(f"{records[-1].outcome:9} {name} {records[-1].reason}", flush=True)
-    print(dict(Counter(record.outcome for record in records)))
-    if any(record.outcome in ("wrong", "crashed") for record in records):
-        raise SystemExit("some classes are neither exact nor refused")
-    if options.write:
-        options.write.write_text(table(records))
-        EXACT_CLASSES.write_text(exact_classes_module(records))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,5 @@
-"""Every causal LM class of the installed transformers is exact or refused; docs/models.md says which."""
+"""Every causal LM class of the installed transformers is exact or refused, and so is every image-text class
+with images; docs/models.md says which."""
 
 from __future__ import annotations
 
@@ -18,8 +19,11 @@ from chunkdist.models.exact_classes import CLASSES, TRANSFORMERS_VERSION
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateStore
 from chunkdist.stream.stream import Chunk
+from tests.helpers.image_sweep import run_image_class
+from tests.helpers.image_zoo import image_class_names
 from tests.helpers.model_zoo import OVERRIDES, class_names, tiny_model
-from tests.helpers.sweep import CHUNK_SIZE, read_table, run_class
+from tests.helpers.sweep import CHUNK_SIZE, run_class
+from tests.helpers.sweep_table import read_table
 
 REQUIRED = {
     "DeepseekV3ForCausalLM",
@@ -37,7 +41,18 @@ REQUIRED = {
     "SmolLM3ForCausalLM",
 }
 
-VERSION, DOCUMENTED = read_table()
+REQUIRED_WITH_IMAGES = {
+    "Idefics3ForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
+}
+ANEW = "write docs/models.md anew: python -m tests.helpers.sweep_table --write docs/models.md"
+
+VERSION, DOCUMENTED, DOCUMENTED_WITH_IMAGES = read_table()
 
 
 @pytest.mark.parametrize("name", class_names())
@@ -47,9 +62,17 @@ def test_exact_or_refused(name: str) -> None:
     if name in REQUIRED:
         assert (record.outcome, record.reason) == ("exact", ""), record
     if transformers.__version__ == VERSION:
-        assert DOCUMENTED.get(name) == record, (
-            "write docs/models.md anew: python -m tests.helpers.sweep --write docs/models.md"
-        )
+        assert DOCUMENTED.get(name) == record, ANEW
+
+
+@pytest.mark.parametrize("name", image_class_names())
+def test_exact_or_refused_with_images(name: str) -> None:
+    record = run_image_class(name)
+    assert record.outcome in ("exact", "refused", "not built"), record
+    if name in REQUIRED_WITH_IMAGES:
+        assert record.outcome == "exact", record
+    if transformers.__version__ == VERSION:
+        assert DOCUMENTED_WITH_IMAGES.get(name) == record, ANEW
 
 
 @pytest.mark.skipif(
@@ -57,10 +80,13 @@ def test_exact_or_refused(name: str) -> None:
 )
 def test_table_is_complete() -> None:
     assert set(DOCUMENTED) == set(class_names())
+    assert set(DOCUMENTED_WITH_IMAGES) == set(image_class_names())
     exact = [record for record in DOCUMENTED.values() if record.outcome == "exact"]
+    with_images = [record for record in DOCUMENTED_WITH_IMAGES.values() if record.outcome == "exact"]
     not_built = [record for record in DOCUMENTED.values() if record.outcome == "not built"]
     assert len(exact) >= 75
-    assert {record.name for record in exact} == CLASSES
+    assert len(with_images) >= 40
+    assert {record.name for record in [*exact, *with_images]} == CLASSES
     assert TRANSFORMERS_VERSION == VERSION
     assert len(not_built) <= 5
 
@@ -120,6 +146,17 @@ def test_sees_a_lost_gradient_of_the_prefix(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(KVStore, "grads_from", without_prefix)
     assert run_class("LlamaForCausalLM").outcome == "wrong"
+
+
+def test_sees_images_that_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token ids alone: the images are left out on the way to the decoder."""
+    from transformers.models.llava.modeling_llava import LlavaModel
+
+    forward = LlavaModel.forward
+    monkeypatch.setattr(
+        LlavaModel, "forward", lambda self, *args, pixel_values, **kwargs: forward(self, *args, **kwargs)
+    )
+    assert run_image_class("LlavaForConditionalGeneration").outcome == "wrong"
 
 
 def test_sees_state_that_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:

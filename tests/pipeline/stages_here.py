@@ -26,7 +26,7 @@ from chunkdist.pipeline.stage import ModelStage
 from chunkdist.pipeline.step import StageCells, inputs_of
 from chunkdist.stream.packed import refuse_segments
 from tests.helpers.model_zoo import FIRST_PLAIN_TOKEN, VOCAB_SIZE, tiny_model
-from tests.helpers.sweep import Step, _difference, double_precision
+from tests.helpers.sweep import Step, difference, double_precision
 
 FILE = Path(__file__).parents[2] / "docs" / "benchmarks" / "pipeline-models.json"
 LENGTHS = (16, 9, 4)
@@ -102,7 +102,7 @@ def outcomes(name: str, model: PreTrainedModel | None = None) -> list[str]:
         said = []
         for cut in cuts:
             try:
-                said.append(_difference(expected, staged_step(model, cut)) or "exact")
+                said.append(difference(expected, staged_step(model, cut)) or "exact")
             except UnsupportedModelError as error:
                 said.append(f"refused: {error}")
         return said

@@ -8,7 +8,7 @@ import pytest
 
 from chunkdist.models.exact_classes import CLASSES, TRANSFORMERS_VERSION
 from tests.helpers.model_zoo import tiny_model
-from tests.helpers.sweep import _difference, double_precision
+from tests.helpers.sweep import difference, double_precision
 from tests.pipeline.stages_here import FILE, outcomes, staged_step, whole_step
 
 MIXED_KINDS = {
@@ -37,7 +37,7 @@ def test_retained_chunks_of_layers_with_state(retained: int, lengths: tuple[int,
         found = staged_step(
             model, [range(1), range(1, 3)], lengths=lengths, chunk_size=2, retained_chunks=retained
         )
-        assert _difference(whole_step(model, lengths), found) is None
+        assert difference(whole_step(model, lengths), found) is None
 
 
 @pytest.mark.parametrize(
