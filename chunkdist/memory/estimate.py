@@ -19,7 +19,7 @@ from chunkdist.memory.step_peaks import StepMoments
 FIXED = ("weights", "gradients", "optimizer", "gathered weights", "collectives")
 SEQUENCE = (
     *("group inputs", "hidden states", "keys and values", "K/V gradients", "attention's backward"),
-    *("states", "attention's outputs", "positions"),
+    *("states", "attention's outputs", "positions", "router logits"),
 )
 CELLS = ("one cell", "retained cells", "loss tile")
 

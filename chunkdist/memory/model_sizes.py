@@ -75,6 +75,8 @@ class ModelSizes:
         head_weight_bytes: Bytes of the head's weight while it is trained, else 0.
         element_bytes: Bytes of an element of the hidden states.
         is_counted: False: with experts, one cell's graph follows from the config's sizes, roughly.
+        router_bytes: Bytes a token of the router logits of all layers, where the config asks for them, with
+            what the load-balancing loss keeps of them.
     """
 
     cells: tuple[CellSizes, ...]
@@ -90,6 +92,7 @@ class ModelSizes:
     element_bytes: int
     kv_grad_bytes: int
     is_counted: bool
+    router_bytes: int = 0
 
     @property
     def is_tied(self) -> bool:
@@ -155,6 +158,7 @@ class ModelSizes:
             element_bytes=element,
             kv_grad_bytes=kv_element if kv_grad_dtype is None else max(kv_element, kv_grad_dtype.itemsize),
             is_counted=not has_experts,
+            router_bytes=_router_bytes(text, len(layers), element),
         )
 
     @classmethod
@@ -201,6 +205,13 @@ def _with_experts(cell: CellSizes, config: Any, element: int) -> CellSizes:
         saved=Line(per_token=saved),
         elsewhere=Line(per_token=saved + 3 * mlp * element),
     )
+
+
+def _router_bytes(text: Any, num_layers: int, element: int) -> int:
+    """A layer's logits and their softmax; and, of one layer in the backward, probabilities in fp32."""
+    if not getattr(text, "output_router_logits", False):
+        return 0
+    return (num_experts(text) or 0) * (2 * element * num_layers + 4)
 
 
 def _usual_bytes(parameters: Iterable[Tensor]) -> int:

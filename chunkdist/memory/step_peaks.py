@@ -212,6 +212,7 @@ class StepMoments:
             "states": states,
             "attention's outputs": outputs,
             "positions": self.positions,
+            "router logits": self.sizes.router_bytes * self.tokens,
         }
 
     def _graph(self, layer: int) -> int:

@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.granitemoehybrid import GraniteMoeHybridConfig
 from transformers.models.qwen3_5 import Qwen3_5TextConfig
+from transformers.models.qwen3_moe import Qwen3MoeConfig
 
-from chunkdist import ChunkConfig, chunk_model
+from chunkdist import ChunkConfig, chunk_model, unchunk_model
 from chunkdist.attention.varlen import SCRATCH_BYTES
 from chunkdist.chunking import model_sizes
 from chunkdist.memory.estimate import estimate_memory
@@ -152,6 +153,34 @@ def test_state_spaces() -> None:
         sizes = model_sizes(model)
     estimate = estimate_memory(sizes, config, num_tokens=1536)
     assert estimate.step_bytes == pytest.approx(live.peak_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_router_logits(dtype: torch.dtype) -> None:
+    """What the load-balancing loss adds to a step, of real tensors: experts need numbers."""
+    num_tokens, sizes = 2048, []
+    values = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 8, "num_hidden_layers": 4}
+    values |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 32}
+    model = AutoModelForCausalLM.from_config(
+        Qwen3MoeConfig(**values, num_experts=128, num_experts_per_tok=2), dtype=dtype
+    )
+    config = ChunkConfig(chunk_size=128, attention="math")
+    ids = torch.zeros(1, num_tokens, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    peaks = []
+    for asked in (False, True):
+        model.config.output_router_logits = asked
+        sizes.append(ModelSizes.for_config(model, config))
+        chunk_model(model, config)
+        with LiveBytes(exclude=[*model.parameters(), ids, mask]) as live:
+            model(input_ids=ids, labels=ids, attention_mask=mask).loss.backward()
+        peaks.append(live.peak_bytes)
+        model.zero_grad(set_to_none=True)
+        unchunk_model(model)
+    estimates = [estimate_memory(x, config, num_tokens=num_tokens) for x in sizes]
+    assert estimates[1].device["router logits"] == 128 * (2 * dtype.itemsize * 4 + 4) * num_tokens
+    added = estimates[1].device["router logits"]
+    assert 0.6 * added <= peaks[1] - peaks[0] <= added
 
 
 def test_llama_3_8b_per_token() -> None:
