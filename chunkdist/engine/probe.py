@@ -28,7 +28,7 @@ from chunkdist.engine.layer import GroupLayer
 from chunkdist.engine.parameters import GroupParameters
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.models.arguments import SEGMENT_ARGUMENTS, slice_tokens
-from chunkdist.models.exact_classes import CLASSES, TRANSFORMERS_VERSION
+from chunkdist.models.exact_classes import CLASSES, IMAGE_CLASSES, TRANSFORMERS_VERSION
 from chunkdist.replay import undisturbed_rng
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateStore
@@ -50,7 +50,8 @@ KERNELS = ("fla", "causal_conv1d", "mamba_ssm")
 def is_known(model_class: type) -> bool:
     """Whether the sweep over transformers' classes has found the class to be exact, in this version."""
     own = model_class.__module__.startswith("transformers.")
-    return own and transformers.__version__ == TRANSFORMERS_VERSION and model_class.__name__ in CLASSES
+    is_exact = model_class.__name__ in CLASSES or model_class.__name__ in IMAGE_CLASSES
+    return own and transformers.__version__ == TRANSFORMERS_VERSION and is_exact
 
 
 def needs_probe(model: nn.Module, *, has_state: bool) -> bool:

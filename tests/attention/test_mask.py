@@ -106,5 +106,5 @@ def test_image_tokens_of_a_model_are_refused() -> None:
     token_type_ids = torch.zeros_like(input_ids)
     model(input_ids=input_ids, token_type_ids=token_type_ids, labels=input_ids).loss.backward()
     token_type_ids[0, 5:11] = 1
-    with pytest.raises(UnsupportedModelError, match="more than causal"):
+    with pytest.raises(UnsupportedModelError, match="see each other both ways"):
         model(input_ids=input_ids, token_type_ids=token_type_ids, labels=input_ids)

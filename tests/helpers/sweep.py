@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model, unchunk_model
 from chunkdist.chunking import chunk_report
-from chunkdist.models import exact_classes
 from tests.helpers.model_zoo import (
     AUDIO_CODES,
     FIRST_PLAIN_TOKEN,
@@ -36,9 +35,6 @@ CHUNK_SIZE = 7
 SEGMENTS = (12, 20, 5)
 """Lengths of a packed stream's segments: none ends where a chunk ends, one covers several chunks."""
 TOLERANCE = 1e-9
-
-MODELS_MD = Path(__file__).parents[2] / "docs" / "models.md"
-EXACT_CLASSES = Path(exact_classes.__file__)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,15 +76,17 @@ def _rows(records: Iterable[Record]) -> str:
     return f"| class | outcome | reason |\n|---|---|---|\n{rows}"
 
 
-def exact_classes_module(records: Iterable[Record]) -> str:
+def exact_classes_module(records: Iterable[Record], image_records: Iterable[Record]) -> str:
     """chunkdist/models/exact_classes.py."""
-    names = sorted({record.name for record in records if record.outcome == "exact"})
-    lines = "".join(f'        "{name}",\n' for name in names)
     docstring = (EXACT_CLASSES.read_text()).partition("\n")[0]
-    return (
-        f'{docstring}\n\nTRANSFORMERS_VERSION = "{transformers.__version__}"\n\n'
-        f"CLASSES = frozenset(\n    (\n{lines}    )\n)\n"
-    )
+    sets = _set("CLASSES", records), _set("IMAGE_CLASSES", image_records)
+    return f'{docstring}\n\nTRANSFORMERS_VERSION = "{transformers.__version__}"\n\n{"".join(sets)}'
+
+
+def _set(name: str, records: Iterable[Record]) -> str:
+    names = sorted(record.name for record in records if record.outcome == "exact")
+    lines = "".join(f'        "{name}",\n' for name in names)
+    return f"{name} = frozenset(\n    (\n{lines}    )\n)\n"
 
 
 def read_table(path: Path = MODELS_MD) -> tuple[str, dict[str, Record], dict[str, Record]]:
@@ -134,7 +136,7 @@ def main() -> None:
         raise SystemExit("some classes are neither exact nor refused")
     if options.write:
         options.write.write_text(table(records, image_records))
-        EXACT_CLASSES.write_text(exact_classes_module(both))
+        EXACT_CLASSES.write_text(exact_classes_module(records, image_records))
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def test_state_spaces() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_router_logits(dtype: torch.dtype) -> None:
     """What the load-balancing loss adds to a step, of real tensors: experts need numbers."""
-    num_tokens, sizes = 2048, []
+    num_tokens, sizes = 4096, []
     values = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 8, "num_hidden_layers": 4}
     values |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 32}
     model = AutoModelForCausalLM.from_config(
