@@ -14,7 +14,7 @@ from torch import nn
 from chunkdist.engine import router_logits
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.hidden_states import ARGUMENT, refuse_hidden_states
-from chunkdist.engine.layout import DecoderCall, in_stream
+from chunkdist.engine.layout import DecoderCall, in_stream, why_with_images
 from chunkdist.engine.parts import Parts
 from chunkdist.engine.sharing import least_shared_tokens
 from chunkdist.errors import UnsupportedModelError
@@ -94,15 +94,21 @@ def running(
         chunk_size = int(context.config.chunk_size)
         group = context.sequence
         if group is None:
+            images = why_with_images(arguments)
             context.stream, layout = read_stream(
                 arguments,
                 chunk_size,
                 cut_at_segments=context.has_state,
-                why_rows=partial(why_rows, decoder),
-                why_right_padding=partial(
-                    why_right_padding, decoder, has_positions=arguments.get("position_ids") is not None
+                why_rows=lambda num_tokens: images or why_rows(decoder, num_tokens),
+                why_right_padding=lambda num_tokens: (
+                    images
+                    or why_right_padding(
+                        decoder, num_tokens, has_positions=arguments.get("position_ids") is not None
+                    )
                 ),
-                min_shared=partial(least_shared_tokens, context.config, decoder, has_state=context.has_state),
+                min_shared=partial(
+                    least_shared_tokens, context.config, decoder, has_state=context.has_state, images=images
+                ),
                 labels=context.labels,
             )
             if context.stream.longest_sequence < context.stream.num_tokens:

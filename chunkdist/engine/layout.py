@@ -58,6 +58,19 @@ class DecoderCall:
         return output
 
 
+def why_with_images(arguments: dict[str, Any]) -> str | None:
+    """Why rows must stay rows, and are compared with no others: some of their tokens stand for images, or
+    sounds, which the decoder puts into their places itself. `None`: they may become a stream."""
+    tokens = next((x for x in map(arguments.get, ("inputs_embeds", "input_ids")) if x is not None), None)
+    for name, x in arguments.items():
+        is_data = isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1
+        if isinstance(x, dict) and x:
+            return f"{name} is not cut by tokens"
+        if is_data and tokens is not None and x.shape[:2] != tokens.shape[:2]:
+            return f"{name} is not cut by tokens"
+    return None
+
+
 def in_stream(arguments: dict[str, Any], layout: Layout, mask: Tensor | None) -> DecoderCall:
     """A decoder's call with rows (B, T), as one with their stream (1, U).
 

@@ -15,19 +15,22 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from chunkdist.config import ChunkConfig
 
 
-def least_shared_tokens(config: ChunkConfig, decoder: nn.Module, *, has_state: bool) -> int | None:
+def least_shared_tokens(
+    config: ChunkConfig, decoder: nn.Module, *, has_state: bool, images: str | None = None
+) -> int | None:
     """How many tokens sequences must have in common for sharing them; `None`: nothing is shared.
 
     Args:
         config: Without `"auto"` for the chunk size.
         has_state: Whether layers keep state other than K/V.
+        images: Why ids do not tell what the tokens are, or `None`: they do.
 
     Raises:
         ValueError: `share_prefixes=True`, and it would not be exact.
     """
     if config.share_prefixes is False:
         return None
-    reason = _why_not(config, decoder, has_state)
+    reason = images or _why_not(config, decoder, has_state)
     if reason is None:
         return 1 if config.share_prefixes is True else int(config.chunk_size)
     if config.share_prefixes is True:

@@ -1,4 +1,4 @@
-"""Classes that the sweep finds exact (docs/models.md), which writes this file: causal LMs; others with images."""
+"""Classes that the sweep finds exact (docs/models.md), and that it writes: causal LMs; others with images."""
 
 TRANSFORMERS_VERSION = "5.23.0"
 

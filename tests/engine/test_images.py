@@ -140,3 +140,28 @@ def test_a_row_of_several_images() -> None:
     truth = gradients(model, inputs)
     chunk_model(model, ChunkConfig(chunk_size=7, attention="math"))
     assert_same(gradients(model, inputs), truth)
+
+
+def test_equal_ids_are_not_equal_images() -> None:
+    """Rows that begin alike are computed once, but not where their ids stand for other images."""
+    model = tiny_image_model("LlavaForConditionalGeneration")
+    inputs = image_rows(model)
+    inputs["input_ids"], inputs["labels"] = (inputs[key][:1].repeat(2, 1) for key in ("input_ids", "labels"))
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    truth = gradients(model, inputs)
+    chunk_model(model, ChunkConfig(chunk_size=7, attention="math"))
+    assert_same(gradients(model, inputs), truth)
+    unchunk_model(model)
+    chunk_model(model, ChunkConfig(chunk_size=7, share_prefixes=True))
+    with pytest.raises(ValueError, match="share_prefixes=True, but pixel_values is not cut by tokens"):
+        model(**inputs)
+
+
+def test_left_padding_with_images_is_refused() -> None:
+    model = tiny_image_model("LlavaForConditionalGeneration")
+    inputs = {key: x.flip(1) if x.ndim == 2 else x for key, x in image_rows(model).items()}
+    chunk_model(model, ChunkConfig(chunk_size=7))
+    with pytest.raises(
+        ValueError, match="left padding, and pixel_values is not cut by tokens: set padding_side"
+    ):
+        model(**inputs)
