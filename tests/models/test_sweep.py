@@ -11,9 +11,9 @@ import torch
 import transformers
 
 import chunkdist.attention.function as attention_function
+import chunkdist.attention.node as attention_node
 import chunkdist.models.layers as model_layers
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
-from chunkdist.attention.cell import Cell
 from chunkdist.engine.probe import LayerProbe
 from chunkdist.models.exact_classes import CLASSES, IMAGE_CLASSES, TRANSFORMERS_VERSION
 from chunkdist.stores.kv_store import KVStore
@@ -102,8 +102,8 @@ def test_sees_a_missed_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sees_missed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    visible = Cell.visible
-    monkeypatch.setattr(Cell, "visible", lambda self, row, window, block: visible(self, row, window, None))
+    visible = attention_node.visible
+    monkeypatch.setattr(attention_node, "visible", lambda *args: visible(*args[:-1], None))
     monkeypatch.setitem(OVERRIDES, "Llama4ForCausalLM", {"attn_temperature_tuning": False})
     monkeypatch.setattr(model_layers, "_counts_tokens", lambda kind: False)
     assert run_class("Llama4ForCausalLM").outcome == "wrong"
