@@ -16,6 +16,9 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 CONFIG ?= configs/quickstart.yaml
+# The quickstart is in fp32, which a GPU of compute capability 8.0 or newer is faster without.
+FOR_GPU := $(if $(filter configs/quickstart.yaml,$(CONFIG)),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+  awk -F. 'NR == 1 && $$1 >= 8 { print "--bf16 true" }'))
 export DS_BUILD_OPS := 0
 export PIP_REQUIRE_VIRTUALENV := 1
 
@@ -47,7 +50,7 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)
 	HF_HUB_DISABLE_TELEMETRY=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} \
 	  $(BIN)/accelerate launch --quiet --config_file configs/accelerate/single.yaml \
-	  launchers/train.py --config $(CONFIG) $(ARGS)
+	  launchers/train.py --config $(CONFIG) $(FOR_GPU) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

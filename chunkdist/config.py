@@ -10,7 +10,7 @@ import torch
 
 from chunkdist.spaco.samplers import ChunkSampler
 
-AttentionName = Literal["auto", "math", "cpu_flash", "varlen", "flash_attn", "cudnn"]
+AttentionName = Literal["auto", "math", "cpu_flash", "varlen", "flash_attn", "cudnn", "efficient"]
 ATTENTION_NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 
 

@@ -65,6 +65,18 @@ class AutocastState:
             return without_autocast(self.device_type)
         return torch.autocast(self.device_type, enabled=True, dtype=self.dtype)
 
+    def forget_casts(self) -> None:
+        """Lets go of the narrow copies of weights, which autocast keeps until its outermost end."""
+        if self.enabled:
+            torch.clear_autocast_cache()
+
+
+def no_leaf(leaf: Tensor) -> Tensor:
+    """A leaf of a graph, under another name where autocast is on: it would keep the cast of a leaf, and the
+    leaf with its gradient, until its outermost end, as if each chunk's hidden states were a weight."""
+    is_kept = leaf.requires_grad and torch.is_autocast_enabled(leaf.device.type)
+    return leaf.view_as(leaf) if is_kept else leaf
+
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Inside, autocast is off. Where it is already, nothing is done: cells enter this several times each, and

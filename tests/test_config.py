@@ -20,7 +20,7 @@ from chunkdist import ChunkConfig
         ({"layers_per_group": 0}, "write an integer >= 1, 'all' or 'auto'"),
         ({"layers_per_group": "some"}, "layers_per_group='some'"),
         ({"retained_chunks": -1}, "retained_chunks=-1"),
-        ({"attention": "flash"}, "write one of auto, math, cpu_flash, varlen, flash_attn, cudnn"),
+        ({"attention": "flash"}, "write one of auto, math, cpu_flash, varlen, flash_attn, cudnn, efficient"),
         ({"offload": "disk"}, "offload='disk' is unknown"),
         ({"kv_grad_dtype": torch.int8}, "torch.int8 cannot hold gradients"),
         ({"kv_grad_dtype": "float32"}, "kv_grad_dtype='float32' cannot hold gradients"),

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, RowGradient, Span
-from chunkdist.attention.math import MathBackend
+from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient, Span
+from chunkdist.attention.first_use import what_is_wrong
 from chunkdist.attention.prefix_and_diagonal import (
     backward_in_squares,
     forward_in_squares,
@@ -46,14 +46,10 @@ from chunkdist.attention.varlen import (
     simulated_workspace,
     why_no_kernel,
 )
-from chunkdist.recovery import is_out_of_memory
 
 OLDEST_CUDNN = 91501
 MULTIPLE = 128
 """Queries and prefixes must be multiples of this many tokens."""
-LARGEST_ERROR = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""Bound, relative to the norm, in the check of the first use: more than rounding makes, less than another
-convention."""
 
 
 class CudnnBackend:
@@ -167,36 +163,7 @@ def _run_backward(
 
 @cache
 def why_wrong(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Runs a small case with and without shared kv heads, and with heads in parts, whose tensors are laid out
-    otherwise, and compares what comes of it with `math`."""
-    generator = torch.Generator().manual_seed(0)
-    for num_kv_heads, backend in ((2, CudnnBackend()), (4, CudnnBackend()), (2, CudnnBackend(most_bytes=1))):
-        shapes = ((256, 4, head_dim), (512, num_kv_heads, head_dim))
-        tensors = [
-            torch.randn(shapes[is_key], generator=generator, device="cpu").to(device, dtype)
-            for is_key in (0, 1, 1, 0)
-        ]
-        try:
-            found = _small_case(backend, *tensors)
-        except RuntimeError as refusal:
-            if is_out_of_memory(refusal):
-                raise
-            return f"cuDNN refuses: {str(refusal).strip().splitlines()[0]}"
-        truth = _small_case(MathBackend(), *(x.double() for x in tensors))
-        for name, x, expected in zip(("out", "lse", "dq", "dk", "dv"), found, truth, strict=True):
-            error = float((x.double() - expected).norm() / expected.norm())
-            if not error <= LARGEST_ERROR[dtype]:
-                return f"on this device its {name} is off by {error:.1e} (of the norm)"
-    return None
-
-
-def _small_case(backend: Backend, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> list[Tensor]:
-    """128 queries after 256 keys, and a sequence of 128."""
-    spans = (Span(0, 128, 0, 384), Span(128, 256, 384, 512))
-    variant = AttentionVariant(scale=q.shape[-1] ** -0.5)
-    row = AttentionRow(q, k, v, spans, variant)
-    out, lse = backend.forward(row)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    kv_grads = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-    dq = backend.backward(row, RowGradient(grad_out, out, lse, kv_grads))
-    return [out, lse, dq, *kv_grads]
+    """The first use, with and without shared kv heads, and with heads in parts, whose tensors are laid out
+    otherwise."""
+    backends = ((CudnnBackend(), 2), (CudnnBackend(), 4), (CudnnBackend(most_bytes=1), 2))
+    return what_is_wrong(backends, device, dtype, head_dim)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple, cast
 
@@ -47,10 +48,6 @@ class VarlenBackend:
             return None
         if not torch.backends.cuda.is_flash_attention_available():
             return "this torch was built without flash attention"
-        major, minor = torch.cuda.get_device_capability(q.device)
-        if 192 < q.shape[-1] <= 224 and ((8, 6) <= (major, minor) <= (8, 9) or major == 12):
-            # sdp_utils.cpp, check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120
-            return f"its backward has no head dim {q.shape[-1]} on compute capability {major}.{minor}"
         return None
 
     def forward(self, row: AttentionRow) -> tuple[Tensor, Tensor]:
@@ -156,14 +153,28 @@ def pack(row: AttentionRow) -> Packing:
     first_key = first.k_start
     if window is not None:
         first_key = max(first_key, row.first_query_at(first) - (window - 1))
-    q_ends = [0, *(span.q_end for span in spans)]
-    k_ends = [0, *(span.k_end - first_key for span in spans)]
-    # From pinned memory, since a copy from pageable memory waits for the stream.
-    pinned = q.device.type == "cuda" and not isinstance(q, FakeTensor)
-    lengths = torch.tensor([q_ends, k_ends], dtype=torch.int32, pin_memory=pinned).to(
-        q.device, non_blocking=True
-    )
-    return Packing(first_key, lengths[0], lengths[1], _longest(q_ends), _longest(k_ends))
+    q_ends = (0, *(span.q_end for span in spans))
+    k_ends = (0, *(span.k_end - first_key for span in spans))
+    if isinstance(q, FakeTensor):
+        cu_q, cu_k = torch.tensor([q_ends, k_ends], dtype=torch.int32, device=q.device)
+    else:
+        stream = torch.cuda.current_stream(q.device).stream_id if q.device.type == "cuda" else 0
+        cu_q, cu_k = _on_device(q_ends, k_ends, q.device, stream)
+    return Packing(first_key, cu_q, cu_k, _longest(q_ends), _longest(k_ends))
+
+
+@lru_cache(maxsize=1024)
+def _on_device(
+    q_ends: tuple[int, ...], k_ends: tuple[int, ...], device: torch.device, stream: int
+) -> tuple[Tensor, Tensor]:
+    """The same for all layers of a chunk, so one copy is made for them, and kept for the stream on which it
+    was made."""
+    with torch.inference_mode(False):
+        # From pinned memory, since a copy from pageable memory waits for the stream.
+        pinned = device.type == "cuda"
+        lengths = torch.tensor([q_ends, k_ends], dtype=torch.int32, pin_memory=pinned)
+        cu_q, cu_k = lengths.to(device, non_blocking=True).unbind()
+    return cu_q, cu_k
 
 
 def sees_all_before(row: AttentionRow) -> bool:
@@ -237,5 +248,5 @@ def simulated_workspace(q_TND: Tensor, k_SKD: Tensor, num_spans: int) -> tuple[T
     return dq_sum, row_dot, dk, dv
 
 
-def _longest(ends: list[int]) -> int:
+def _longest(ends: tuple[int, ...]) -> int:
     return max(end - start for start, end in pairwise(ends))

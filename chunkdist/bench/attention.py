@@ -31,7 +31,11 @@ NOTE = "Errors are relative, of the norm, to `math` in fp64. Rates: 4 FLOPs a pa
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A cell's attention: `num_queries` tokens after `num_before` of the prefix."""
+    """A cell's attention: `num_queries` tokens after `num_before` of the prefix.
+
+    Args:
+        num_new: How many of the queries belong to another sequence, which begins after the first one.
+    """
 
     case: str
     num_queries: int
@@ -41,27 +45,32 @@ class Case:
     head_dim: int = 128
     window: int | None = None
     softcap: float | None = None
+    num_new: int = 0
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        return (Span(0, self.num_queries, 0, self.num_before + self.num_queries),)
+        cut, num_keys = self.num_queries - self.num_new, self.num_before + self.num_queries
+        first = Span(0, cut, 0, self.num_before + cut)
+        return (first, Span(cut, self.num_queries, first.k_end, num_keys)) if self.num_new else (first,)
 
     @property
     def variant(self) -> AttentionVariant:
         return AttentionVariant(scale=self.head_dim**-0.5, window=self.window, softcap=self.softcap)
 
 
-def cases(num_queries: int, num_before: int) -> list[Case]:
+def cases(num_queries: int, num_before: int, **heads: Any) -> list[Case]:
     """For correctness: odd lengths, and what layers ask for beside causal attention."""
     odd = num_queries - 3
+    few = {"num_heads": 8, **heads}
     return [
-        Case(case="first chunk", num_queries=num_queries),
-        Case(case="with a prefix", num_queries=num_queries, num_before=num_before),
-        Case(case="odd lengths", num_queries=odd, num_before=num_before + 5),
-        Case(case="head dim 64", num_queries=odd, num_before=num_before, head_dim=64),
-        Case(case="head dim 256", num_queries=odd, num_before=num_before, num_heads=8, head_dim=256),
-        Case(case="window", num_queries=odd, num_before=num_before, window=num_queries // 2),
-        Case(case="soft-cap", num_queries=odd, num_before=num_before, softcap=20.0),
+        Case(case="first chunk", num_queries=num_queries, **heads),
+        Case(case="with a prefix", num_queries=num_queries, num_before=num_before, **heads),
+        Case(case="odd lengths", num_queries=odd, num_before=num_before + 5, **heads),
+        Case(case="head dim 64", num_queries=odd, num_before=num_before, head_dim=64, **heads),
+        Case(case="head dim 256", num_queries=odd, num_before=num_before, head_dim=256, **few),
+        Case(case="window", num_queries=odd, num_before=num_before, window=num_queries // 2, **heads),
+        Case(case="soft-cap", num_queries=odd, num_before=num_before, softcap=20.0, **heads),
+        Case(case="segments", num_queries=odd, num_before=num_before, num_new=num_queries // 3, **heads),
     ]
 
 

@@ -1,17 +1,17 @@
-"""The `chunkdist` command: `chunkdist plan CONFIG`, `check CONFIG`, `preview CONFIG`, `bench NAME`, `env`.
+"""The `chunkdist` command: `chunkdist plan CONFIG`, `check CONFIG`, `preview CONFIG`, `bench NAME`, `doctor`,
+`env`.
 
-Exit status 0: fine; 1: the answer is no (gradients differ, nothing fits); 2: the input is at fault,
-one line on stderr says how.
+Exit status 0: fine; 1: the answer is no (gradients differ, nothing fits, a kernel is wrong); 2: the input is
+at fault, one line on stderr says how.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chunkdist.bench import BENCHMARKS
@@ -24,18 +24,6 @@ if TYPE_CHECKING:
 
 Command = Callable[[argparse.Namespace, list[str]], int]
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "trl",
-    "datasets",
-    "wandb",
-    "flash-attn",
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns the exit status."""
@@ -45,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_check(commands)
     _add_preview(commands)
     _add_bench(commands)
+    _add_doctor(commands)
     _add_env(commands)
     try:
         arguments, others = parser.parse_known_args(argv)
@@ -103,6 +92,24 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("name", metavar="NAME", choices=list(BENCHMARKS))
     parser.add_argument("options", metavar="...", nargs=argparse.REMAINDER, help="options of the benchmark")
     parser.set_defaults(run=_bench)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="whether this machine can train: driver, kernels against the truth, pinned memory, speed",
+        description="Small checks of this machine, in under two minutes. Exit status 1 when something is "
+        "wrong, with one line each for what to do.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("chunkdist-doctor.json"),
+        metavar="FILE",
+        help="where the findings are written; default: chunkdist-doctor.json",
+    )
+    parser.set_defaults(run=_doctor)
 
 
 def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -166,39 +173,26 @@ def _bench(arguments: argparse.Namespace, others: list[str]) -> int:
         return int(stop.code or 0)
 
 
+def _doctor(arguments: argparse.Namespace, others: list[str]) -> int:
+    if others:
+        raise ValueError(f"chunkdist doctor takes no {others[0]!r}: leave it out")
+    from rich.console import Console
+
+    from chunkdist.cli.doctor import run_doctor
+
+    return run_doctor(arguments.json, Console(highlight=False))
+
+
 def _env(arguments: argparse.Namespace, others: list[str]) -> int:
     if others:
         raise ValueError(f"chunkdist env takes no arguments, but {others[0]!r} was given: leave it out")
-    import torch
+    from chunkdist.cli.environment import environment_rows
 
-    import chunkdist.chunking  # noqa: F401  registers the attention
-    from chunkdist.attention import BACKENDS
-    from chunkdist.attention.base import AttentionVariant
-
-    rows = [
-        ("chunkdist", _version("chunkdist")),
-        ("python", f"{platform.python_version()} on {platform.platform()}"),
-    ]
-    rows += [(name, _version(name)) for name in PACKAGES]
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    rows.append(("CUDA", f"{torch.version.cuda or 'not in this build of torch'}"))
-    rows += [(f"GPU {index}", name) for index, name in enumerate(devices)] or [("GPU", "none")]
-    dtype, device = (torch.bfloat16, "cuda") if devices else (torch.float32, "cpu")
-    q_TND = torch.empty(1, 1, 128, dtype=dtype, device=device)
-    for backend in BACKENDS:
-        why_not = backend.why_not(q_TND, AttentionVariant(scale=1.0))
-        rows.append((f"attention {backend.name}", "available" if why_not is None else f"not here: {why_not}"))
+    rows = environment_rows()
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
     return 0
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

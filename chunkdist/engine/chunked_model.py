@@ -35,6 +35,7 @@ from chunkdist.loss.fused_head import FusedHead
 from chunkdist.loss.lazy_logits import lazy_logits, tiled_head, untiled_reason
 from chunkdist.models.known_code import is_known_class
 from chunkdist.models.layers import configs_of, find_layers, layer_states, norms_of, refuse_known
+from chunkdist.models.peft_casts import leave_out_casts, put_back_casts
 from chunkdist.sharding.refuse_sequence import refuse_sequence_parallelism
 from chunkdist.sharding.sequence import SequenceGroup
 from chunkdist.sharding.zero3 import Zero3Layers
@@ -99,6 +100,7 @@ class ChunkedModel(CopiedNotPickled):
             self.context.refuse_shared_rows()
             _refuse_auto(config)
         self._zero3 = Zero3Layers(layers, height)
+        self._without_casts = [module for layer in layers for module in leave_out_casts(layer)]
         self.groups: list[LayerGroup] = []
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
         for start in range(0, num_layers, height):
@@ -130,6 +132,7 @@ class ChunkedModel(CopiedNotPickled):
         if self.context.host is not None:
             self.context.host.close()
         self._zero3.remove()
+        put_back_casts(self._without_casts)
         for entry in self.entries:
             entry.__dict__.pop(HANDLE)
         for module in self._checkpointed:

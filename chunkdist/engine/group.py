@@ -36,7 +36,7 @@ from chunkdist.engine.saved import Saved
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.models.arguments import refuse_arguments, slice_tokens
 from chunkdist.recovery import attempt
-from chunkdist.replay import AutocastState, RngState, undisturbed_rng
+from chunkdist.replay import AutocastState, RngState, no_leaf, undisturbed_rng, without_autocast
 from chunkdist.sharding import zero3
 from chunkdist.sharding.fsdp2 import GroupUnits, refuse_inner_units
 from chunkdist.stores.kv_store import KVStore
@@ -242,6 +242,7 @@ class GroupCall:
         assert output is not None
         self._stores = []
         self.parameters.release()
+        self._autocast.forget_casts()  # else those of all groups would wait for the forward's end
         if for_backward:
             self._as_run = self.group.notes.take([layer.layer for layer in self.group.layers])
         return output, *whole.take()
@@ -264,6 +265,7 @@ class GroupCall:
         rebuilds = self.group.is_decoder and self._sample is None
         with (
             undisturbed_rng(grad_output),
+            self._autocast.apply(),  # around all cells, so that weights are cast once
             self.group.context.attention_installed(),
             self.saved.read_back(hidden, sampled, num_rebuilt=kv.num_layers if rebuilds else 0),
         ):
@@ -306,7 +308,9 @@ class GroupCall:
         )
         found = cell.output.router_logits
         grads = [grad.reshape(x.shape) * weight for x, grad in zip(found, grads, strict=True)]
-        grad_leaf = cell.backward(grad * weight if self.group.is_last else grad, grads)
+        with without_autocast(grad.device.type):  # the forward's operations know theirs
+            grad_leaf = cell.backward(grad * weight if self.group.is_last else grad, grads)
+        self.parameters.add_small()
         if grad_hidden is not None and grad_leaf is not None:
             grad_hidden[:, chunk.start : chunk.end] = grad_leaf
 
@@ -333,7 +337,7 @@ class GroupCall:
     def _retain(self, index: int, hidden: Tensor) -> CellOutput:
         chunk = self.stream.chunks[index]
         leaf = self.saved.leaf(hidden, chunk)
-        cell = retain(leaf, lambda: self._run_layers(chunk, leaf, keeps=False), self.parameters)
+        cell = retain(leaf, lambda: self._run_layers(chunk, no_leaf(leaf), keeps=False), self.parameters)
         self._retained[index] = cell
         return cell.output._replace(hidden=cell.output.hidden.detach())
 
@@ -342,7 +346,7 @@ class GroupCall:
         self._rng[index].restore()
         with self._autocast.apply():
             leaf = self.saved.leaf(hidden, chunk)
-            return rerun(leaf, lambda: self._run_layers(chunk, leaf), self.parameters)
+            return rerun(leaf, lambda: self._run_layers(chunk, no_leaf(leaf)), self.parameters)
 
     def _run_layers(
         self, chunk: Chunk, hidden: Tensor, *, keeps: bool = True, stop_at_kv: int = 0

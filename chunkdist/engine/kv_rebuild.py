@@ -12,7 +12,7 @@ from torch import Tensor
 from chunkdist.attention.cell import KeysAndValues
 from chunkdist.engine.group_input import Hidden, tokens_of
 from chunkdist.engine.layer import GroupLayer
-from chunkdist.replay import AutocastState, RngState
+from chunkdist.replay import AutocastState, RngState, without_autocast
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stream.stream import Stream
 
@@ -88,12 +88,13 @@ class KVRebuild:
             parts = rebuild_parts(self._stream, run, sampled, self._rng, between_sampled=False)
         else:
             parts = [range(i, i + 1) for i in run if self._stream.is_read_later(i, sampled)]
-        with self._autocast.apply():  # once: at its end the casts of the weights are thrown away
+        with self._autocast.apply():  # once around all parts
             for part in parts:
                 store = stores[self.num_layers - 1]
                 assert store is not None
                 tokens = self._stream.in_whole(self._stream.tokens_of(part))
                 store.write(tokens, *self.keys_and_values(part, hidden))
+        self._autocast.forget_casts()  # the cells that follow have copies of their own, of the aliases
 
     def keys_and_values(self, part: range, hidden: Hidden) -> tuple[Tensor, Tensor]:
         """Runs consecutive chunks up to the attention of the group's last layer that attends: its K and V,
@@ -117,4 +118,5 @@ class KVRebuild:
             found = self.keys_and_values(part, hidden)
         pairs = [(x, grads.to(x.dtype)) for x, grads in zip(found, left_out, strict=True) if x.requires_grad]
         if pairs:
-            torch.autograd.backward([x for x, _ in pairs], [grads for _, grads in pairs])
+            with without_autocast(self._autocast.device_type):
+                torch.autograd.backward([x for x, _ in pairs], [grads for _, grads in pairs])

@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_NARROW = 64
+"""Rows or columns up to which a matrix counts as small: an adapter's. The gradient of a small parameter may
+wait for the others of its cell: its sum costs a launch more than memory."""
+
 
 class GroupParameters:
     """The trainable parameters of some modules, their aliases, and the sums of the aliases' gradients."""
@@ -38,6 +42,8 @@ class GroupParameters:
         self.trainable: tuple[nn.Parameter, ...] = tuple(unique)
         self._aliases: dict[nn.Parameter, nn.Parameter] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._small: dict[nn.Parameter, Tensor] = {}
+        """Gradients of small parameters from the cell at hand, which are added to the sums together."""
 
     @contextmanager
     def aliased(self) -> Iterator[None]:
@@ -92,6 +98,7 @@ class GroupParameters:
         Args:
             unused_as_zeros: What no chunk used is 0, not `None`: sharding engines wait for every parameter.
         """
+        self.add_small()
         sums = {**{p: alias.grad for p, alias in self._aliases.items()}, **self._sums}
         self._aliases, self._sums = {}, {}
         if unused_as_zeros:
@@ -100,9 +107,28 @@ class GroupParameters:
 
     def _alias(self, parameter: nn.Parameter) -> nn.Parameter:
         alias = nn.Parameter(parameter.detach())
-        if parameter.dtype in (torch.bfloat16, torch.float16):
+        if parameter.ndim < 2 or min(parameter.shape) <= _NARROW:
+            alias.register_post_accumulate_grad_hook(partial(self._note_small, parameter))
+        elif parameter.dtype in (torch.bfloat16, torch.float16):
             alias.register_post_accumulate_grad_hook(partial(_add_in_fp32, self._sums, parameter))
         return alias
+
+    def _note_small(self, parameter: nn.Parameter, alias: Tensor) -> None:
+        if parameter in self._small:  # of another cell
+            self.add_small()
+        grad, alias.grad = alias.grad, None
+        assert grad is not None
+        self._small[parameter] = grad
+
+    def add_small(self) -> None:
+        """When a cell has been backpropagated: one launch for many adapters and norms, not one each."""
+        small, self._small = self._small, {}
+        known = [p for p in small if p in self._sums]
+        if known:
+            torch._foreach_add_([self._sums[p] for p in known], [small[p] for p in known])
+        narrow = (torch.bfloat16, torch.float16)
+        for p in small.keys() - set(known):
+            self._sums[p] = small[p].float() if p.dtype in narrow else small[p]
 
 
 def _add_in_fp32(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, alias: Tensor) -> None:

@@ -14,9 +14,12 @@ from torch.nn import functional as F
 
 from chunkdist.loss.token_metrics import running_figures
 from chunkdist.recovery import attempt, zeros
+from chunkdist.replay import no_leaf
 
 TILE_BYTES = 2**29
 """Memory of one tile: its logits in the model's dtype and in fp32, and their gradients."""
+
+_MULTIPLE = 128
 
 Operation = Callable[[Tensor], Tensor]
 
@@ -54,8 +57,9 @@ def linear_cross_entropy(
 
 def tile_tokens(vocab_size: int, element_bytes: int) -> int:
     """Tokens of a tile: `TILE_BYTES` hold its logits, and their gradients, in the model's dtype and in
-    fp32."""
-    return max(16, TILE_BYTES // (vocab_size * 2 * (element_bytes + 4)))
+    fp32; where there are as many, whole tiles of the matrix products' kernels."""
+    num_tokens = TILE_BYTES // (vocab_size * 2 * (element_bytes + 4))
+    return num_tokens // _MULTIPLE * _MULTIPLE if num_tokens >= _MULTIPLE else max(16, num_tokens)
 
 
 def logits_of(hidden: Tensor, weight: Any, bias: Any, *, operations: tuple[Operation, ...]) -> Tensor:
@@ -100,7 +104,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             tile = slice(start, start + num_tokens)
             hidden = hidden_NH[tile].detach().requires_grad_(needs[0])
             with torch.set_grad_enabled(any(needs)):
-                logits = logits_of(hidden, *leaves, operations=operations).float()
+                logits = logits_of(no_leaf(hidden), *leaves, operations=operations).float()
                 # What `F.cross_entropy` does. Liger puts its own there, which writes over the logits and
                 # waits for the device.
                 tile_sum = F.nll_loss(
@@ -142,5 +146,7 @@ def tiles_with_labels(labels_N: Tensor, num_tokens: int, ignore_index: int) -> l
     starts = list(range(0, labels_N.shape[0], num_tokens))
     if isinstance(labels_N, FakeTensor):
         return starts
-    has_label = torch.stack([(tile != ignore_index).any() for tile in labels_N.split(num_tokens)]).tolist()
+    num_tokens = min(num_tokens, max(1, labels_N.shape[0]))
+    padded_N = F.pad(labels_N, (0, -labels_N.shape[0] % num_tokens), value=ignore_index)
+    has_label = (padded_N.view(-1, num_tokens) != ignore_index).any(1).tolist()
     return [start for start, labelled in zip(starts, has_label, strict=True) if labelled]

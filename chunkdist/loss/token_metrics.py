@@ -32,7 +32,8 @@ class TokenFigures:
         # In place: a tile has room for its logits, their gradient, and no third.
         probabilities_NV = (logits_NV - logsumexp_N[:, None]).exp_()
         mean_logit_N = torch.einsum("nv,nv->n", probabilities_NV, logits_NV)
-        self.entropy = self.entropy + (logsumexp_N - mean_logit_N)[has_label_N].sum()
+        # Not by indexing with a mask, which waits for the device to learn how many there are.
+        self.entropy = self.entropy + torch.where(has_label_N, logsumexp_N - mean_logit_N, 0).sum()
         self.num_correct = self.num_correct + ((logits_NV.argmax(-1) == labels_N) & has_label_N).sum()
 
 

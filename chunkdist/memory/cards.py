@@ -21,6 +21,7 @@ class Card:
     Args:
         name: As `torch.cuda.get_device_name()` would have it.
         flops: bf16 FLOP/s.
+        num_multiprocessors: How many blocks of a kernel's threads run at once, or half of that.
         memory_bytes: In all.
         bandwidth: Rate of its memory, bytes/s.
         host_bandwidth: Between its memory and the host's, one way, bytes/s.
@@ -29,18 +30,20 @@ class Card:
 
     name: str
     flops: float
+    num_multiprocessors: int
     memory_bytes: int
     bandwidth: float
     host_bandwidth: float
     link_bandwidth: float
 
 
-def _card(name: str, gib: float, bandwidth: float, host: float, link: float) -> Card:
+def _card(name: str, num_sms: int, gib: float, bandwidth: float, host: float, link: float) -> Card:
     flops = peak_flops(name)
     assert flops is not None
     return Card(
         name=name,
         flops=flops,
+        num_multiprocessors=num_sms,
         memory_bytes=int(gib * GIB),
         bandwidth=bandwidth * 1e9,
         host_bandwidth=host * 1e9,
@@ -50,12 +53,12 @@ def _card(name: str, gib: float, bandwidth: float, host: float, link: float) -> 
 
 _PCIE_4, _PCIE_5 = 31.5, 63.0
 CARDS: dict[str, Card] = {
-    "rtx3090": _card("NVIDIA GeForce RTX 3090", 24.0, 936, _PCIE_4, _PCIE_4),
-    "rtx4090": _card("NVIDIA GeForce RTX 4090", 24.0, 1008, _PCIE_4, _PCIE_4),
-    "l4": _card("NVIDIA L4", 22.5, 300, _PCIE_4, _PCIE_4),
-    "a100": _card("NVIDIA A100-SXM4-80GB", 79.2, 2039, _PCIE_4, 300),
-    "h100": _card("NVIDIA H100 80GB HBM3", 79.2, 3350, _PCIE_5, 450),
-    "h200": _card("NVIDIA H200", 139.8, 4800, _PCIE_5, 450),
+    "rtx3090": _card("NVIDIA GeForce RTX 3090", 82, 23.6, 936, _PCIE_4, _PCIE_4),
+    "rtx4090": _card("NVIDIA GeForce RTX 4090", 128, 23.6, 1008, _PCIE_4, _PCIE_4),
+    "l4": _card("NVIDIA L4", 58, 22.0, 300, _PCIE_4, _PCIE_4),
+    "a100": _card("NVIDIA A100-SXM4-80GB", 108, 79.2, 2039, _PCIE_4, 300),
+    "h100": _card("NVIDIA H100 80GB HBM3", 132, 79.1, 3350, _PCIE_5, 450),
+    "h200": _card("NVIDIA H200", 132, 139.8, 4800, _PCIE_5, 450),
 }
 
 

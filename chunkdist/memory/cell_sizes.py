@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from chunkdist.attention import AttentionChoice
 from chunkdist.attention.base import AttentionRow, AttentionVariant, Backend, RowGradient
+from chunkdist.attention.efficient import EfficientBackend
 from chunkdist.attention.varlen import SCRATCH_BYTES, VarlenBackend, why_no_kernel
 from chunkdist.config import AttentionName, ChunkConfig
 from chunkdist.engine.chunked_model import ChunkedModel
@@ -131,6 +132,9 @@ class GpuAttention(AttentionChoice):
     def backend_for(self, q: Tensor, variant: AttentionVariant) -> Backend:
         if why_no_kernel(q) is None:
             return VarlenBackend()  # soft-caps need flash-attn, whose kernel takes the same memory
+        efficient = EfficientBackend()
+        if efficient.why_not(q, variant) is None:
+            return efficient
         return super().backend_for(q, variant)
 
 

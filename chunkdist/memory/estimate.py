@@ -16,7 +16,7 @@ from chunkdist.memory.optimizers import OptimizerMemory
 from chunkdist.memory.sharded import SINGLE, Engine
 from chunkdist.memory.step_peaks import StepMoments
 
-FIXED = ("weights", "gradients", "optimizer", "gathered weights", "collectives")
+FIXED = ("weights", "narrow weights", "gradients", "optimizer", "gathered weights", "collectives")
 SEQUENCE = (
     *("group inputs", "hidden states", "keys and values", "K/V gradients", "attention's backward"),
     *("states", "attention's outputs", "positions", "router logits"),

@@ -31,7 +31,9 @@ LENGTH_STEP = 1024
 """In which the longest length is sought."""
 LONGEST = 2**24
 CONTEXT_BYTES, MARGIN_SHARE = 2**30, 0.03
-"""What a card has not for us, and what is not planned with of the rest."""
+"""What a card has not for us (CUDA's context, loaded kernels, cuBLAS's workspaces: 8 MiB for each thread, 32
+on Hopper), and what is not planned with of the rest (gaps, kernels' scratch space, under deterministic
+algorithms the copies of dq)."""
 
 
 @dataclass(frozen=True, kw_only=True)

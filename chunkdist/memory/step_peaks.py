@@ -67,11 +67,15 @@ class StepMoments:
     def forward(self, group: int) -> Parts:
         layers = self.groups[group]
         cell = max(self.sizes.cells[i].forward.at(self.chunk_tokens) for i in layers)
+        # A cell that is counted has made its own layer's copies.
+        casts = self._casts([self.sizes.layers[i] for i in layers])
+        casts -= max(self._casts([self.sizes.layers[i]]) for i in layers)
         return {
             **self._kept(group, forward=True),
             "hidden states": self.hidden,
             "one cell": cell,
             **self.gathered.forward(layers, cell),
+            "narrow weights": casts + self._retained_casts(range(layers.start)),
             "gradients": self._gradients([]),
         }
 
@@ -92,15 +96,19 @@ class StepMoments:
             "retained cells": self._retained(range(self.groups[-1].stop), self.num_retained)["retained cells"]
             + self.num_retained * norm,
             "hidden states": 3 * self.hidden,
+            "narrow weights": self._retained_casts(range(self.groups[-1].stop)),
         }
+        head = sizes.embedding if sizes.is_tied else sizes.head
+        narrow = self._casts([head]) if sizes.head_numbers_trained else 0
         weight, grads = sizes.head_numbers_trained, self._gradients([])
         # Its gradient is summed in fp32; that of a tile comes when its logits are only in their dtype.
         gathered = self.gathered.loss(12 * logits)
-        for tile, weight_bytes in ((12 * logits, 4), (sizes.element_bytes * logits, 4 + sizes.element_bytes)):
-            yield (
-                "the loss",
-                {**kept, **gathered, "loss tile": tile, "gradients": grads + weight * weight_bytes},
-            )
+        stages = [(12 * logits, 4), (sizes.element_bytes * logits, 4 + sizes.element_bytes)]
+        if narrow:  # it comes in autocast's dtype, and is cast before it is added
+            stages.append((0, 8 + sizes.element_bytes))
+        tiles = {**kept, **gathered, "narrow weights": kept["narrow weights"] + narrow}
+        for tile, weight_bytes in stages:
+            yield "the loss", {**tiles, "loss tile": tile, "gradients": grads + weight * weight_bytes}
         doubled = grads + 2 * weight * sizes.element_bytes
         yield "the loss", {**kept, **self.gathered.loss_backward(), "gradients": doubled}
         done = self._gradients([self._head])
@@ -119,6 +127,7 @@ class StepMoments:
             **self._kept(group, forward=False),
             "hidden states": self.hidden * (2 if has_grad else 1),
             **self.gathered.backward(layers),
+            "narrow weights": self._casts(trained) + self._retained_casts(range(layers.start)),
             "gradients": self._gradients([*sizes.layers[layers.stop :], self._head]) + sums,
         }
         below = range(layers.start)
@@ -243,6 +252,16 @@ class StepMoments:
             self.sizes.cells[i].saved.at(self.chunk_tokens) if i in last else self._graph(i) for i in layers
         )
         return {"retained cells": saved * num_chunks}
+
+    def _casts(self, weights: Sequence[Weights]) -> int:
+        """Copies of trained weights in autocast's dtype, which it keeps for a group's forward, and for its
+        backward."""
+        casts = [w.num_trainable * self.sizes.element_bytes for w in weights]
+        return sum(c for c, w in zip(casts, weights, strict=True) if c < w.whole_trainable_bytes)
+
+    def _retained_casts(self, layers: range) -> int:
+        """Of the layers whose graphs wait."""
+        return self._casts([self.sizes.layers[i] for i in layers]) if self.num_retained else 0
 
     @property
     def _head(self) -> Weights:

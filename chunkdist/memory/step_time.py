@@ -6,18 +6,23 @@ for all cards.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from chunkdist.config import ChunkConfig
 from chunkdist.memory.cards import Card
-from chunkdist.memory.model_sizes import ModelSizes
+from chunkdist.memory.model_sizes import ModelSizes, Weights
 from chunkdist.memory.sharded import SINGLE, Engine
 from chunkdist.models.flops import StepFlops, num_pairs
 
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.7, 0.55, 0.8, 0.8
 """What kernels are taken to reach of a card's ceilings."""
-_LAUNCH_S, _LAUNCHES = 5e-6, 60
-"""Seconds of one launch, and how many a layer has in one direction."""
+_LAUNCH_S = 5e-6
+_LAUNCHES, _LAUNCHES_OF_ADAPTERS = (42, 95), (69, 130)
+"""Seconds of one launch; and how many a cell has in a run of its layer and in that run's backward, as counted
+for Llama-3-8B trained in full, and with adapters in fp32 on all matrices under autocast (torch 2.14)."""
+_FORWARD_TILE, _TILES_AT_ONCE = 128, 2
+"""Queries of a block of flash attention's forward, and blocks that a multiprocessor runs side by side."""
 _PASSES_OVER_GRAPH = 3
 """How often the bytes of a cell's graph go through the memory: written, read, and as gradients."""
 
@@ -83,9 +88,15 @@ def step_time(
     matmul = tokens * (forward * passes + head * (2 + (sizes.head_numbers_trained > 0)))
     pairs = sum(cost / 3 * num_pairs(num_tokens, window) for window, cost in flops.per_pair) * num_rows
     arithmetic_s = matmul / (card.flops * MATMUL_SHARE)
+    backwards = 2.5
+    attention_passes = backwards + (attention_passes - backwards) / _busy_share(sizes, flops, card, chunk)
     arithmetic_s += pairs * attention_passes / (card.flops * ATTENTION_SHARE)
     moved = _bytes_moved(sizes, tokens=tokens, num_chunks=num_chunks, passes=passes)
-    launches = _LAUNCH_S * _LAUNCHES * num_layers * num_chunks * (passes + 1)
+    forward_launches, backward_launches = _LAUNCHES if trained == 1 else _LAUNCHES_OF_ADAPTERS
+    runs = 1 + again  # and K/V once more, up to attention, or through all layers of a group but the last
+    if config.rebuilds_kv and num_chunks > 1:
+        runs += 0.5 if height == 1 else 1
+    launches = _LAUNCH_S * num_layers * num_chunks * (runs * forward_launches + backward_launches)
     sharded = 0
     if engine.num_ranks > 1:
         every = sizes.all_weights
@@ -106,9 +117,29 @@ def _projections(sizes: ModelSizes) -> float:
 
 
 def _bytes_moved(sizes: ModelSizes, *, tokens: int, num_chunks: int, passes: float) -> float:
-    """Through the card's memory: graphs, and for each chunk the weights, and the gradients of all keys before
-    it."""
+    """Through the card's memory: graphs, and for each chunk the weights, their gradients, and the gradients
+    of all keys before it."""
     graphs = _PASSES_OVER_GRAPH * tokens * sum(cell.saved.per_token for cell in sizes.cells)
     weights = passes * num_chunks * sum(w.whole_bytes for w in sizes.layers)
+    sums = num_chunks * sum(w.num_trainable * _sum_bytes(w) for w in sizes.layers)
     of_keys = sum(2 * c.workspace_per_key + 2 * c.kv_numbers * sizes.kv_grad_bytes for c in sizes.cells)
-    return graphs + weights + of_keys * tokens * (num_chunks + 1) / 2
+    return graphs + weights + sums + of_keys * tokens * (num_chunks + 1) / 2
+
+
+def _sum_bytes(weights: Weights) -> int:
+    """Bytes that one number's gradient moves in a cell: written in 2 bytes, read, and added in fp32; fp32
+    weights under autocast cast it in between."""
+    return 20 if weights.whole_trainable_bytes > 2 * weights.num_trainable else 12
+
+
+def _busy_share(sizes: ModelSizes, flops: StepFlops, card: Card, chunk_tokens: int) -> float:
+    """The share of a card's multiprocessors that attention's forward keeps busy. A block of it has some
+    queries of one head, and all their keys: the last wave of blocks may be a small one."""
+    attending = [cell for cell in sizes.cells if cell.kv_heads]
+    if not attending:
+        return 1.0
+    head_dim = attending[0].kv_numbers // (2 * attending[0].kv_heads)
+    width = sum(cost for _, cost in flops.per_pair) / 12 / len(attending)
+    blocks = math.ceil(chunk_tokens / _FORWARD_TILE) * max(1, round(width / head_dim))
+    at_once = card.num_multiprocessors * _TILES_AT_ONCE
+    return blocks / (math.ceil(blocks / at_once) * at_once)

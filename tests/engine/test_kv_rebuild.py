@@ -28,7 +28,7 @@ class Casts(TorchDispatchMode):
 
 @pytest.mark.parametrize("height", [1, 2])
 def test_autocast_casts_weights_once_for_all_chunks(height: int) -> None:
-    """In a backward: once for each chunk that is run again, and once for the keys and values of all."""
+    """In a backward: once for all chunks that are run again, and once for the keys and values of all."""
     model = tiny_llama(num_layers=2, dtype=torch.float32, intermediate_size=80)
     own = model.model.layers[0].self_attn.k_proj.weight
     chunk_model(model, ChunkConfig(chunk_size=10, layers_per_group=height, rebuild_kv=True))
@@ -37,4 +37,4 @@ def test_autocast_casts_weights_once_for_all_chunks(height: int) -> None:
     casts = Casts(own.shape)
     with casts:
         loss.backward()
-    assert casts.count == 2 * 2 * (6 + 1)  # k_proj's and v_proj's of two layers
+    assert casts.count == 2 * 2 * (1 + 1)  # k_proj's and v_proj's of two layers

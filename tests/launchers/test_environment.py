@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +63,19 @@ def test_peers_that_do_not_come_and_a_port_in_use_are_one_line(
         launcher, capsys, command_line(tiny_model, TEXTS, ddp_timeout=2)
     )
     assert not (tiny_model.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("capability", "config", "expected"),
+    [("8.6", "", True), ("7.5", "", False), ("8.6", "CONFIG=my.yaml", False)],
+)
+def test_the_quickstart_is_in_bf16_on_a_gpu_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, config: str, expected: bool
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {capability}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    told = subprocess.run(
+        ["make", "-n", "train", *filter(None, [config])], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert ("--bf16 true" in told.stdout) is expected

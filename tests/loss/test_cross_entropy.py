@@ -16,7 +16,9 @@ from chunkdist import ChunkConfig, chunk_model
 from chunkdist.loss import cross_entropy as loss
 from chunkdist.loss.cross_entropy import linear_cross_entropy
 from chunkdist.loss.lazy_logits import lazy_logits
+from chunkdist.loss.token_metrics import token_figures
 from tests.helpers.models import VOCAB_SIZE, batch, gradients, largest_difference, tiny_llama
+from tests.helpers.waits import Waits
 
 NUM_TOKENS = 40
 
@@ -161,3 +163,28 @@ def test_never_worse_than_plain_in_the_same_dtype(dtype: torch.dtype, num_items:
         assert (gt - x).norm() <= (gt - ref).norm() + torch.finfo(
             dtype
         ).eps * gt.norm()  # a tile rounds its own
+
+
+def test_no_tile_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the figures that the launcher logs, too; labels are looked at once, before the tiles."""
+    monkeypatch.setattr(loss, "TILE_BYTES", 16 * VOCAB_SIZE * 2 * 8)
+    hidden = torch.randn(100, 8, requires_grad=True)
+    weight = torch.randn(VOCAB_SIZE, 8, requires_grad=True)
+    labels = torch.arange(100) % VOCAB_SIZE
+    labels[10:50] = -100
+    with token_figures() as figures, Waits() as waits:
+        linear_cross_entropy(hidden, weight, None, labels).backward()
+    assert waits.names == []
+    kept = labels != -100
+    logits = (hidden @ weight.T).detach()[kept]
+    entropy = torch.distributions.Categorical(logits=logits).entropy().sum()
+    torch.testing.assert_close(figures.entropy, entropy)
+    assert figures.num_correct == (logits.argmax(-1) == labels[kept]).sum()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "element_bytes", "expected"),
+    [(128256, 2, 256), (262144, 2, 128), (128256, 4, 256), (2_000_000, 2, 22), (32_000_000, 2, 16)],
+)
+def test_tiles_are_of_whole_128_tokens(vocab_size: int, element_bytes: int, expected: int) -> None:
+    assert loss.tile_tokens(vocab_size, element_bytes) == expected

@@ -38,10 +38,30 @@ def start_table(
         table.add_column(column, overflow="fold")
     for row in (
         *_schedule_rows(config, report, stream_tokens or num_tokens(args)),
+        *experts_rows(model, _capability(args.device)),
         *_memory_rows(model, report, args, stream_tokens),
     ):
         table.add_row(*row)
     return table
+
+
+def experts_rows(model: nn.Module, capability: tuple[int, int] | None) -> list[tuple[str, str, str]]:
+    """What is to be known of a mixture of experts on this GPU.
+
+    Args:
+        capability: The GPU's; `None`: no NVIDIA GPU.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    chosen = {getattr(config, "_experts_implementation", None) for config in configs.values()}
+    has_experts = any(name.endswith("experts") for name, _ in model.named_modules())
+    if not has_experts or "grouped_mm" not in chosen or capability is None or capability >= (9, 0):
+        return []
+    why = "here torch's grouped product waits for the host 8 times a cell: larger chunks have fewer cells"
+    return [("experts", "grouped_mm", why)]
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def num_tokens(args: TrainingArguments) -> int | None:
