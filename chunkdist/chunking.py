@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from chunkdist.config import ChunkConfig
 from chunkdist.engine.chunked_model import HANDLE, ChunkedModel
 from chunkdist.engine.layer import GroupLayer
+from chunkdist.engine.sharing import least_shared_tokens
 from chunkdist.loss.cross_entropy import tile_tokens
 from chunkdist.loss.lazy_logits import tiled_head
 from chunkdist.memory.auto import resolve_auto, resolve_keep
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.sharded import SINGLE
-from chunkdist.models.layers import causal_lm_of
+from chunkdist.models.layers import causal_lm_of, find_layers, layer_states
 from chunkdist.sharding.sequence import SequenceGroup
 from chunkdist.spaco.sample import SampleReport
 from chunkdist.stores.host_memory import HostMemory
@@ -130,6 +131,20 @@ def layers_of(model: nn.Module) -> list[GroupLayer]:
         ValueError: the model is not chunked.
     """
     return _handle(_causal_lm(model)).layers
+
+
+def least_shared(model: nn.Module, config: ChunkConfig) -> int | None:
+    """How many tokens sequences of a training forward must begin with in common for computing them once;
+    `None`: nothing is shared.
+
+    Args:
+        model: A causal LM in training mode, chunked or not.
+    """
+    causal_lm = _causal_lm(model)
+    entries, _, layers = find_layers(causal_lm)
+    states = layer_states(causal_lm.config.get_text_config(), layers)
+    has_state = any(state.relays for state in states)
+    return least_shared_tokens(config.without_auto(), entries[-1], has_state=has_state)
 
 
 def num_computed(model: nn.Module) -> int:

@@ -120,7 +120,8 @@ def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _preview(arguments: argparse.Namespace, options_given: list[str]) -> int:
     from rich.console import Console
 
-    from chunkdist.cli.preview import first_streams, render
+    from chunkdist.chunking import least_shared
+    from chunkdist.cli.preview import first_streams, forest, render
 
     for name in ("streams", "tokens", "num_ranks"):
         if (value := getattr(arguments, name)) < 1:
@@ -132,9 +133,11 @@ def _preview(arguments: argparse.Namespace, options_given: list[str]) -> int:
         raise ValueError("chunk_method=none has no chunks to show: write seco")
     console = Console(highlight=False)
     tokenizer: Any = trainer.processing_class
+    assert trainer.model is not None
+    least = least_shared(trainer.model.train(), config)
     sizes = {"chunk_size": int(config.without_auto().chunk_size), "max_segment_tokens": arguments.tokens}
     for title, samples in first_streams(trainer, arguments.streams, num_ranks=arguments.num_ranks):
-        for line in render(title, samples, tokenizer, **sizes):
+        for line in (*render(title, samples, tokenizer, **sizes), *forest(samples, least)):
             console.print(line)
     return 0
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.text import Text
 
 from chunkdist.data.sampler import StreamBatchSampler
 from chunkdist.data.streams import NO_LABEL
+from chunkdist.stream.layout import SequencePlace, lay_out
+from chunkdist.stream.stream import Stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +91,40 @@ def render(
             line.append(f" [{left_out:,} more tokens]", "italic")
         yield line
         start += len(flags)
+
+
+def forest(samples: Samples, least: int | None) -> Iterator[Text]:
+    """Lines for `rich`, where sequences of a stream share what they begin with: a line a segment, under the
+    one that it goes on from.
+
+    Args:
+        least: How many tokens they must share; `None`: none are.
+    """
+    ids = [torch.as_tensor(sample["input_ids"]) for sample in samples]
+    if least is None or len(ids) < 2:
+        return
+    shape = len(ids), max(map(len, ids))
+    places = [SequencePlace(row, 0, len(own)) for row, own in enumerate(ids)]
+    layout = lay_out(shape, places, torch.device("cpu"), keys=[x[:, None] for x in ids], min_shared=least)
+    if layout.num_tokens == layout.num_passed:
+        return
+    starts = layout.segment_starts
+    stream = Stream(
+        num_tokens=layout.num_tokens, chunks=(), segment_starts=(starts,), branches=layout.branches
+    )
+    yield Text(
+        f"  {layout.num_tokens:,} tokens are computed, since sequences share what they begin with:", "bold"
+    )
+    for index, (start, end) in enumerate(pairwise((*starts, layout.num_tokens))):
+        row = int(layout.sources[start]) // shape[1]
+        first = int(layout.positions[start]) + 1
+        last = first + end - start - 1
+        yield Text(
+            "    "
+            + "  " * len(stream.ancestors(index))
+            + f"sequence {row + 1}: tokens {first:,} to {last:,}",
+            SEGMENT_COLORS[row % len(SEGMENT_COLORS)],
+        )
 
 
 def _sequences(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

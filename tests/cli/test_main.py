@@ -199,6 +199,28 @@ class TestPreview:
         assert "\x1b[1;36mA\x1b[0m" in out, "supervised: bright, in the colour of its sequence"
         assert not (tmp_path / "out").exists()
 
+    def test_the_tree_of_shared_prefixes(
+        self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        texts = ["Q: one and one? A: two", "Q: one and two? A: three", "Q: one and two? A: 3", "Hello"]
+        data = tmp_path / "tree.jsonl"
+        data.write_text("".join(json.dumps({"input_ids": [*text.encode()]}) + "\n" for text in texts))
+        options = ["--dataset_name", str(data), "--chunk_packing", "--per_device_train_batch_size", "4"]
+        options += ["--chunk_size", "8", "--max_length", "100"]
+        assert main(["preview", str(config), *options]) == 0
+        out = capsys.readouterr().out
+        assert "4 sequences, 71 tokens" in out
+        assert "41 tokens are computed, since sequences share what they begin with:" in out
+        tree = out[out.index("tokens are computed") :].splitlines()[1:5]
+        assert [(len(line) - len(line.lstrip()), line.split(": ")[1]) for line in tree] == [
+            (4, "tokens 1 to 5"),
+            (4, "tokens 1 to 22"),
+            (6, "tokens 12 to 20"),
+            (8, "tokens 20 to 24"),
+        ]
+        assert main(["preview", str(config), *options, "--chunk_share_prefixes", "false"]) == 0
+        assert "are computed" not in capsys.readouterr().out
+
     @pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_target_modules", "all-linear"]])
     def test_of_several_ranks_and_without_the_weights(
         self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lora: list[str]
