@@ -30,7 +30,7 @@ def test_says_where_every_gib_goes(capsys: pytest.CaptureFixture[str]) -> None:
     out = " ".join(capsys.readouterr().out.split())
     for words in (
         "2,048 tokens",
-        "NVIDIA L4, 22.50 GiB",
+        "NVIDIA L4, 22.00 GiB",
         "a margin of",
         "group inputs",
         "K/V gradients",
