@@ -76,12 +76,23 @@ def chunk_model(model: Model, config: ChunkConfig, *, sequence_group: ProcessGro
         ValueError: the model is chunked already, wrapped, or its setting excludes chunks.
         UnsupportedModelError: gradients would not be exact. Some models show it only in their first forward.
     """
+    is_shared = sequence_group is not None and sequence_group.size() > 1
+    return _chunked(model, config, SequenceGroup(sequence_group) if is_shared else None)  # type: ignore[arg-type]
+
+
+def share_rows(model: Model, config: ChunkConfig, sequence_group: ProcessGroup) -> Model:
+    """`chunk_model` for trainers whose ranks share rows in training, and evaluate whole ones.
+
+    Raises:
+        ValueError, UnsupportedModelError: as `chunk_model`.
+    """
+    return _chunked(model, config, SequenceGroup(sequence_group, in_training_only=True))
+
+
+def _chunked(model: Model, config: ChunkConfig, sequence: SequenceGroup | None) -> Model:
     causal_lm = _causal_lm(model)
     if HANDLE in causal_lm.__dict__:
         raise ValueError("the model is chunked already: call unchunk_model(model) first")
-    sequence = None
-    if sequence_group is not None and sequence_group.size() > 1:
-        sequence = SequenceGroup(sequence_group)
     ChunkedModel(causal_lm, config, resolve_auto_values, sequence)
     return model
 

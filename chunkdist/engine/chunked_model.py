@@ -212,7 +212,7 @@ def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
     names = list(inspect.signature(model.forward).parameters) if len(args) > 1 else ["input_ids"]
     if handle.context.stream is None:
-        kwargs = _shifted_labels(handle.context, names, args, kwargs)
+        kwargs = _shifted_labels(handle.context, model, names, args, kwargs)
     with handle.context.labels.noted(names, args, kwargs):
         if kwargs.get("labels") is None:
             return forward(*args, **kwargs)
@@ -232,10 +232,10 @@ def _refuse_auto(config: ChunkConfig) -> None:
 
 
 def _shifted_labels(
-    context: ChunkContext, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    context: ChunkContext, model: nn.Module, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """The forward's keyword arguments. Where ranks share rows, a part's last label is the next rank's."""
-    group = context.sequence
+    group = context.sequence_group(model.training)
     labels = {**dict(zip(names, args, strict=False)), **kwargs}.get("labels")
     if group is None or not isinstance(labels, Tensor) or kwargs.get("shift_labels") is not None:
         return kwargs

@@ -18,6 +18,7 @@ from chunkdist.config import ChunkConfig
 from chunkdist.engine.parts import Parts
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.sharding.sequence import SequenceGroup
+from chunkdist.sharding.trainer_group import trainer_group
 from chunkdist.spaco.sample import ChunkSample
 from chunkdist.stores.host_memory import HostMemory
 from chunkdist.stream.padding import ForwardLabels
@@ -42,7 +43,7 @@ class ChunkContext:
     Args:
         model_configs: The config objects that the model's attention modules read their implementation from.
         has_state: Whether layers keep state other than K/V: then chunks end where segments do.
-        sequence: The ranks that share the tokens of each row; `None`: rows are whole.
+        sequence: The ranks that share the tokens of each row; `None`: those of the trainer, if it has any.
         checked: What surrounds each call of layers; raises where they are not exact in chunks. Called with
             the layers, the arguments of each, their hidden states and stream.
     """
@@ -86,6 +87,12 @@ class ChunkContext:
         """Why attention's outputs are kept, or not; empty while that is not decided."""
         self.keep_decided_for = math.inf if self.keep_reason else 0.0
         """Tokens of all rows for which it was decided: more ask anew."""
+
+    def sequence_group(self, is_training: bool) -> SequenceGroup | None:
+        """The ranks that share the rows of a forward that begins. Trainers share those of training only."""
+        if self.sequence is None:
+            return trainer_group() if is_training else None
+        return None if self.sequence.in_training_only and not is_training else self.sequence
 
     def refuse_shared_rows(self) -> None:
         """Raises `UnsupportedModelError` where ranks cannot share the tokens of a row."""

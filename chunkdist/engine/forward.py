@@ -92,7 +92,7 @@ def running(
         arguments["use_cache"] = False
     try:
         chunk_size = int(context.config.chunk_size)
-        group = context.sequence
+        group = context.sequence_group(decoder.training)
         if group is None:
             images = why_with_images(arguments)
             context.stream, layout = read_stream(

@@ -7,8 +7,7 @@ off by a third, with nothing said. So it is refused wherever it can be seen; not
 for that, what has not been imported does nothing.
 
 Private names, seen in torch 2.13, accelerate 1.15, transformers 5.23 and deepspeed 0.19: the handlers of
-`DTensor._op_dispatcher`, `AcceleratorState._shared_state`, DeepSpeed's `groups.mpu` and `groups.mesh_device`,
-and `parallel_state_sp._SEQUENCE_PARALLEL_GROUP`.
+`DTensor._op_dispatcher`, `AcceleratorState._shared_state`, and DeepSpeed's `groups.mpu`.
 """
 
 from __future__ import annotations
@@ -101,7 +100,8 @@ def refuse_parallelism_config(config: Any, deepspeed: Any = None) -> None:
 def _of_size(where: str, name: str, size: Any) -> str:
     return (
         f"{name}={size} in {where} gives each rank a part of the sequence, and a chunked model attends to "
-        f"what is on its own rank; write {name}: 1 (chunks bound the memory of a sequence)"
+        f"what is on its own rank; write {name}: 1, and sequence_parallel_size: {size} in the YAML for ranks "
+        "that share rows"
     )
 
 
@@ -109,40 +109,20 @@ def _of_accelerate() -> Found:
     state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
     shared = getattr(state, "_shared_state", {})
     config = shared.get("parallelism_config")
-    for name in _ENVIRONMENT:
-        if (size := getattr(config, name, None) or 1) > 1:
-            return f"Accelerate's parallelism_config has {name}={size}", f"write {name}=1"
+    if (size := getattr(config, "cp_size", None) or 1) > 1:
+        return f"Accelerate's parallelism_config has cp_size={size}", "write cp_size=1"
     if dim := _sequence_dim(shared.get("device_mesh")):
         return f"Accelerate's device mesh has the dim {dim!r}", "leave that dim out"
     return None
 
 
 def _of_deepspeed() -> Found:
-    instead = "leave UlyssesSPAttentionHF and sequence_parallel_size out"
-    groups = sys.modules.get("deepspeed.utils.groups")
-    mpu, mesh = getattr(groups, "mpu", None), getattr(groups, "mesh_device", None)
-    if (dim := _sequence_dim(mesh)) or _size_of_mpu(mpu) > 1:
-        return f"DeepSpeed has a sequence-parallel group ({dim or 'of its mpu'})", instead
-    state = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
-    group = getattr(state, "_SEQUENCE_PARALLEL_GROUP", None)
-    if group is not None and torch.distributed.is_initialized() and _size_of(group) > 1:
-        return f"DeepSpeed has a sequence-parallel group of {_size_of(group)} ranks (Ulysses)", instead
+    """Another library's groups, handed to DeepSpeed. Those that it has made itself are `trainer_group`."""
+    mpu = getattr(sys.modules.get("deepspeed.utils.groups"), "mpu", None)
+    size = getattr(mpu, "get_context_parallel_world_size", lambda: 1)()
+    if size > 1:
+        return f"DeepSpeed's mpu has a context-parallel group of {size} ranks", "leave it out"
     return None
-
-
-def _size_of_mpu(mpu: Any) -> int:
-    for name in ("get_sequence_parallel_world_size", "get_context_parallel_world_size"):
-        if (size := getattr(mpu, name, None)) is not None:
-            try:
-                return int(size())
-            except AssertionError:  # it knows the question, and has made no such group
-                continue
-    return 1
-
-
-def _size_of(group: Any) -> int:
-    size = getattr(group, "size", None)
-    return int(size()) if callable(size) else int(torch.distributed.get_world_size(group))
 
 
 def _of_torch() -> Found:
@@ -168,7 +148,9 @@ def _of_functions(configs: Iterable[PreTrainedConfig]) -> Found:
         if not isinstance(name, str):
             continue
         home = _home_of(ALL_ATTENTION_FUNCTIONS.get(name))
-        if home.startswith("deepspeed.") or (_STANDARD.match(name) and not home.startswith("transformers.")):
+        is_known = home.startswith(("transformers.", "deepspeed.runtime.sequence_parallel."))
+        is_replaced = _STANDARD.match(name) or home.startswith("deepspeed.")
+        if is_replaced and not is_known:  # DeepSpeed's shares rows in a group that chunks share, too
             what = f"the attention function {name!r} of transformers has been replaced by one of {home}"
             return what, "do not register it"
         sdpa = F.scaled_dot_product_attention

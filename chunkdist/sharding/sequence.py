@@ -23,10 +23,14 @@ from chunkdist.stream.stream import Stream
 
 
 class SequenceGroup:
-    """The ranks that share the tokens of a model's rows, in the order of their parts."""
+    """The ranks that share the tokens of a model's rows, in the order of their parts.
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
+    Args:
+        in_training_only: Each rank evaluates whole rows of its own.
+    """
+
+    def __init__(self, group: ProcessGroup, *, in_training_only: bool = False) -> None:
+        self.group, self.in_training_only = group, in_training_only
         self.num_ranks, self.rank = group.size(), group.rank()
         self.heads = HeadExchange(group)
 

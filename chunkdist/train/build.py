@@ -6,10 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from torch.distributed import new_subgroups
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTTrainer, get_dataset
 
 from chunkdist import ChunkConfig, chunk_model
+from chunkdist.chunking import share_rows
 from chunkdist.data.completions import refuse_without_completions
 from chunkdist.data.loading import (
     STDLIB_NAME,
@@ -204,7 +206,11 @@ def chunk_trainer(trainer: SFTTrainer, chunk_config: ChunkConfig | None) -> None
             "write fsdp_activation_checkpointing: false"
         )
     assert trainer.model is not None
-    chunk_model(trainer.model, chunk_config)
+    size = int(getattr(trainer.args, "sequence_parallel_size", 1))
+    if size == 1:
+        chunk_model(trainer.model, chunk_config)
+    else:
+        share_rows(trainer.model, chunk_config, new_subgroups(size)[0])
     if isinstance(trainer, CheckedSFTTrainer):
         install_tiled_loss(trainer)
     elif isinstance(trainer, CheckedGRPOTrainer) and trainer.ref_model is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,8 @@ class Case:
     """Which step is taken.
 
     Args:
-        lengths: Tokens of the sequences, by rank.
+        lengths: Tokens of the sequences, by rank or sequence group.
+        sequence_ranks: Ranks of a sequence group.
         ignored_rank: All labels of this rank are ignored.
         mean_per_rank: Each rank's loss is its own mean; else all are divided by the tokens of all ranks.
         chunked: False: the plain model under the same engine.
@@ -51,6 +53,7 @@ class Case:
     trees: bool = False
     mean_per_rank: bool = False
     chunked: bool = True
+    sequence_ranks: int = 1
     offload: Literal["none", "host"] = "none"
 
 
@@ -94,7 +97,8 @@ def errors_of(case: Case) -> Errors:
         chunk_model(one_process, chunk_config(case)) if case.spaco else one_process, case
     )
     if case.chunked:
-        chunk_model(model, chunk_config(case))
+        size = case.sequence_ranks
+        chunk_model(model, chunk_config(case), sequence_group=sequence_group(size) if size > 1 else None)
     found = ENGINES[case.engine](model, case)
     assert found.gradients.keys() == expected.gradients.keys() == before.keys()
     assert all(gradient.norm() > 0 for gradient in expected.gradients.values()), (
@@ -171,6 +175,28 @@ def trees(num_tokens: int, seed: int) -> dict[str, Tensor]:
     return with_positions({**inputs, "attention_mask": mask})
 
 
+def own_micro_batches(case: Case) -> list[dict[str, Any]]:
+    """What this rank is given: with a sequence group, its part of what the group is given."""
+    size, rank = case.sequence_ranks, distributed.get_rank()
+    if size == 1:
+        return micro_batches(case, rank)
+    parts = []
+    for inputs in micro_batches(case, rank // size):
+        num_own = inputs["input_ids"].shape[1] // size
+        own = slice(rank % size * num_own, (rank % size + 1) * num_own)
+        part = {name: x[:, own] for name, x in inputs.items() if name in ("input_ids", "labels")}
+        parts.append({**inputs, **part, "num_items_in_batch": inputs["num_items_in_batch"] / size})
+    return parts
+
+
+@cache
+def sequence_group(size: int) -> distributed.ProcessGroup:
+    """Of this rank and its neighbours."""
+    group, _ = distributed.new_subgroups(size)
+    assert group is not None
+    return group
+
+
 def accumulation_divisor(case: Case) -> int:
     """By what the losses of micro-batches are divided. DeepSpeed does it itself; elsewhere, as in Trainer,
     the number of supervised tokens is that of all micro-batches."""
@@ -200,7 +226,7 @@ def _updated(model: nn.Module, case: Case, step: Step, whole: Callable[[Tensor],
 
 def _ddp_step(model: nn.Module, case: Case) -> Step:
     ddp = nn.parallel.DistributedDataParallel(model)
-    inputs = micro_batches(case, distributed.get_rank())
+    inputs = own_micro_batches(case)
     total = torch.zeros((), dtype=torch.float64)
     for index, one in enumerate(inputs):
         ddp.require_backward_grad_sync = index == len(inputs) - 1
@@ -231,7 +257,7 @@ def shard_fsdp2(model: nn.Module, case: Case) -> None:
 
 def _fsdp2_step(model: nn.Module, case: Case) -> Step:
     shard_fsdp2(model, case)
-    inputs = micro_batches(case, distributed.get_rank())
+    inputs = own_micro_batches(case)
     total = torch.zeros((), dtype=torch.float64)
     for index, one in enumerate(inputs):
         model.set_requires_gradient_sync(index == len(inputs) - 1)  # type: ignore[operator]
@@ -265,7 +291,7 @@ def _deepspeed_step(model: nn.Module, case: Case) -> Step:
     engine = deepspeed_engine(model, case)
     total = torch.zeros((), dtype=torch.float64)
     gradients: dict[str, Tensor] = {}
-    for one in micro_batches(case, distributed.get_rank()):
+    for one in own_micro_batches(case):
         loss = engine(**one).loss
         engine.backward(loss)
         total += loss.detach() / case.num_micro_batches

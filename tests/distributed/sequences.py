@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, Mistr
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.attention.heads import HeadExchange
 from chunkdist.sharding.sequence import TokenExchange
+from tests.distributed.cases import Case, Errors, errors_of
 from tests.helpers.hybrids import model_of
 from tests.helpers.models import (
     VOCAB_SIZE,
@@ -155,6 +156,10 @@ def step_error(case: SequenceCase) -> float:
 
 def step_errors(cases: dict[str, SequenceCase]) -> dict[str, float]:
     return {name: step_error(case) for name, case in cases.items()}
+
+
+def engine_errors(cases: dict[str, Case]) -> dict[str, Errors]:
+    return {name: errors_of(case) for name, case in cases.items()}
 
 
 def _refused(inputs: dict[str, Any], model: nn.Module | None = None, **settings: Any) -> str:

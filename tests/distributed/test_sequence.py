@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.distributed.cases import EveryOther
+from tests.distributed.cases import CHUNK_SIZE, Case, EngineName, Errors, EveryOther
 from tests.distributed.ranks import Ranks
 from tests.distributed.sequences import (
     INPUTS,
     MODELS,
     NUM_TOKENS,
     SequenceCase,
+    engine_errors,
     planted,
     refusals,
     step_errors,
@@ -66,6 +67,38 @@ def test_two_ranks(two_ranks: Ranks) -> None:
 
 def test_four_ranks(four_ranks: Ranks) -> None:
     check(four_ranks.run(step_errors, CASES))
+
+
+FP32: tuple[EngineName, ...] = ("zero1", "zero2", "zero3")
+FP64: tuple[EngineName, ...] = ("ddp", "fsdp2", "fsdp2 groups", "fsdp2 head")
+
+
+def engine_cases(lengths: tuple[int, ...]) -> dict[str, Case]:
+    cases = {}
+    for engine in (*FP64, *FP32):
+        height: Any = 2 if engine == "fsdp2 groups" else 1
+        cases[engine] = Case(engine=engine, lengths=lengths, sequence_ranks=2, layers_per_group=height)
+        cases[f"{engine}, LoRA"] = Case(
+            engine=engine, lengths=lengths, sequence_ranks=2, lora=True, layers_per_group=height,
+            num_micro_batches=2, retained_chunks=1,
+        )  # fmt: skip
+    return cases
+
+
+def check_engines(found: list[dict[str, Errors]]) -> None:
+    for by_name in found:
+        for name, errors in by_name.items():
+            bound = 1e-5 if name.startswith(FP32) else 1e-10
+            assert max(errors.gradients, errors.updates) < bound, name
+            assert errors.loss < 1e-6, name  # computed in fp32
+
+
+def test_engines(two_ranks: Ranks) -> None:
+    check_engines(two_ranks.run(engine_errors, engine_cases((CHUNK_SIZE * 5 + 2,))))
+
+
+def test_engines_with_data_parallel_groups(four_ranks: Ranks) -> None:
+    check_engines(four_ranks.run(engine_errors, engine_cases((CHUNK_SIZE * 5 + 2, CHUNK_SIZE))))
 
 
 REFUSED = {

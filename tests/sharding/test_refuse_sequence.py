@@ -78,7 +78,6 @@ def dispatch_enabled() -> Iterator[None]:
 
 
 REPLACED: dict[str, tuple[Callable[[], Any], str]] = {
-    "sp_size": (lambda: accelerate_with(sp_size=2), "sp_size=2: .*write sp_size=1"),
     "cp_size": (lambda: accelerate_with(cp_size=2), "cp_size=2: .*write cp_size=1"),
     "transformers' function": (
         attention_replaced,
@@ -101,6 +100,16 @@ def test_seen_by_chunk_model_and_in_the_forward(name: str) -> None:
         with torch.no_grad(), pytest.raises(ValueError, match=message):
             chunked.eval()(**batch(), use_cache=False)
     assert chunked.train()(**batch()).loss.isfinite()
+
+
+def test_a_group_that_nobody_has_made() -> None:
+    """Of Accelerate's `sp_size`, without DeepSpeed. What trains is cut, what evaluates is whole."""
+    with accelerate_with(sp_size=2):
+        chunked = chunk_model(tiny_llama(attn_implementation="sdpa"), CONFIG)
+        with pytest.raises(ValueError, match=r"sp_size=2, and DeepSpeed has made no group"):
+            chunked(**batch())
+        with torch.no_grad():
+            assert chunked.eval()(**batch(), use_cache=False).loss.isfinite()
 
 
 def test_a_users_own_attention_under_its_own_name_is_no_fault() -> None:

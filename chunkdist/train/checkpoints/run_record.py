@@ -67,7 +67,13 @@ _FREE = {
     ),
     *("length_column_name", "completion_only_loss", "assistant_only_loss", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "from_scratch", "pad_to_multiple_of", "padding_free"),
-    *("data_seed", "pipeline_stages", "pipeline_shard_weights", "pipeline_forwards_ahead"),
+    *(
+        "data_seed",
+        "pipeline_stages",
+        "sequence_parallel_size",
+        "pipeline_shard_weights",
+        "pipeline_forwards_ahead",
+    ),
     *_STEPS,
 }
 _SAMPLED = ("chunk_method", "chunk_size", "spaco_sampler", "spaco_budget", "spaco_cap")
@@ -96,7 +102,7 @@ class RunRecord:
     def of(options: TrainingOptions, num_ranks: int) -> RunRecord:
         """The record of a run that begins, before its samples are known."""
         training = options.training
-        replicas = num_ranks // int(training.pipeline_stages)
+        replicas = num_ranks // int(training.pipeline_stages) // int(training.sequence_parallel_size)
         found = {
             **_values(options.training),
             **_values(options.model),

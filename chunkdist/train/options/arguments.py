@@ -80,11 +80,17 @@ class TrainArguments(RunArguments, SFTConfig):  # type: ignore[misc]
         "1", "Forwards that a stage is ahead of the next one; 2: a smaller bubble, more graphs. auto: chosen."
     )
 
+    sequence_parallel_size: int = option(
+        1,
+        "Ranks that share the tokens of each row; the rest of the ranks is data-parallel (docs/sharding.md).",
+    )
+
 
 class _PlainRows:
     """What only `SFTTrainer` has: other trainers' samples are a row or two each, on whole models."""
 
     pipeline_stages, pipeline_shard_weights, pipeline_forwards_ahead = 1, False, "1"
+    sequence_parallel_size = 1
     packing = eval_packing = padding_free = activation_offloading = False
     packing_strategy, dataset_kwargs, max_length = "bfd", None, None
 

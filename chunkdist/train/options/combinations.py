@@ -11,6 +11,7 @@ from chunkdist.train.launch.ranks import launcher_wants_fsdp, num_launched_ranks
 from chunkdist.train.options.arguments import TrainingOptions
 from chunkdist.train.options.deepspeed_options import check_at_odds
 from chunkdist.train.options.needed_packages import check_packages, usable_attention
+from chunkdist.train.options.shared_rows import check_shared_rows
 from chunkdist.train.rewards import rewards_of
 
 
@@ -277,6 +278,7 @@ def check_options(options: TrainingOptions, *, will_train: bool = True) -> Chunk
     if options.kind != "sft":
         check_kind(options)
     check_pipeline(options, chunk_config, will_train=will_train)
+    check_shared_rows(options, chunk_config, will_train=will_train)
     check_shrinking(options, shards_weights=bool(training.fsdp) or launcher_wants_fsdp())
     if options.chunk.chunk_packing:
         check_packing(options)

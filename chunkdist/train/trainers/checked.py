@@ -22,6 +22,7 @@ from chunkdist.train.launch.output import first_line, print_once
 from chunkdist.train.launch.stopping import keep_workers
 from chunkdist.train.samples.streaming import prepare_stream
 from chunkdist.train.trainers.kept import KeptTrainer
+from chunkdist.train.trainers.shared_rows import SharedRowsTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,7 +72,7 @@ class CheckedTrainer(KeptTrainer):
             super()._move_model_to_device(model, device)
 
 
-class CheckedSFTTrainer(CheckedTrainer, SFTTrainer):
+class CheckedSFTTrainer(SharedRowsTrainer, CheckedTrainer, SFTTrainer):
     """`SFTTrainer` that truncates and drops no sample unasked, and loses no work."""
 
     def __init__(self, *, long_samples: LongSamples, **kwargs: Any) -> None:

@@ -22,12 +22,12 @@ from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers.trainer_utils import seed_worker
-from trl import SFTTrainer
 
 from chunkdist.chunking import chunk_report
 from chunkdist.config import ChunkConfig
 from chunkdist.data.cost import SequenceCost
 from chunkdist.data.report import PackingReport, draw_lengths
+from chunkdist.data.row_parts import RowParts
 from chunkdist.data.sampler import StreamBatchSampler
 from chunkdist.data.samples import sample_lengths
 from chunkdist.data.streams import NO_LABEL, join_sequences
@@ -35,6 +35,7 @@ from chunkdist.models.layers import causal_lm_of
 from chunkdist.stream.packed import refuse_segments
 from chunkdist.train.reports.metrics_file import MetricsFile
 from chunkdist.train.samples.stream_order import StreamOrder
+from chunkdist.train.trainers.shared_rows import SharedRowsTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,9 +62,15 @@ class StreamSamples(TorchDataset[list[dict[str, Any]]]):
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def collate_streams(streams: list[list[dict[str, Any]]]) -> list[Stream]:
-    """The streams of one item, each as a model takes it."""
-    return [join_sequences(samples) for samples in streams]
+def collate_streams(parts: RowParts, streams: list[list[dict[str, Any]]]) -> list[Stream]:
+    """The streams of one item, or this rank's parts of them, each as a model takes it."""
+    joined = [join_sequences(samples) for samples in streams]
+    return joined if parts.num_ranks == 1 else [parts.part(stream) for stream in joined]
+
+
+def _targets(stream: Stream) -> Tensor:
+    """The labels that a model is to predict."""
+    return stream["shift_labels"] if "shift_labels" in stream else stream["labels"][:, 1:]
 
 
 def _num_tokens(stream: Stream) -> int:
@@ -78,7 +85,7 @@ def _tokens_of(streams: list[Stream]) -> Stream:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-class StreamTrainer(SFTTrainer):
+class StreamTrainer(SharedRowsTrainer):
     """`SFTTrainer` whose training batches are lists of streams.
 
     Adds to the logs, for the steps since the last one: `packing_imbalance` (largest cost of a rank over the
@@ -126,16 +133,16 @@ class StreamTrainer(SFTTrainer):
         """The plan of all epochs; equal on all ranks but for what it yields.
 
         Args:
-            num_ranks: To plan for another number than the job has.
+            num_ranks: To plan for another number of them, or of sequence groups, than the job has.
         """
-        args, own_ranks = self.args, self.accelerator.num_processes
+        args, own_ranks = self.args, self.num_replicas
         assert self.model is not None
         num_ranks = num_ranks or own_ranks
         return StreamBatchSampler(
             self._lengths,
             batch_sequences=self.order.values["batch_sequences"] // own_ranks * num_ranks,
             num_ranks=num_ranks,
-            rank=self.accelerator.process_index,
+            rank=self.replica,
             cost=SequenceCost.of(self.model),
             budget_tokens=self.stream_tokens,
             chunk_size=int(self._chunk_config.chunk_size),
@@ -151,7 +158,7 @@ class StreamTrainer(SFTTrainer):
         loader: DataLoader[Any] = DataLoaderShard(
             StreamSamples(self.train_dataset),
             batch_sampler=self.stream_sampler(),
-            collate_fn=collate_streams,
+            collate_fn=partial(collate_streams, self.row_parts),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -172,7 +179,7 @@ class StreamTrainer(SFTTrainer):
         items = list(islice(epoch_iterator, num_batches))
         streams = [stream for item in items for stream in item]
         _, num_items = super().get_batch_samples(iter(streams), len(streams), device)
-        counts = [int((stream["labels"][:, 1:] != NO_LABEL).sum()) for stream in streams]
+        counts = [int((_targets(stream) != NO_LABEL).sum()) for stream in streams]
         of_ranks = self.accelerator.gather(torch.tensor(counts, device=self.args.device))
         self._num_supervised = iter(of_ranks.reshape(-1, max(1, len(counts))).sum(0).tolist())
         if self.aux_loss_enabled:
@@ -248,7 +255,7 @@ class StreamTrainer(SFTTrainer):
         if chunked.sample is None or "position_ids" not in stream:
             return
         num_rerun = max(0, chunked.sample.num_chunks - chunked.retained_chunks)
-        self._tokens_sampled += stream["input_ids"].shape[1]
+        self._tokens_sampled += stream["input_ids"].shape[1] * self.row_parts.num_ranks
         self._tokens_rerun += sum(
             chunk.num_tokens for chunk in chunked.sample.kept if chunk.start < num_rerun * chunked.chunk_size
         )

@@ -13,6 +13,7 @@ import yaml
 from chunkdist import ChunkConfig
 from chunkdist.train.options.arguments import OptionParser, parse_options
 from chunkdist.train.options.combinations import check_options
+from chunkdist.train.options.shared_rows import check_shared_rows
 
 ROOT = Path(__file__).parents[3]
 BASE = {"model_name_or_path": "m", "dataset_name": "python-stdlib", "bf16": False}
@@ -174,3 +175,28 @@ def test_the_configs_of_the_repository_are_fit(name: str, monkeypatch: pytest.Mo
     config = check_options(given)
     assert config is not None
     assert given.training.max_length > int(config.chunk_size)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"chunk_method": "none"}, "chunk_method=none with sequence_parallel_size=8"),
+        ({"chunk_size": "auto"}, "chunk_size=auto with sequence_parallel_size=8: .*chunkdist plan"),
+        ({"chunk_size": 12}, "chunk_size=12 with sequence_parallel_size=8: .*such as 8"),
+        ({"pipeline_stages": 2}, "pipeline_stages=2 with sequence_parallel_size=8"),
+        ({"oom": "shrink"}, "oom=shrink with sequence_parallel_size=8"),
+        ({"dataset_streaming": True, "max_steps": 1}, "dataset_streaming=True with sequence_parallel_size=8"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1 with sequence_parallel_size=8"),
+    ],
+)
+def test_what_sequence_parallelism_excludes(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    given = options(tmp_path, **{"chunk_size": 16, "sequence_parallel_size": 8, **values})
+    with pytest.raises(ValueError, match=message):
+        check_shared_rows(given, given.chunk.chunk_config(), will_train=False)
+
+
+def test_ranks_are_a_multiple_of_those_that_share_rows(tmp_path: Path) -> None:
+    given = options(tmp_path, chunk_size=16, sequence_parallel_size=8)
+    check_shared_rows(given, given.chunk.chunk_config(), will_train=False)
+    with pytest.raises(ValueError, match=r"sequence_parallel_size=8 with 1 rank\(s\): start a multiple of 8"):
+        check_options(given)
