@@ -78,6 +78,19 @@ def no_leaf(leaf: Tensor) -> Tensor:
     return leaf.view_as(leaf) if is_kept else leaf
 
 
+def refuse_second_derivatives() -> None:
+    """To be called in the backward of a node, before `once_differentiable` switches gradients off.
+
+    Raises:
+        ValueError: gradients are to have a graph, which would go around this node without a word.
+    """
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "create_graph=True: the gradients of a chunked model are computed without a graph, so a gradient "
+            "penalty or a Hessian would lack them; leave it out, or call unchunk_model first"
+        )
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Inside, autocast is off. Where it is already, nothing is done: cells enter this several times each, and
     a `torch.autocast` takes time to make, enter and leave."""

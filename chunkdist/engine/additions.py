@@ -97,6 +97,8 @@ class Additions:
             for layer, given in zip(layers, arguments, strict=True):
                 if layer.state is not None:
                     self.probe.check(layer, hidden, given, stream)
+        if len(layers) > 1:
+            self._refuse_between(layers)
         notes: list[tuple[GroupLayer, _Found, list[HookNotes]]] = []
         with ExitStack() as stack:
             for layer, given in zip(layers, arguments, strict=True):
@@ -116,6 +118,23 @@ class Additions:
                 passed[_NUM_KEYS:] = []
                 passed.insert(0, (*found.key, torch.is_grad_enabled()))
             self._tell(layer, found, own)
+
+    def _refuse_between(self, layers: Sequence[GroupLayer]) -> None:
+        """Raises on hooks on whole layers that would be called with what no group begins or ends with."""
+        for layer in layers:
+            if layer.state is None:
+                continue
+            kinds = ["_backward_hooks"]
+            kinds += ["_forward_pre_hooks"] if layer is not layers[0] else []
+            kinds += ["_forward_hooks", "_backward_pre_hooks"] if layer is not layers[-1] else []
+            for kind in kinds:
+                for function in layer.layer.__dict__[kind].values():
+                    if not self._is_known(function):
+                        raise UnsupportedModelError(
+                            f"the hook {name_of(function)} on {layer.state.name} is to see what its layer "
+                            f"gets or returns, and inside of a group of {len(layers)} layers that exists for "
+                            "one chunk at a time only: write layers_per_group=1"
+                        )
 
     def _has_passed(self, layer: GroupLayer, found: _Found) -> bool:
         """With gradients, or, where there are none, without."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from chunkdist.engine import router_logits
 from chunkdist.engine.context import ChunkContext
@@ -72,6 +73,11 @@ def running(
             "a chunked model was called inside a transform of torch.func (grad, vjp, jvp, vmap), and its "
             "layer groups are nodes of the ordinary autograd: call torch.autograd.grad or backward, "
             "with torch.func.functional_call for other weights, and loop instead of vmap"
+        )
+    if parametrize._cache_enabled and torch.is_grad_enabled():  # torch 2.13
+        raise ValueError(
+            "a chunked model was called inside torch.nn.utils.parametrize.cached, which keeps weights that "
+            "were made without a graph, and the backward would not reach their parameters: call it outside"
         )
     for name in ("output_attentions", _ROUTER_LOGITS):
         asked = arguments.get(name, getattr(decoder.config, name, False))

@@ -32,7 +32,9 @@ from chunkdist.engine.kv_rebuild import KVRebuild, rebuild_parts
 from chunkdist.engine.layer import GroupLayer
 from chunkdist.engine.node import as_node, passed_on
 from chunkdist.engine.parameters import GroupParameters
+from chunkdist.engine.rerun_witness import RerunWitness
 from chunkdist.engine.saved import Saved
+from chunkdist.engine.written_buffers import WrittenBuffers
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.models.arguments import refuse_arguments, slice_tokens
 from chunkdist.recovery import attempt
@@ -113,6 +115,7 @@ class GroupCall:
         """By layer, of the dependent run at hand."""
         self._rng: list[RngState] = []
         self._as_run: LayersAsRun
+        self._witness = RerunWitness(" and ".join(dict.fromkeys(type(x).__name__ for x in modules)))
         self._autocast: AutocastState
         self._sample = group.context.sample
         parts = group.context.parts
@@ -213,6 +216,7 @@ class GroupCall:
         chunks = self.stream.chunks
         whole = router_logits.WholeSequence(hidden.shape[0], self.stream.num_tokens)
         self._autocast = AutocastState.capture(hidden.device.type)
+        buffers = WrittenBuffers(layer.layer for layer in self.group.layers)
         runs = {run.start: run for run in self.stream.runs()}
         output = None
         for index, chunk in enumerate(chunks):
@@ -225,6 +229,8 @@ class GroupCall:
                 part, relays, found = self._retain(index, hidden)
             else:
                 part, relays, found = self._run_layers(chunk, tokens_of(hidden, chunk), keeps=for_backward)
+            if for_backward and index not in retained:
+                self._witness.note(index, part)
             whole.add(chunk, found)
             for relay in relays:
                 if relay.used and self.stream.is_read_later(index, range(len(chunks))):
@@ -240,6 +246,7 @@ class GroupCall:
                 output = part.new_empty((part.shape[0], self.stream.num_tokens, *part.shape[2:]))
             output[:, chunk.start : chunk.end] = part
         assert output is not None
+        buffers.refuse()
         self._stores = []
         self.parameters.release()
         self._autocast.forget_casts()  # else those of all groups would wait for the forward's end
@@ -251,7 +258,9 @@ class GroupCall:
         """Gradients of the hidden states and of each trainable parameter."""
         self.units.gather()
         with self._as_run.restored():
-            return self._backward(hidden, *grad_outputs)
+            grads = self._backward(hidden, *grad_outputs)
+        self._witness.refuse_others()
+        return grads
 
     def _backward(
         self, hidden: Hidden, grad_output: Tensor, *grads_router_logits: Tensor
@@ -346,7 +355,9 @@ class GroupCall:
         self._rng[index].restore()
         with self._autocast.apply():
             leaf = self.saved.leaf(hidden, chunk)
-            return rerun(leaf, lambda: self._run_layers(chunk, no_leaf(leaf)), self.parameters)
+            cell = rerun(leaf, lambda: self._run_layers(chunk, no_leaf(leaf)), self.parameters)
+        self._witness.compare(index, cell.output.hidden)
+        return cell
 
     def _run_layers(
         self, chunk: Chunk, hidden: Tensor, *, keeps: bool = True, stop_at_kv: int = 0

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from chunkdist.engine.parameters import GroupParameters
 from chunkdist.recovery import attempt, zeros
+from chunkdist.replay import refuse_second_derivatives
 
 
 class NodeWork(Protocol):
@@ -84,8 +84,8 @@ class _GroupNode(torch.autograd.Function):
         return tuple(output.detach() if output._is_view() else output for output in outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         work: NodeWork = ctx.work
 
         def instead() -> tuple[Tensor | None, ...]:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from chunkdist.loss.token_metrics import running_figures
 from chunkdist.recovery import attempt, zeros
-from chunkdist.replay import no_leaf
+from chunkdist.replay import no_leaf, refuse_second_derivatives
 
 TILE_BYTES = 2**29
 """Memory of one tile: its logits in the model's dtype and in fp32, and their gradients."""
@@ -131,8 +130,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         saved: tuple[Tensor | None, ...] = ctx.saved_tensors
         grads = attempt(
             lambda: [None if x is None else x * grad_loss.to(x.dtype) for x in saved],

@@ -45,9 +45,8 @@ def find_layers(model: PreTrainedModel) -> tuple[list[nn.Module], nn.Module, lis
             f"{name} has {len(found)} lists of {num_layers} layers, not one: cannot tell what to chunk"
         )
     ((_, decoder),) = found
-    layers = [
-        layer for child in decoder.children() if _is_list_of(num_layers, child) for layer in child.children()
-    ]
+    lists = [child for child in decoder.children() if _is_list_of(num_layers, child)]
+    layers = [layer for child in lists if isinstance(child, nn.ModuleList) for layer in child]
     if len({id(layer) for layer in layers}) < len(layers):
         raise UnsupportedModelError(f"{name} uses one layer several times")
     around = [module for module in model.modules() if module is not model and decoder in module.modules()]

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model, unchunk_model
 from chunkdist.check.gradients import check_gradients
 from chunkdist.engine.as_run import LayersAsRun
+from chunkdist.engine.rerun_witness import RerunWitness
 from tests.helpers.models import batch, largest_difference, tiny_llama, with_lora
 
 INPUTS = {**batch(num_rows=2, num_tokens=19), "use_cache": False}
@@ -392,6 +393,9 @@ class Intervening(nn.Module):
 def test_the_gradient_check_sees_what_would_not_be_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_gradients(Intervening(), batch(num_tokens=40), ChunkConfig(chunk_size=8)).passed
     monkeypatch.setattr(LayersAsRun, "restored", lambda self: nullcontext())
+    with pytest.raises(UnsupportedModelError, match="came to other hidden states"):
+        check_gradients(Intervening(), batch(num_tokens=40), ChunkConfig(chunk_size=8))
+    monkeypatch.setattr(RerunWitness, "refuse_others", lambda self: None)
     assert not check_gradients(Intervening(), batch(num_tokens=40), ChunkConfig(chunk_size=8)).passed
 
 
