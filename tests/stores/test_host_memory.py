@@ -51,7 +51,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 def chunked(model: nn.Module, offload: str, **schedule: Any) -> nn.Module:
-    return chunk_model(model, ChunkConfig(chunk_size=7, offload=offload, **schedule))  # type: ignore[arg-type]
+    settings = {"chunk_size": 7, "offload": offload, "keep_attention": False, **schedule}
+    return chunk_model(model, ChunkConfig(**settings))  # type: ignore[arg-type]
 
 
 def memory_of(model: nn.Module) -> HostMemory:

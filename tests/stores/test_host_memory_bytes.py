@@ -19,7 +19,7 @@ from tests.stores.test_host_memory import SCHEDULES, chunked, memory_of
 class TestMemory:
     def test_what_goes_and_what_stays(self) -> None:
         """Inputs of all groups but the last, in slabs of a chunk; no more in later steps."""
-        model = chunk_model(tiny_llama(), ChunkConfig(chunk_size=32, offload="host"))
+        model = chunk_model(tiny_llama(), ChunkConfig(chunk_size=32, offload="host", keep_attention=False))
         gradients(model, batch(num_tokens=128))
         expected = 3 * 4 * 32 * 32 * 8  # groups, chunks, tokens, hidden size, fp64
         assert memory_of(model).held_bytes == expected
