@@ -59,6 +59,13 @@ def run_plan(options: TrainingOptions, asked: PlanOptions, console: Console) -> 
             "the config sets no length of a row, so there is none to plan for: write --length N"
             + (", a prompt and its completion" if options.kind == "grpo" else "")
         )
+    shared = asked.sequence_parallel or options.training.sequence_parallel_size
+    if asked.num_ranks % shared:
+        raise ValueError(
+            f"--sequence-parallel {shared} with --num-ranks {asked.num_ranks}: write a multiple of {shared}"
+        )
+    if asked.simulate and shared > 1:
+        raise ValueError(f"--simulate runs one rank alone, not {shared} that share rows: leave it out")
     model = meta_model(options)
     engine = Engine(
         name=asked.engine, num_ranks=asked.num_ranks, gathered_element_bytes=settings.activation_bytes
@@ -135,6 +142,7 @@ def job_of(
         engine=engine,
         optimizer=settings.optimizer,
         num_micro_batches=settings.num_micro_batches,
+        sequence_ranks=asked.sequence_parallel or options.training.sequence_parallel_size,
     )
 
 
@@ -206,7 +214,8 @@ def table_of_job(
         "model": f"{options.model.model_name_or_path}, {numbers.num_numbers / 1e9:.2f}B parameters, "
         f"{numbers.num_trainable / 1e6:.1f}M trained",
         "length": f"{length:,} tokens, {job.num_rows} row(s) a micro-batch",
-        "engine": f"{asked.engine}, {asked.num_ranks} rank(s), {job.optimizer}",
+        "engine": f"{asked.engine}, {asked.num_ranks} rank(s), {job.optimizer}"
+        + (f"; {job.sequence_ranks} share each row" if job.sequence_ranks > 1 else ""),
         "card": f"{job.card.name}, {gib(job.card.memory_bytes)}",
         "may be used": f"{gib(job.available_bytes)}: less {gib(CONTEXT_BYTES)} for CUDA and others, and a "
         f"margin of {MARGIN_SHARE:.0%} for gaps and scratch space; on the host {gib(job.host_bytes)} a rank",
@@ -234,6 +243,7 @@ def table_of_bytes(console: Console, plan: Plan, job: Job) -> None:
 
 def print_choice(console: Console, job: Job, plan: Plan, length: int, *, is_asked: bool) -> None:
     config, seconds = plan.config, plan.time.seconds
+    tokens = length * job.num_rows / job.sequence_ranks
     console.print(
         f"{'as configured' if is_asked else 'what would fit'}: chunk_size: {config.chunk_size}, "
         f"layers_per_group: {config.layers_per_group}, retained_chunks: {config.retained_chunks}, "
@@ -241,7 +251,7 @@ def print_choice(console: Console, job: Job, plan: Plan, length: int, *, is_aske
         f"{str(config.keeps_attention).lower()}, chunk_offload: {config.offload}"
     )
     console.print(
-        f"a step takes about {seconds:,.1f} s, {length * job.num_rows / seconds:,.0f} tokens/s a rank "
+        f"a step takes about {seconds:,.1f} s, {tokens / seconds:,.0f} tokens/s a rank "
         "(predicted from FLOPs, bytes moved and the card's ceilings, not measured)"
     )
     if not job.sizes.is_counted:

@@ -31,6 +31,11 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default="sft",
         help="whose config; default: sft",
     )
+    parser.add_argument(
+        "--sequence-parallel",
+        type=int,
+        help="ranks that share the tokens of a row; default: the config's sequence_parallel_size",
+    )
     parser.add_argument("--simulate", action="store_true", help="run the real code under fake tensors, too")
     parser.set_defaults(run=_plan)
 
@@ -42,7 +47,16 @@ def _plan(arguments: argparse.Namespace, options_given: list[str]) -> int:
     from chunkdist.cli.plan_options import PlanOptions
     from chunkdist.train.options.arguments import parse_options
 
-    names = ("card", "memory_gib", "host_gib", "length", "engine", "num_ranks", "simulate")
+    names = (
+        "card",
+        "memory_gib",
+        "host_gib",
+        "length",
+        "engine",
+        "num_ranks",
+        "sequence_parallel",
+        "simulate",
+    )
     asked = PlanOptions(**{name: getattr(arguments, name) for name in names})
     with tempfile.TemporaryDirectory() as folder:  # arguments make their folder, and nothing is to be written
         silent = ["--output_dir", folder, "--report_to", "none", "--push_to_hub", "false"]

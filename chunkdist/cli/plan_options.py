@@ -17,6 +17,8 @@ class PlanOptions:
         memory_gib: Overrides the card's memory, in GiB.
         host_gib: Host memory for one rank.
         length: Tokens of a row; `None`: the config's `max_length`.
+        sequence_parallel: Ranks that share the tokens of a row; `None`: the config's
+            `sequence_parallel_size`.
     """
 
     card: str = "rtx3090"
@@ -25,6 +27,7 @@ class PlanOptions:
     length: int | None = None
     engine: EngineName = "single"
     num_ranks: int = 1
+    sequence_parallel: int | None = None
     simulate: bool = False
 
     @property
@@ -33,7 +36,7 @@ class PlanOptions:
         return card if self.memory_gib is None else replace(card, memory_bytes=int(self.memory_gib * GIB))
 
     def __post_init__(self) -> None:
-        for name in ("memory_gib", "length", "num_ranks"):
+        for name in ("memory_gib", "length", "num_ranks", "sequence_parallel"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {value} plans for nothing: write more than 0")

@@ -16,12 +16,13 @@ from chunkdist.config import ChunkConfig
 from chunkdist.memory.cards import Card
 from chunkdist.memory.estimate import MemoryEstimate, estimate_memory
 from chunkdist.memory.model_sizes import ModelSizes
+from chunkdist.memory.row_parts import config_of_part, sizes_of_part
 from chunkdist.memory.sharded import SINGLE, Engine
 from chunkdist.memory.step_time import StepTime, step_time
 from chunkdist.models.flops import StepFlops
 
 CHUNK_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
-"""Below 512 tokens a GPU idles between kernels."""
+"""Tokens of a rank. Below 512 a GPU idles between kernels."""
 HEIGHTS = (1, 2, 4)
 """Beside all layers. Of groups in between, graphs and K/V gradients are more than inputs are less."""
 EQUAL = 1.02
@@ -43,6 +44,7 @@ class Job:
     Args:
         engine: The estimate is that of one of its ranks.
         optimizer, num_micro_batches: As in `estimate_memory`.
+        sequence_ranks: Ranks that share the tokens of each row.
         available_bytes: On the device, for weights and all else.
         host_bytes: On the host, for this rank.
     """
@@ -56,12 +58,19 @@ class Job:
     engine: Engine = SINGLE
     optimizer: str = ""
     num_micro_batches: int = 1
+    sequence_ranks: int = 1
+
+    @property
+    def sizes_of_part(self) -> ModelSizes:
+        """Sizes by token of one rank's part of the rows."""
+        return sizes_of_part(self.sizes, self.sequence_ranks)
 
     def estimate(self, config: ChunkConfig, num_tokens: int) -> MemoryEstimate:
+        """Of one rank, for rows of `num_tokens` on all ranks that share them."""
         return estimate_memory(
-            self.sizes,
-            config,
-            num_tokens=num_tokens,
+            self.sizes_of_part,
+            config_of_part(config, self.sequence_ranks),
+            num_tokens=-(-num_tokens // self.sequence_ranks),
             num_rows=self.num_rows,
             engine=self.engine,
             optimizer=self.optimizer,
@@ -180,7 +189,7 @@ def _plan(job: Job, config: ChunkConfig, num_tokens: int) -> Plan:
     estimate = job.estimate(config, num_tokens)
     waiting = sum(size for name, size in estimate.host.items() if name.endswith("on the host"))
     time = step_time(
-        job.sizes,
+        job.sizes_of_part,
         job.flops,
         config,
         job.card,
@@ -188,6 +197,7 @@ def _plan(job: Job, config: ChunkConfig, num_tokens: int) -> Plan:
         num_rows=job.num_rows,
         engine=job.engine,
         host_bytes=waiting,
+        sequence_ranks=job.sequence_ranks,
     )
     return Plan(config=config, estimate=estimate, time=time)
 
@@ -204,7 +214,8 @@ def _candidates(job: Job, config: ChunkConfig, num_tokens: int) -> Iterator[Chun
     num_layers = len(job.sizes.cells)
     chunk_sizes: list[int] = [int(config.chunk_size)] if config.chunk_size != "auto" else []
     if not chunk_sizes:
-        chunk_sizes = [size for size in CHUNK_SIZES if size < 2 * num_tokens] or [CHUNK_SIZES[0]]
+        every = [size * job.sequence_ranks for size in CHUNK_SIZES]
+        chunk_sizes = [size for size in every if size < 2 * num_tokens] or every[:1]
     heights: list[Any] = [config.layers_per_group]
     if config.layers_per_group == "auto":
         some = [height for height in HEIGHTS if height < num_layers]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from chunkdist.config import ChunkConfig
 from chunkdist.memory.cards import Card
 from chunkdist.memory.model_sizes import ModelSizes, Weights
+from chunkdist.memory.row_parts import exchanged_bytes
 from chunkdist.memory.sharded import SINGLE, Engine
 from chunkdist.models.flops import StepFlops, num_pairs
 
@@ -35,6 +36,7 @@ class StepTime:
         compute_s: Time of the cells and the head.
         host_s: Time of the copies to and from the host, beside them.
         collectives_s: Time of gathers and reductions, beside them.
+        exchange_s: Time of what ranks that share rows exchange in attention, between the kernels.
         num_chunks: Chunks of a row: a group's first chunk in the backward, and its last one in the forward,
             are waited for.
     """
@@ -43,11 +45,13 @@ class StepTime:
     host_s: float
     collectives_s: float
     num_chunks: int
+    exchange_s: float = 0.0
 
     @property
     def seconds(self) -> float:
         """The slowest of the three that run beside each other, and the copies that nothing runs beside."""
-        return max(self.compute_s, self.host_s, self.collectives_s) + self.host_s / self.num_chunks
+        slowest = max(self.compute_s + self.exchange_s, self.host_s, self.collectives_s)
+        return slowest + self.host_s / self.num_chunks
 
 
 def step_time(
@@ -60,6 +64,7 @@ def step_time(
     num_rows: int = 1,
     engine: Engine = SINGLE,
     host_bytes: int = 0,
+    sequence_ranks: int = 1,
 ) -> StepTime:
     """Predicted time of one forward and backward of one rank.
 
@@ -67,8 +72,9 @@ def step_time(
         config: Without `"auto"`.
         num_tokens: Tokens of a row, one sequence.
         host_bytes: What waits on the host: written once, read once.
+        sequence_ranks: Ranks that share the row; `sizes` are then those of one rank's part.
     """
-    num_layers, tokens = len(sizes.cells), num_tokens * num_rows
+    num_layers, tokens = len(sizes.cells), num_tokens * num_rows // sequence_ranks
     height = num_layers if config.layers_per_group == "all" else int(config.layers_per_group)
     chunk = min(int(config.chunk_size), num_tokens)
     num_chunks = -(-num_tokens // chunk)
@@ -87,6 +93,7 @@ def step_time(
     forward = flops.per_token / 3 - head
     matmul = tokens * (forward * passes + head * (2 + (sizes.head_numbers_trained > 0)))
     pairs = sum(cost / 3 * num_pairs(num_tokens, window) for window, cost in flops.per_pair) * num_rows
+    pairs /= sequence_ranks
     arithmetic_s = matmul / (card.flops * MATMUL_SHARE)
     backwards = 2.5
     attention_passes = backwards + (attention_passes - backwards) / _busy_share(sizes, flops, card, chunk)
@@ -97,6 +104,7 @@ def step_time(
     if config.rebuilds_kv and num_chunks > 1:
         runs += 0.5 if height == 1 else 1
     launches = _LAUNCH_S * num_layers * num_chunks * (runs * forward_launches + backward_launches)
+    sent = exchanged_bytes(sizes, config, tokens, again) * (sequence_ranks - 1) / sequence_ranks
     sharded = 0
     if engine.num_ranks > 1:
         every = sizes.all_weights
@@ -106,6 +114,7 @@ def step_time(
         host_s=2 * host_bytes / (card.host_bandwidth * LINK_SHARE),
         collectives_s=sharded / (card.link_bandwidth * LINK_SHARE),
         num_chunks=num_chunks,
+        exchange_s=sent / (card.link_bandwidth * LINK_SHARE),
     )
 
 

@@ -49,6 +49,19 @@ def test_the_plan_fits_and_more_memory_is_not_slower(job: Job) -> None:
     assert times[-1] < times[0]
 
 
+def test_ranks_that_share_rows(job: Job) -> None:
+    """Memory is cut by them but for two kinds of copies, time but for the exchange."""
+    shared = replace(job, sequence_ranks=4)
+    config = ChunkConfig(chunk_size=4096)
+    alone, part = (each.estimate(config, 65536) for each in (job, shared))
+    assert 0.25 <= part.sequence_bytes / alone.sequence_bytes <= 0.51  # 2 kv heads on 4 ranks are there twice
+    assert 3 * longest_length(job, AUTO) <= longest_length(shared, AUTO) <= 4 * longest_length(job, AUTO)
+    assert int(plan_step(shared, AUTO, 16384).config.chunk_size) % (4 * 512) == 0
+    times = [plan_as_configured(each, config, 65536).time for each in (job, shared)]
+    assert times[0].exchange_s == 0 < times[1].exchange_s
+    assert times[1].compute_s < times[0].compute_s / 2
+
+
 def test_what_is_set_stays(job: Job) -> None:
     asked = replace(AUTO, chunk_size=1024, offload="none")
     plan = plan_step(replace(job, available_bytes=1024 * MIB), asked, 8192)

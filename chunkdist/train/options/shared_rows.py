@@ -38,12 +38,12 @@ def check_shared_rows(
             "ranks, plain ones do not; write chunk_method: seco"
         )
     for name in AUTO_FIELDS:
-        if getattr(chunk_config, name) == "auto":
+        if will_train and getattr(chunk_config, name) == "auto":
             raise ValueError(
                 f"{name}=auto with sequence_parallel_size={size}: ranks might choose differently; write what "
                 "`chunkdist plan` prints"
             )
-    if int(chunk_config.chunk_size) % size:
+    if chunk_config.chunk_size != "auto" and chunk_config.chunk_size % size:
         fit = max(1, int(chunk_config.chunk_size) // size) * size
         raise ValueError(
             f"chunk_size={chunk_config.chunk_size} with sequence_parallel_size={size}: the ranks share each "
