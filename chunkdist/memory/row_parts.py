@@ -59,4 +59,5 @@ def _cell(cell: CellSizes, num_ranks: int, hidden_bytes: int) -> CellSizes:
         workspace_per_key=cell.workspace_per_key * repeated,
         kv_bytes=cell.kv_bytes * repeated,
         kv_numbers=cell.kv_numbers * repeated,
+        kv_heads=cell.kv_heads * repeated,
     )

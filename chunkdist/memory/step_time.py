@@ -96,7 +96,9 @@ def step_time(
     pairs /= sequence_ranks
     arithmetic_s = matmul / (card.flops * MATMUL_SHARE)
     backwards = 2.5
-    attention_passes = backwards + (attention_passes - backwards) / _busy_share(sizes, flops, card, chunk)
+    attention_passes = backwards + (attention_passes - backwards) / _busy_share(
+        sizes, flops, card, chunk / sequence_ranks
+    )
     arithmetic_s += pairs * attention_passes / (card.flops * ATTENTION_SHARE)
     moved = _bytes_moved(sizes, tokens=tokens, num_chunks=num_chunks, passes=passes)
     forward_launches, backward_launches = _LAUNCHES if trained == 1 else _LAUNCHES_OF_ADAPTERS
@@ -141,9 +143,13 @@ def _sum_bytes(weights: Weights) -> int:
     return 20 if weights.whole_trainable_bytes > 2 * weights.num_trainable else 12
 
 
-def _busy_share(sizes: ModelSizes, flops: StepFlops, card: Card, chunk_tokens: int) -> float:
+def _busy_share(sizes: ModelSizes, flops: StepFlops, card: Card, chunk_tokens: float) -> float:
     """The share of a card's multiprocessors that attention's forward keeps busy. A block of it has some
-    queries of one head, and all their keys: the last wave of blocks may be a small one."""
+    queries of one head, and all their keys: the last wave of blocks may be a small one.
+
+    Args:
+        chunk_tokens: With all heads; ranks that share rows have more tokens, and as many times fewer heads.
+    """
     attending = [cell for cell in sizes.cells if cell.kv_heads]
     if not attending:
         return 1.0
