@@ -35,11 +35,15 @@ def test_bytes_do_not_grow_with_the_chunks(two_ranks: Ranks, rebuild_kv: bool) -
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"layers_per_group": 2, "retained_chunks": 2}, {"rebuild_kv": False}]
+    "settings",
+    [
+        {"keep_attention": False},
+        {"keep_attention": False, "layers_per_group": 2, "retained_chunks": 2},
+        {"keep_attention": True, "rebuild_kv": False},
+    ],
 )
 def test_memory_is_cut_by_the_ranks(two_ranks: Ranks, settings: dict[str, Any]) -> None:
     for alone, shared, formula in two_ranks.run(peaks, 4096, settings):
-        print(settings, alone, shared, formula)
         assert shared <= 1.05 * alone / 2
         assert formula == pytest.approx(shared, rel=0.05)
 

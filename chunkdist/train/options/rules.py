@@ -60,6 +60,7 @@ RANGES: dict[str, Range] = {
     "per_device_train_batch_size": _COUNT,
     "per_device_eval_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
+    "sequence_parallel_size": _COUNT,
     "eval_accumulation_steps": _COUNT,
     "save_total_limit": Range(low=1, or_word=", or leave it out to keep all"),
     "torch_empty_cache_steps": _COUNT,
