@@ -152,7 +152,7 @@ CHUNKS: list[tuple[dict[str, Any], str]] = [
     ({"chunk_offload": "disk"}, "chunk_offload: 'disk'"),
     ({"chunk_kv_grad_dtype": "int8"}, "chunk_kv_grad_dtype: 'int8'"),
     ({"pipeline_stages": 0}, "pipeline_stages=0"),
-    ({"sequence_parallel_size": 0}, "sequence_parallel_size=0: write at least 1"),
+    ({"sequence_parallel_size": 0}, "sequence_parallel_size=0: write 1 or more"),
     ({"sequence_parallel_size": 2}, "sequence_parallel_size=2 with 1 rank(s): start a multiple of 2"),
 ]
 
