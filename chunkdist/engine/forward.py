@@ -101,16 +101,14 @@ def running(
         group = context.sequence_group(decoder.training)
         if group is None:
             images = why_with_images(arguments)
+            known = {"has_positions": arguments.get("position_ids") is not None}
             context.stream, layout = read_stream(
                 arguments,
                 chunk_size,
                 cut_at_segments=context.has_state,
-                why_rows=lambda num_tokens: images or why_rows(decoder, num_tokens),
+                why_rows=lambda num_tokens: images or why_rows(decoder, num_tokens, **known),
                 why_right_padding=lambda num_tokens: (
-                    images
-                    or why_right_padding(
-                        decoder, num_tokens, has_positions=arguments.get("position_ids") is not None
-                    )
+                    images or why_right_padding(decoder, num_tokens, **known)
                 ),
                 min_shared=partial(
                     least_shared_tokens, context.config, decoder, has_state=context.has_state, images=images

@@ -37,9 +37,16 @@ def refuse_segments(model: nn.Module, longest: int) -> None:
             )
 
 
-def why_rows(model: nn.Module, num_tokens: int) -> str | None:
-    """Why rows of `num_tokens` tokens, padding included, cannot become one stream; `None`: they can."""
+def why_rows(model: nn.Module, num_tokens: int, *, has_positions: bool) -> str | None:
+    """Why rows of `num_tokens` tokens, padding included, cannot become one stream; `None`: they can.
+
+    Args:
+        has_positions: Whether the caller passed position_ids. Else a stream passes them, counted from 0;
+            where they are not rotary, the model may count from elsewhere (RoBERTa: from its padding_idx).
+    """
     name = type(model).__name__
+    if not has_positions and not _rope_parameters(model):
+        return f"{name} has no rotary embedding, and numbers its positions itself: pass position_ids"
     if not _takes_positions(model):
         return f"{name} takes no position_ids, which would say where sequences begin"
     for kind, limit in _limits(model):
@@ -55,7 +62,7 @@ def why_right_padding(model: nn.Module, num_tokens: int, *, has_positions: bool)
         has_positions: Whether the caller passed position_ids.
     """
     if has_positions or _rope_parameters(model):
-        return why_rows(model, num_tokens)
+        return why_rows(model, num_tokens, has_positions=has_positions)
     return (
         f"{type(model).__name__} has no rotary embedding, so its positions would count the padding: pass "
         "position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)"

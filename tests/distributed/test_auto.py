@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 def test_all_ranks_choose_for_the_least_memory_and_the_longest_row(two_ranks: Ranks) -> None:
-    rich, poor = 512 * MIB, 32 * MIB
+    rich, poor = 512 * MIB, 16 * MIB
     mixed = two_ranks.run(chosen_by_rank, (rich, poor), (4096, 2048))
     alike = two_ranks.run(chosen_by_rank, (poor, poor), (4096, 4096))
     roomy = two_ranks.run(chosen_by_rank, (rich, rich), (4096, 4096))

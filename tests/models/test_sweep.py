@@ -14,6 +14,7 @@ import chunkdist.attention.function as attention_function
 import chunkdist.attention.node as attention_node
 import chunkdist.models.layers as model_layers
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model
+from chunkdist.engine.layout import DecoderCall
 from chunkdist.engine.probe import LayerProbe
 from chunkdist.models.exact_classes import CLASSES, IMAGE_CLASSES, TRANSFORMERS_VERSION
 from chunkdist.stores.kv_store import KVStore
@@ -167,7 +168,8 @@ def test_sees_state_that_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_decoder_that_is_passed_by_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "chunkdist.engine.chunked_model.running", lambda context, decoder, args, kwargs: nullcontext(kwargs)
+        "chunkdist.engine.chunked_model.running",
+        lambda context, decoder, args, kwargs, begin: nullcontext(DecoderCall(args, kwargs)),
     )
     record = run_class("LlamaForCausalLM")
     assert record.outcome == "refused"

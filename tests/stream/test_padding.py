@@ -194,7 +194,9 @@ def test_an_argument_whose_tokens_cannot_be_told() -> None:
     inputs = padded_batch([37, 20])
     with pytest.raises(UnsupportedModelError, match=r"the decoder gets other of shape \(3, 37\) with rows"):
         chunk_model(tiny_llama(), CONFIG).model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], other=torch.ones(3, 37)
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            other=torch.arange(111).view(3, 37),
         )
 
 
