@@ -62,7 +62,7 @@ def formula_and_count_of_zero3(lora: bool, released: bool) -> tuple[int, int]:
     num_tokens, hidden = 768, 256
     model: nn.Module = tiny_llama(dtype=torch.float32, hidden_size=hidden, intermediate_size=3 * hidden)
     model = with_lora(model) if lora else model  # type: ignore[arg-type]
-    config = ChunkConfig(chunk_size=128)
+    config = ChunkConfig(chunk_size=128, keep_attention=False)
     sizes = ModelSizes.for_config(chunk_model(model, config), config)
     engine = Engine(
         name="zero3",
