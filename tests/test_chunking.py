@@ -240,10 +240,8 @@ def test_the_random_numbers_of_dropout_are_replayed(height: int) -> None:
     assert largest_difference(rerun, kept) < EXACT
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("chunkdist.replay.RngState.restore", lambda self: None)
-        broken = grads(0)
-    assert (
-        max((broken[name] - kept[name]).norm() / kept[name].norm() for name in kept if name != "loss") > 0.1
-    )
+        with pytest.raises(UnsupportedModelError, match="came to other hidden states when it was run again"):
+            grads(0)
 
 
 def test_autocast_is_replayed() -> None:

@@ -65,7 +65,7 @@ def test_the_launcher_asks_unless_told_to_use_the_cpu(monkeypatch: pytest.Monkey
     def refuse() -> None:
         raise RuntimeError("an idle GPU")
 
-    monkeypatch.setattr("chunkdist.train.options.arguments.refuse_idle_gpu", refuse)
+    monkeypatch.setattr("chunkdist.train.options.run_arguments.refuse_idle_gpu", refuse)
     arguments = ["--config", "configs/quickstart.yaml", "--report_to", "none", "--tf32", "false"]
     with pytest.raises((RuntimeError, ValueError), match="an idle GPU"):
         parse_options(arguments)
