@@ -88,9 +88,8 @@ def errors(backend: Backend, case: Case, device: str, dtype: torch.dtype) -> dic
 def _inputs(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:
     """q, k, v and the output's gradient."""
     generator = torch.Generator().manual_seed(0)
-    num_keys = case.num_before + case.num_queries
     queries = (case.num_queries, case.num_heads, case.head_dim)
-    keys = (num_keys, case.num_kv_heads, case.head_dim)
+    keys = (case.num_before + case.num_queries, case.num_kv_heads, case.head_dim)
     return [
         torch.randn(shape, generator=generator).to(device, dtype) for shape in (queries, keys, keys, queries)
     ]
@@ -99,8 +98,7 @@ def _inputs(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:
 def _run(backend: Backend, case: Case, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> list[Tensor]:
     row = AttentionRow(q, k, v, case.spans, case.variant)
     out, lse = backend.forward(row)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    before = torch.ones((), dtype=wide, device=q.device)
+    before = torch.ones((), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     kv_grads = before.expand(k.shape).clone(), before.expand(v.shape).clone()
     dq = backend.backward(row, RowGradient(grad_out, out, lse, kv_grads))
     return [out, lse, dq, *(grad - before for grad in kv_grads)]
@@ -118,12 +116,8 @@ def rates(
     given = RowGradient(grad_out, out, lse, kv_grads)
     backward_s = median_s(lambda: backend.backward(row, given), min_run_s=min_run_s)
     pairs = case.num_queries * (case.num_before + (case.num_queries + 1) / 2) * case.num_heads * case.head_dim
-    return {
-        "forward_s": forward_s,
-        "backward_s": backward_s,
-        "forward_flops": 4 * pairs / forward_s,
-        "backward_flops": 10 * pairs / backward_s,
-    }
+    found = {"forward_s": forward_s, "backward_s": backward_s}
+    return found | {"forward_flops": 4 * pairs / forward_s, "backward_flops": 10 * pairs / backward_s}
 
 
 def measure(

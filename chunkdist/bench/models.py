@@ -84,7 +84,5 @@ def set_checkpointing(model: Any, on: bool, **settings: Any) -> None:
     """Hugging Face's gradient checkpointing, under the name that this version of transformers has for it."""
     # `activation_*` is new in transformers 5, the old names go with version 6: then this needs no choice
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
-        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False, **settings})
-    else:
-        getattr(model, f"{name}_checkpointing_disable")()
+    change = getattr(model, f"{name}_checkpointing_{'enable' if on else 'disable'}")
+    change({"use_reentrant": False, **settings}) if on else change()

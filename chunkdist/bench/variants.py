@@ -89,9 +89,8 @@ def chunked(
     sizes, and with groups of so many layers."""
 
     def variant(name: str, size: int = chunk_size, **settings: Any) -> Variant:
-        return Variant(
-            name=name, config=ChunkConfig(**{"chunk_size": size, "keep_attention": True, **settings})
-        )
+        settings = {"chunk_size": size, "keep_attention": True, **settings}
+        return Variant(name=name, config=ChunkConfig(**settings))
 
     auto: Any = dict.fromkeys(AUTO_FIELDS, "auto")
     return [
