@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import importlib.util
 import json
 import lzma
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -33,11 +36,15 @@ COMPRESSIONS = (*_OPENERS, ".zst")
 
 def reader_of(path: Path) -> str | None:
     """The reader of `datasets` for a file, by its ending (`.jsonl`, `.csv.gz`); `None`: there is none."""
+    ending = _ending(path)
+    is_compressed = path.suffix.lower() in COMPRESSIONS
+    return None if is_compressed and ending == ".parquet" else READERS.get(ending)
+
+
+def _ending(path: Path) -> str:
+    """In lower case, without that of a compression."""
     ending = path.suffix.lower()
-    if ending in COMPRESSIONS:
-        ending = Path(path.stem).suffix.lower()
-        return None if ending == ".parquet" else READERS.get(ending)
-    return READERS.get(ending)
+    return Path(path.stem).suffix.lower() if ending in COMPRESSIONS else ending
 
 
 def readable_endings() -> str:
@@ -53,7 +60,8 @@ def load_file(path: Path, *, streaming: bool) -> dict[str, Dataset | IterableDat
     reader = reader_of(path)
     assert reader is not None
     refuse_unreadable(path)
-    separator = {"sep": "\t"} if ".tsv" in path.suffixes else {}
+    _refuse_cells_without_column(path)
+    separator = {"sep": "\t"} if _ending(path) == ".tsv" else {}
     try:
         loaded = datasets.load_dataset(reader, data_files=str(path), streaming=streaming, **separator)
     except Exception as error:
@@ -78,8 +86,15 @@ def load_folder(path: Path, *, streaming: bool) -> dict[str, Dataset | IterableD
     files = files_of(path)
     if not files:
         raise ValueError(f"dataset_name='{path}' is a folder without {readable_endings()}")
+    kinds = sorted({_ending(file) for file in files})
+    if len({".json" if kind == ".jsonl" else kind for kind in kinds}) > 1:
+        raise ValueError(
+            f"dataset_name='{path}' has files of several kinds ({', '.join(kinds)}), of which one would "
+            "be read: leave one kind in it, or name a file"
+        )
     for file in files:
         refuse_unreadable(file)
+        _refuse_cells_without_column(file)
     try:
         return dict(datasets.load_dataset(str(path), streaming=streaming))
     except Exception as error:
@@ -113,6 +128,22 @@ def refuse_broken(path: Path) -> None:
                 raise ValueError(f"{path}, line {number}: {fault}")
     except (OSError, EOFError, lzma.LZMAError) as error:  # of decompressing
         raise ValueError(f"{path} cannot be read after line {number}: {root_message(error)}") from error
+
+
+def _refuse_cells_without_column(path: Path) -> None:
+    """Raises where the first row of a table has more cells than its header: pandas takes the first ones for
+    an index, and datasets leaves them out."""
+    if reader_of(path) != "csv":
+        return
+    lines = (line.decode(errors="replace") for _, line in _lines(path))
+    first: list[list[str]] = []
+    with suppress(OSError, EOFError, lzma.LZMAError, csv.Error):  # datasets meets it, too
+        first = list(islice(csv.reader(lines, delimiter="\t" if _ending(path) == ".tsv" else ","), 2))
+    if len(first) == 2 and len(first[1]) > len(first[0]):
+        raise ValueError(
+            f"{path}, line 2: has {len(first[1])} cells, and the header {len(first[0])}: put quotation marks "
+            "around text with a separator in it"
+        )
 
 
 def root_message(error: BaseException) -> str:

@@ -100,6 +100,30 @@ def test_folders_of_files_and_of_save_to_disk(tmp_path: Path) -> None:
     assert list(load_splits(str(tmp_path / "many"))) == ["valid"]
 
 
+def test_a_folder_of_several_kinds(tmp_path: Path) -> None:
+    """Of which datasets would read the commonest."""
+    jsonl(tmp_path / "a.jsonl", *ROWS)
+    for name in ("b.csv", "c.csv"):
+        (tmp_path / name).write_text("text\none\n")
+    with pytest.raises(ValueError, match=r"has files of several kinds \(\.csv, \.jsonl\)"):
+        load_splits(str(tmp_path))
+    (tmp_path / "a.jsonl").unlink()
+    assert load_splits(str(tmp_path))["train"].column_names == ["text"]
+
+
+def test_more_cells_than_columns(tmp_path: Path) -> None:
+    """pandas takes the first ones for an index."""
+    table = tmp_path / "t.csv"
+    table.write_text("text\nhello, world\nfoo, bar\n")
+    for name in (table, tmp_path):
+        with pytest.raises(ValueError, match=r"t\.csv, line 2: has 2 cells, and the header 1"):
+            load_splits(str(name))
+    table.write_text('text\n"hello, world"\n')
+    assert load_splits(str(table))["train"].to_list() == [{"text": "hello, world"}]
+    (tmp_path / "u.TSV").write_text("text\na, b\n")
+    assert load_splits(str(tmp_path / "u.TSV"))["train"].to_list() == [{"text": "a, b"}]
+
+
 def test_the_standard_library_has_a_train_and_a_test_split() -> None:
     splits = load_splits("python-stdlib", corpus_max_bytes=800_000)
     assert set(splits) == {"train", "test"}

@@ -160,7 +160,7 @@ def _named(folder: Path, checkpoint: Path) -> Resumption:
     own, record = RunRecord.read(folder), RunRecord.read(checkpoint)
     run = None
     if own is not None and record is not None and own.run == record.run:
-        last = next((path for path in _newest_first(folder) if _run_of(path) == own.run), checkpoint)
+        last = next((path for path in _newest_first(folder) if run_of(path) == own.run), checkpoint)
         run = own.run if last.resolve() == checkpoint.resolve() else None
     return Resumption(checkpoint=checkpoint, run=run, was_asked=True)
 
@@ -170,8 +170,8 @@ def delete_older(folder: Path, limit: int | None, *, newest: Path, best: str | N
     Those of other runs stay: transformers would count them, and delete by their step or age."""
     if limit is None or limit <= 0:
         return
-    run = _run_of(newest)
-    own = [path for path in _newest_first(folder) if _run_of(path) == run]
+    run = run_of(newest)
+    own = [path for path in _newest_first(folder) if run_of(path) == run]
     kept = [path for path in own if path == newest or (best is not None and path == Path(best))]
     others = [path for path in own if path not in kept]
     for path in others[max(0, limit - len(kept)) :]:
@@ -183,7 +183,7 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(paths, key=_step, reverse=True)
 
 
-def _run_of(checkpoint: Path) -> str | None:
+def run_of(checkpoint: Path) -> str | None:
     record = RunRecord.read(checkpoint)
     return None if record is None else record.run
 

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from chunkdist.train.checkpoints.model_parts import first_words, save_parts
 from chunkdist.train.checkpoints.run_record import RunRecord
 from chunkdist.train.checkpoints.saving import is_disk_full
-from chunkdist.train.checkpoints.whole import delete_older, whole_checkpoint
+from chunkdist.train.checkpoints.whole import delete_older, run_of, whole_checkpoint
 from chunkdist.train.launch.output import print_once
 
 
@@ -82,8 +82,8 @@ class KeptTrainer(Trainer):
         """
         args, state = self.args, self.state
         target = Path(super()._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        best = target.parent / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        best_checkpoint = str(best) if best == target or best.is_dir() else state.best_model_checkpoint
+        is_best = state.best_global_step == state.global_step
+        best_checkpoint = str(target) if is_best else self._best_checkpoint(target.parent)
         limit, push = args.save_total_limit, args.push_to_hub
         with whole_checkpoint(target, args, self.accelerator.wait_for_everyone) as folder:
             self._checkpoints, args.save_total_limit, args.push_to_hub = folder, None, False
@@ -100,6 +100,13 @@ class KeptTrainer(Trainer):
             self._push_from_checkpoint(str(target))
         if args.should_save:
             delete_older(target.parent, limit, newest=target, best=best_checkpoint)
+
+    def _best_checkpoint(self, folder: Path) -> str | None:
+        """The checkpoint of the best evaluation: this run's in `folder`, which may have been moved, or, where
+        there is none, the one that was noted, also of a run that this one goes on from."""
+        best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        is_own = best.is_dir() and (self.run is None or run_of(best) == self.run.run)
+        return str(best) if is_own else self.state.best_model_checkpoint
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Transformers' own; where it fails, the weights are written all the same, and what else can be."""
@@ -121,6 +128,15 @@ class KeptTrainer(Trainer):
         """Transformers' own, but a callback that fails (a tracker without its network) loses no weights, and
         checkpoints of other runs stay."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        state = self.state
+        if self.args.load_best_model_at_end:
+            state.best_model_checkpoint = self._best_checkpoint(Path(super()._get_output_dir(trial)))
+            if state.best_global_step and state.best_model_checkpoint is None:
+                raise RuntimeError(
+                    f"load_best_model_at_end=True, but checkpoint-{state.best_global_step}, of the best "
+                    f"evaluation, is not there any more: put it back into {self.args.output_dir} and "
+                    "resume, or resume with load_best_model_at_end: false for the last weights"
+                )
         try:
             result: TrainOutput = super()._finalize_training(trial, num_train_samples, start_time)  # type: ignore[no-untyped-call]
         except Exception as error:

@@ -205,6 +205,28 @@ def test_the_best_evaluation_is_what_is_saved(launcher: Any, model: Path) -> Non
         assert state["best_model_checkpoint"] == str(out / "checkpoint-1")
 
 
+def test_the_best_evaluation_of_a_run_that_goes_on_elsewhere(
+    launcher: Any, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder was moved, or it goes on in one with a checkpoint of the same step of another run; and its
+    best checkpoint is lost."""
+    values = {**BEST, "save_steps": 1, "max_steps": 3, "lr_scheduler_type": "constant"}
+    first, moved, other = (model.parent / name for name in ("first", "moved", "other"))
+    assert run(launcher, model, **{**values, "load_best_model_at_end": False}, seed=7, output_dir=other) == 0
+    assert run(launcher, model, **values, output_dir=first) == 0
+    from_first = {**values, "resume_from_checkpoint": first / "checkpoint-2", "output_dir": other}
+    assert run(launcher, model, **from_first) == 0
+    assert_equal(weights(other), weights(first / "checkpoint-1"))
+    first.rename(moved)
+    (moved / "model.safetensors").unlink()
+    at_its_end = {**values, "resume_from_checkpoint": True, "output_dir": moved}
+    assert run(launcher, model, **at_its_end) == 0
+    assert_equal(weights(moved), weights(moved / "checkpoint-1"))
+    shutil.rmtree(moved / "checkpoint-1")
+    assert run(launcher, model, **at_its_end) != 0
+    assert "checkpoint-1, of the best evaluation, is not there any more" in capsys.readouterr().err
+
+
 def test_a_callback_finds_the_checkpoint_that_was_saved(
     launcher: Any, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
