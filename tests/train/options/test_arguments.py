@@ -181,7 +181,6 @@ def test_the_configs_of_the_repository_are_fit(name: str, monkeypatch: pytest.Mo
     ("values", "message"),
     [
         ({"chunk_method": "none"}, "chunk_method=none with sequence_parallel_size=8"),
-        ({"chunk_size": "auto"}, "chunk_size=auto with sequence_parallel_size=8: .*chunkdist plan"),
         ({"chunk_size": 12}, "chunk_size=12 with sequence_parallel_size=8: .*such as 8"),
         ({"pipeline_stages": 2}, "pipeline_stages=2 with sequence_parallel_size=8"),
         ({"oom": "shrink"}, "oom=shrink with sequence_parallel_size=8"),
@@ -193,6 +192,15 @@ def test_what_sequence_parallelism_excludes(tmp_path: Path, values: dict[str, An
     given = options(tmp_path, **{"chunk_size": 16, "sequence_parallel_size": 8, **values})
     with pytest.raises(ValueError, match=message):
         check_shared_rows(given, given.chunk.chunk_config(), will_train=False)
+
+
+def test_what_ranks_that_share_rows_cannot_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan may."""
+    monkeypatch.setattr("chunkdist.train.options.shared_rows.num_launched_ranks", lambda: 8)
+    given = options(tmp_path, chunk_size="auto", sequence_parallel_size=8)
+    check_shared_rows(given, given.chunk.chunk_config(), will_train=False)
+    with pytest.raises(ValueError, match="chunk_size=auto with sequence_parallel_size=8: .*chunkdist plan"):
+        check_shared_rows(given, given.chunk.chunk_config())
 
 
 def test_ranks_are_a_multiple_of_those_that_share_rows(tmp_path: Path) -> None:
