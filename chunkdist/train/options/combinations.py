@@ -279,7 +279,13 @@ def check_options(options: TrainingOptions, *, will_train: bool = True) -> Chunk
         check_kind(options)
     check_pipeline(options, chunk_config, will_train=will_train)
     check_shared_rows(options, chunk_config, will_train=will_train)
-    check_shrinking(options, shards_weights=bool(training.fsdp) or launcher_wants_fsdp())
+    is_fsdp = bool(training.fsdp) or launcher_wants_fsdp()
+    if is_fsdp and training.save_only_model:
+        raise ValueError(
+            "save_only_model=True with FSDP2: its checkpoints hold no weights alone; write false (the trained "
+            "model is saved whole at the end)"
+        )
+    check_shrinking(options, shards_weights=is_fsdp)
     if options.chunk.chunk_packing:
         check_packing(options)
     dataset_kwargs = training.dataset_kwargs

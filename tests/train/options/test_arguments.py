@@ -199,7 +199,7 @@ def test_what_ranks_that_share_rows_cannot_choose(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("chunkdist.train.options.shared_rows.num_launched_ranks", lambda: 8)
     given = options(tmp_path, chunk_size="auto", sequence_parallel_size=8)
     check_shared_rows(given, given.chunk.chunk_config(), will_train=False)
-    with pytest.raises(ValueError, match="chunk_size=auto with sequence_parallel_size=8: .*chunkdist plan"):
+    with pytest.raises(ValueError, match=r"chunk_size=auto with sequence_parallel_size=8: .*chunkdist plan"):
         check_shared_rows(given, given.chunk.chunk_config())
 
 
