@@ -282,8 +282,8 @@ def check_options(options: TrainingOptions, *, will_train: bool = True) -> Chunk
     is_fsdp = bool(training.fsdp) or launcher_wants_fsdp()
     if is_fsdp and training.save_only_model:
         raise ValueError(
-            "save_only_model=True with FSDP2: its checkpoints hold no weights alone; write false (the trained "
-            "model is saved whole at the end)"
+            "save_only_model=True with FSDP2: its checkpoints hold no weights alone; write false (the "
+            "trained model is saved whole at the end)"
         )
     check_shrinking(options, shards_weights=is_fsdp)
     if options.chunk.chunk_packing:
