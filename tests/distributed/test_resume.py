@@ -209,16 +209,10 @@ def test_what_is_pushed_and_what_on_save_finds(two_ranks: Ranks, folder: Path, e
     assert len({x for _, x in during}) == len(expected) // 2
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_checkpoints_of_weights_alone(two_ranks: Ranks, folder: Path, engine: str) -> None:
-    options = {**OPTIONS, "max_steps": 2, "save_only_model": True, "chunk_method": "seco", "spaco_budget": 8}
-    answers = two_ranks.run(train_in_vain, *arguments_of(engine, folder, ROWS, **options))
-    if engine == "fsdp2":
-        assert [status for status, _ in answers] == [2, 2], answers[0][1]
-        assert "save_only_model" in answers[0][1]
-        assert not list((folder / "out").glob("checkpoint-*"))
-        return
-    assert [status for status, _ in answers] == [0, 0]
+    """Of FSDP2: tests/train/options/test_arguments.py."""
+    run(two_ranks, engine, folder, max_steps=2, save_only_model=True, chunk_method="seco", spaco_budget=8)
     saved = load_file(folder / "out" / "checkpoint-2" / "model.safetensors")
     for name, value in load_file(folder / "out" / "model.safetensors").items():
         assert torch.equal(value, saved[name]), name

@@ -194,6 +194,14 @@ def test_what_sequence_parallelism_excludes(tmp_path: Path, values: dict[str, An
         check_shared_rows(given, given.chunk.chunk_config(), will_train=False)
 
 
+def test_fsdp2_has_no_checkpoints_of_weights_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = options(tmp_path, chunk_size=16, save_only_model=True)
+    check_options(given)
+    monkeypatch.setattr("chunkdist.train.options.combinations.launcher_wants_fsdp", lambda: True)
+    with pytest.raises(ValueError, match=r"save_only_model=True with FSDP2: .*write false"):
+        check_options(given)
+
+
 def test_what_ranks_that_share_rows_cannot_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan may."""
     monkeypatch.setattr("chunkdist.train.options.shared_rows.num_launched_ranks", lambda: 8)
