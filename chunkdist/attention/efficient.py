@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from chunkdist.attention.base import AttentionRow, AttentionVariant, RowGradient
 from chunkdist.attention.first_use import what_is_wrong
 from chunkdist.attention.prefix_and_diagonal import joined
-from chunkdist.attention.varlen import in_head_parts, must_be_deterministic
+from chunkdist.attention.varlen import in_head_parts, must_be_deterministic, why_no_nvidia_gpu
 
 _ALL, _CAUSAL_FROM_BOTTOM_RIGHT = 0, 2
 _LSE_MULTIPLE = 32
@@ -49,10 +49,8 @@ class EfficientBackend:
             return f"it takes head dims that 8 divides here, this one is {q.shape[-1]}"
         if isinstance(q, FakeTensor):
             return None
-        if q.device.type != "cuda":
-            return f"it runs on an NVIDIA GPU, the tensors are on {q.device.type}"
-        if torch.version.hip is not None:
-            return "it runs on an NVIDIA GPU, this torch is built for ROCm"
+        if (why_not := why_no_nvidia_gpu(q)) is not None:
+            return why_not
         if must_be_deterministic():
             return "its backward is not deterministic"
         if q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) < (8, 0):

@@ -91,7 +91,7 @@ def _read(function: Any) -> tuple[ChunkMask, bool]:
 
 
 def _name_of(function: Any) -> str:
-    """Of what has made a mask function."""
+    """The name of what has made a mask function."""
     name: str = getattr(function, "__qualname__", type(function).__name__)
     return name.partition(".")[0]
 

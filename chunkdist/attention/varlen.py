@@ -202,6 +202,16 @@ def readable_lse(lse_NT: Tensor, q: Tensor) -> Tensor:
     return lse_NT.contiguous()
 
 
+def why_no_nvidia_gpu(q: Tensor) -> str | None:
+    """Why kernels for NVIDIA GPUs cannot take `q`; `None`: they can."""
+    if q.device.type != "cuda":
+        return f"it runs on an NVIDIA GPU, the tensors are on {q.device.type}"
+    if torch.version.hip is not None:
+        # torch 2.11 lays the log-sum-exp out as (sequences, N, max_q) there
+        return "it runs on an NVIDIA GPU, this torch is built for ROCm"
+    return None
+
+
 def why_no_kernel(q: Tensor) -> str | None:
     """The limits of flash-attn 2's kernels, whoever built them. Fake tensors pass on any device."""
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -211,11 +221,8 @@ def why_no_kernel(q: Tensor) -> str | None:
         return f"it takes head dims up to {MAX_HEAD_DIM} that 8 divides, this one is {head_dim}"
     if isinstance(q, FakeTensor):
         return None
-    if q.device.type != "cuda":
-        return f"it runs on an NVIDIA GPU, the tensors are on {q.device.type}"
-    if torch.version.hip is not None:
-        # torch 2.11 lays the log-sum-exp out as (sequences, N, max_q) there
-        return "it runs on an NVIDIA GPU, this torch is built for ROCm"
+    if (why_not := why_no_nvidia_gpu(q)) is not None:
+        return why_not
     major, minor = torch.cuda.get_device_capability(q.device)
     if major < 8:
         return f"it needs compute capability 8.0, the GPU has {major}.{minor}"

@@ -213,7 +213,7 @@ def _speed(device: torch.device) -> Finding:
 
 
 def _plan(device: torch.device) -> Finding:
-    """Of Llama-3-8B with LoRA on this card."""
+    """The plan of Llama-3-8B with LoRA on this card."""
     if device.type == "cpu":
         return Finding(what="plan", found="without a GPU: `chunkdist plan CONFIG --card NAME`")
     with torch.device("meta"):

@@ -44,7 +44,7 @@ def environment_rows() -> list[tuple[str, str]]:
 
 
 def version_of(package: str) -> str:
-    """Of an installed package."""
+    """The version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

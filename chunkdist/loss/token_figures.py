@@ -20,7 +20,7 @@ from chunkdist.recovery import attempt, zeros
 from chunkdist.replay import AutocastState
 
 NAMES = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-"""Of TRL's `FusedCausalLMOutput`. The first two have gradients."""
+"""Fields of TRL's `FusedCausalLMOutput`. The first two have gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ def _figures(logits_NV: Tensor, labels_N: Tensor, head: Head) -> dict[str, Tenso
 def _gradients(
     ctx: Any, needed: list[Tensor | None], grad_log_probs_N: Tensor | None, grad_entropy_N: Tensor | None
 ) -> list[Tensor | None]:
-    """Of the hidden states, the weight and the bias, where needed; those of weights are summed in fp32."""
+    """Gradients of the hidden states, the weight and the bias, where needed; weights' are summed in fp32."""
     head: Head = ctx.head
     hidden_NH, weight_VH, bias_V, labels_N, logsumexp_N, entropy_N = ctx.saved_tensors
     grad_hidden_NH = None if needed[0] is None else torch.zeros_like(hidden_NH)

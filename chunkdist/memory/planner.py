@@ -66,7 +66,7 @@ class Job:
         return sizes_of_part(self.sizes, self.sequence_ranks)
 
     def estimate(self, config: ChunkConfig, num_tokens: int) -> MemoryEstimate:
-        """Of one rank, for rows of `num_tokens` on all ranks that share them."""
+        """The memory of one rank, for rows of `num_tokens` on all ranks that share them."""
         return estimate_memory(
             self.sizes_of_part,
             config_of_part(config, self.sequence_ranks),

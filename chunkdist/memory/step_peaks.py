@@ -260,7 +260,7 @@ class StepMoments:
         return sum(c for c, w in zip(casts, weights, strict=True) if c < w.whole_trainable_bytes)
 
     def _retained_casts(self, layers: range) -> int:
-        """Of the layers whose graphs wait."""
+        """Casts of the layers whose graphs wait."""
         return self._casts([self.sizes.layers[i] for i in layers]) if self.num_retained else 0
 
     @property

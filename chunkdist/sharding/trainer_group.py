@@ -19,7 +19,7 @@ from torch import distributed
 from chunkdist.sharding.sequence import SequenceGroup
 
 _MESH_DIM = "sequence_parallel"
-"""Of the mesh that DeepSpeed makes."""
+"""The dim for sequences of the mesh that DeepSpeed makes."""
 
 
 def trainer_group() -> SequenceGroup | None:
