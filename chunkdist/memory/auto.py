@@ -95,8 +95,7 @@ def resolve_auto(
         optimizer=optimizer,
         num_micro_batches=num_micro_batches,
     )
-    there = weights.estimate(config.without_auto(), num_tokens).device["weights"]
-    job = replace(weights, available_bytes=available_bytes + there)
+    job = _with_room_of_weights(weights, config.without_auto(), num_tokens)
     if asked == ["retained_chunks"]:
         chosen = choose_keep(job, replace(config, retained_chunks=0), num_tokens)
         chosen = choose_retained(job, chosen, num_tokens)
@@ -156,8 +155,7 @@ def resolve_keep(
             optimizer=optimizer,
             num_micro_batches=num_micro_batches,
         )
-        there = job.estimate(config, num_tokens).device["weights"]
-        job = replace(job, available_bytes=free + there)
+        job = _with_room_of_weights(job, config, num_tokens)
         chosen = choose_keep(job, replace(config, keep_attention="auto"), num_tokens)
         without, kept = (
             plan_as_configured(job, replace(config, keep_attention=keep), num_tokens)
@@ -200,3 +198,9 @@ def _alike(device: torch.device, available: int, host: int, num_tokens: int) -> 
     distributed.all_reduce(least, op=distributed.ReduceOp.MIN)
     available, host, longest = least.tolist()
     return available, host, -longest
+
+
+def _with_room_of_weights(job: Job, config: ChunkConfig, num_tokens: int) -> Job:
+    """`job` with the weights counted as available, too: they are on the device, and in its estimates."""
+    there = job.estimate(config, num_tokens).device["weights"]
+    return replace(job, available_bytes=job.available_bytes + there)
