@@ -1,5 +1,5 @@
-"""The `chunkdist` command: `chunkdist plan CONFIG`, `check CONFIG`, `preview CONFIG`, `bench NAME`, `doctor`,
-`env`.
+"""The `chunkdist` command: `chunkdist plan CONFIG`, `check CONFIG`, `preview CONFIG`, `eval CONFIG`,
+`bench NAME`, `doctor`, `env`.
 
 Exit status 0: fine; 1: the answer is no (gradients differ, nothing fits, a kernel is wrong); 2: the input is
 at fault, one line on stderr says how.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from chunkdist.bench import BENCHMARKS
 from chunkdist.bench import run as run_benchmark
+from chunkdist.cli.eval_command import add_eval
 from chunkdist.cli.plan_command import add_plan
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_plan(commands)
     _add_check(commands)
     _add_preview(commands)
+    add_eval(commands)
     _add_bench(commands)
     _add_doctor(commands)
     _add_env(commands)

@@ -245,21 +245,34 @@ def check_blocker(trainer: SFTTrainer) -> str | None:
     return None
 
 
-def _datasets(options: TrainingOptions) -> tuple[Any, Any]:
+def held_out_split(options: TrainingOptions) -> str:
+    """The name of the test split where the data has one, else of the training split."""
+    splits, _ = _splits(options)
+    test: str = options.data.dataset_test_split
+    return test if test in splits else str(options.data.dataset_train_split)
+
+
+def _splits(options: TrainingOptions) -> tuple[Any, str]:
+    """All splits of the data, and how messages name it."""
     data = options.data
     name = data.dataset_name
-    if name:
-        splits = load_splits(
-            name,
-            data.dataset_config,
-            corpus_max_bytes=data.corpus_max_bytes,
-            streaming=data.dataset_streaming,
-        )
-        if options.kind != "sft" and name == STDLIB_NAME:
-            splits = {split: pairs_of_texts(rows) for split, rows in splits.items()}
-    else:
+    if not name:
         name = "datasets"
-        splits = load_mixture(lambda: get_dataset(options.mixture), options.mixture.datasets)
+        return load_mixture(lambda: get_dataset(options.mixture), options.mixture.datasets), name
+    splits = load_splits(
+        name,
+        data.dataset_config,
+        corpus_max_bytes=data.corpus_max_bytes,
+        streaming=data.dataset_streaming,
+    )
+    if options.kind != "sft" and name == STDLIB_NAME:
+        splits = {split: pairs_of_texts(rows) for split, rows in splits.items()}
+    return splits, name
+
+
+def _datasets(options: TrainingOptions) -> tuple[Any, Any]:
+    data = options.data
+    splits, name = _splits(options)
     train = pick_split(splits, data.dataset_train_split, option="dataset_train_split", name=name)
     if options.training.eval_strategy == "no":
         return train, None

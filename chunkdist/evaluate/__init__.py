@@ -1,0 +1,1 @@
+"""What a model makes of distant tokens: loss by position, and recall."""
