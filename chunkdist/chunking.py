@@ -4,6 +4,8 @@ model."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from chunkdist.engine.layer import GroupLayer
 from chunkdist.engine.sharing import least_shared_tokens
 from chunkdist.loss.cross_entropy import tile_tokens
 from chunkdist.loss.lazy_logits import tiled_head
+from chunkdist.loss.token_losses import TokenLosses
 from chunkdist.memory.auto import resolve_auto, resolve_keep
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.sharded import SINGLE
@@ -166,6 +169,42 @@ def num_computed(model: nn.Module) -> int:
         ValueError: the model is not chunked.
     """
     return _handle(_causal_lm(model)).context.num_computed
+
+
+def is_chunked(model: nn.Module) -> bool:
+    """Whether `chunk_model` has been called for a causal LM, or a PEFT model of one."""
+    return HANDLE in _causal_lm(model).__dict__
+
+
+def observe_losses(model: nn.Module, observe: Callable[[TokenLosses], None]) -> Callable[[], None]:
+    """From now on, `observe` gets the losses of the tokens of each forward with labels; not of those whose
+    logits are made whole, by a head that is no plain linear map.
+
+    Returns:
+        Ends it.
+
+    Raises:
+        ValueError: the model is not chunked.
+    """
+    observers = _handle(_causal_lm(model)).observers
+    observers.append(observe)
+    return lambda: observers.remove(observe)
+
+
+@contextmanager
+def token_losses(model: nn.Module) -> Iterator[list[TokenLosses]]:
+    """Inside, the losses of the tokens of each forward with labels, in their order, as `observe_losses` has
+    them.
+
+    Raises:
+        ValueError: the model is not chunked.
+    """
+    found: list[TokenLosses] = []
+    end = observe_losses(model, found.append)
+    try:
+        yield found
+    finally:
+        end()
 
 
 def host_memory(model: nn.Module) -> HostMemory | None:

@@ -33,6 +33,7 @@ from chunkdist.engine.neftune import noise_by_segment
 from chunkdist.engine.probe import LayerProbe, needs_probe
 from chunkdist.loss.fused_head import FusedHead
 from chunkdist.loss.lazy_logits import lazy_logits, tiled_head, untiled_reason
+from chunkdist.loss.token_losses import TokenLosses
 from chunkdist.models.known_code import is_known_class
 from chunkdist.models.layers import configs_of, find_layers, layer_states, norms_of, refuse_known
 from chunkdist.models.peft_casts import leave_out_casts, put_back_casts
@@ -80,6 +81,8 @@ class ChunkedModel(CopiedNotPickled):
         self.choose = choose
         self.sizes: dict[object, Any] = {}
         """What has been counted of the model for estimates, by the settings it was counted with."""
+        self.observers: list[Callable[[TokenLosses], None]] = []
+        """Called with the losses of each forward with labels."""
         self.entries = entries
         self._may_checkpoint = [*entries, *decoder.modules()]
         self._checkpointed: list[Any] = []
@@ -164,6 +167,22 @@ class ChunkedModel(CopiedNotPickled):
             num_rows, num_tokens = tokens.shape[:2]
             self.choose(self.model, num_tokens=num_tokens, num_rows=num_rows, activation_bytes=mixed)
 
+    def tell(self, found: list[tuple[Tensor, Tensor]], outputs: Any, arguments: dict[str, Any]) -> None:
+        """Tells observers of a forward that has ended.
+
+        Args:
+            found: Losses and labels' places, as `lazy_logits` notes them; empty: they are in the outputs, or
+                nowhere.
+        """
+        group = self.context.sequence_group(self.model.training)
+        first = 0 if group is None else group.rank * arguments["labels"].shape[1]
+        losses = TokenLosses.of_outputs(outputs, arguments, first=first)
+        for by_token, has_label in found:
+            losses = TokenLosses.of(by_token, has_label, arguments, first=first)
+        if losses is not None:
+            for observe in self.observers:
+                observe(losses)
+
     def regroup(self, layers_per_group: Any) -> None:
         """Other groups of the same layers."""
         layers = self.layers
@@ -216,10 +235,16 @@ def _causal_lm_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with handle.context.labels.noted(names, args, kwargs):
         if kwargs.get("labels") is None:
             return forward(*args, **kwargs)
+        found: list[tuple[Tensor, Tensor]] = []
+        note = (lambda *losses: found.append(losses)) if handle.observers else None
         if kwargs.get("fused_lm_head") and (fused := FusedHead.of(forward, handle.model, kwargs)) is not None:
-            return fused(*args, **kwargs)
-        with lazy_logits(handle.model):
-            return forward(*args, **kwargs)
+            outputs = fused(*args, **kwargs)
+        else:
+            with lazy_logits(handle.model, note):
+                outputs = forward(*args, **kwargs)
+    if handle.observers:
+        handle.tell(found, outputs, {**dict(zip(names, args, strict=False)), **kwargs})
+    return outputs
 
 
 def _refuse_auto(config: ChunkConfig) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,12 +33,15 @@ def linear_cross_entropy(
     operations: tuple[Operation, ...] = (),
     num_items: Tensor | int | None = None,
     ignore_index: int = -100,
+    token_losses: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T + bias` after `operations`, in fp32, in tiles of tokens.
 
     Args:
         hidden: (..., H); weight: (V, H); bias: (V,); labels: (...), of the tokens to be predicted.
         num_items: Divides the sum; `None`: the number of labels that are not `ignore_index`, at least 1.
+        token_losses: Zeros of the shape of `labels`, in fp32, contiguous: the loss of each token is written
+            there.
     """
     labels_N = labels.reshape(-1)
     if num_items is None:
@@ -49,8 +53,9 @@ def linear_cross_entropy(
     early_scale = torch.ones_like(scale) if hidden.dtype == torch.float16 else scale
     wants_grad = torch.is_grad_enabled()
     loss: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, weight, bias, labels_N, early_scale, operations, ignore_index, wants_grad
-    )
+        hidden_NH, weight, bias, labels_N, early_scale, operations, ignore_index, wants_grad,
+        None if token_losses is None else token_losses.view(-1),
+    )  # fmt: skip
     return loss * late_scale
 
 
@@ -83,6 +88,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         operations: tuple[Operation, ...],
         ignore_index: int,
         wants_grad: bool,
+        token_losses_N: Tensor | None,
     ) -> Tensor:
         needs = [wants_grad and need for need in ctx.needs_input_grad[:3]]
         num_tokens = tile_tokens(weight_VH.shape[0], hidden_NH.element_size())
@@ -106,10 +112,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 logits = logits_of(no_leaf(hidden), *leaves, operations=operations).float()
                 # What `F.cross_entropy` does. Liger puts its own there, which writes over the logits and
                 # waits for the device.
-                tile_sum = F.nll_loss(
-                    F.log_softmax(logits, -1), labels_N[tile], ignore_index=ignore_index, reduction="sum"
-                )
-                tile_loss = tile_sum * scale
+                log_probs = F.log_softmax(logits, -1)
+                nll = partial(F.nll_loss, target=labels_N[tile], ignore_index=ignore_index)
+                tile_loss = nll(log_probs, reduction="sum") * scale
+            if token_losses_N is not None:
+                token_losses_N[tile] = nll(log_probs.detach(), reduction="none")
+            del log_probs
             if figures is not None:
                 figures.add(logits.detach(), labels_N[tile], ignore_index)
             del logits
@@ -137,7 +145,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             lambda: [None if x is None else x * grad_loss.to(x.dtype) for x in saved],
             lambda: [None if x is None else zeros(x) for x in saved],
         )
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def tiles_with_labels(labels_N: Tensor, num_tokens: int, ignore_index: int) -> list[int]:

@@ -12,11 +12,12 @@ the hooks of sharding engines gather, release and reduce around that call as the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -30,6 +31,8 @@ from chunkdist.loss.token_metrics import running_figures
 from chunkdist.recovery import attempt, no_loss
 
 logger = logging.getLogger(__name__)
+
+Note = Callable[[Tensor, Tensor], None]
 
 
 def tiled_head(model: PreTrainedModel) -> nn.Linear | None:
@@ -81,11 +84,15 @@ def _warn(reason: str) -> None:
 
 
 @contextmanager
-def lazy_logits(model: PreTrainedModel) -> Iterator[None]:
+def lazy_logits(model: PreTrainedModel, note: Note | None = None) -> Iterator[None]:
     """Inside, `model`'s head returns `LazyLogits` and its loss function takes them tile by tile.
 
     A head that is no plain linear map or has hooks of the user's, or a loss of the model's own, stays as it
     is, with all its logits.
+
+    Args:
+        note: Called with the loss of each token and whether it has a label, (B, T) each; not where the logits
+            stay.
     """
     head = tiled_head(model)
     if head is None:
@@ -108,7 +115,9 @@ def lazy_logits(model: PreTrainedModel) -> Iterator[None]:
     ]
     try:
         outer._compiled_call_impl = call
-        model._loss_function = tiled_causal_lm_loss
+        model._loss_function = (
+            tiled_causal_lm_loss if note is None else partial(tiled_causal_lm_loss, note=note)
+        )
         yield
     finally:
         forward.is_running = False
@@ -134,6 +143,7 @@ def _loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
+    note: Note | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """transformers' `ForCausalLMLoss`, for `LazyLogits` without ever making them.
@@ -143,6 +153,7 @@ def _loss(
         labels: (B, T), shifted here; `shift_labels`: (B, T), shifted already.
         num_items_in_batch: The loss is the sum over tokens divided by this; else the mean, 0 if all are
             ignored.
+        note: As in `lazy_logits`.
     """
     lazy = logits.for_tiles() if isinstance(logits, LazyLogits) else None
     if lazy is None or lazy.shape[-1] != vocab_size:
@@ -156,16 +167,24 @@ def _loss(
 
     def loss_of(hidden: Tensor) -> Tensor:
         weight, bias = lazy.head.weight, lazy.head.bias
-        compute = partial(
-            linear_cross_entropy,
-            hidden,
-            weight,
-            bias,
-            shift_labels.to(hidden.device),
-            operations=lazy.operations,
-            num_items=num_items_in_batch,
-            ignore_index=ignore_index,
-        )
+
+        def compute() -> Tensor:
+            targets = shift_labels.to(hidden.device)
+            by_token = None if note is None else targets.new_zeros(targets.shape, dtype=torch.float32)
+            loss = linear_cross_entropy(
+                hidden,
+                weight,
+                bias,
+                targets,
+                operations=lazy.operations,
+                num_items=num_items_in_batch,
+                ignore_index=ignore_index,
+                token_losses=by_token,
+            )
+            if note is not None and by_token is not None:
+                note(by_token, targets != ignore_index)
+            return loss
+
         return attempt(compute, lambda: no_loss(hidden, weight, bias))
 
     loss = lazy.call_head(loss_of)

@@ -7,6 +7,7 @@ what the model made of it; its last one ends the forward. Names of parameters an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ from chunkdist.engine.parameters import GroupParameters
 from chunkdist.engine.probe import LayerProbe, needs_probe
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.loss.lazy_logits import lazy_logits
+from chunkdist.loss.token_losses import TokenLosses
 from chunkdist.models.arguments import LayerSignature, refuse_arguments
 from chunkdist.models.layers import configs_of, find_layers, layer_states, norms_of, refuse_known
 from chunkdist.pipeline.cell_inputs import CellInputs, LayerStores
@@ -72,6 +74,8 @@ class ModelStage(nn.Module):
         self.is_first, self.is_last = layers.start == 0, layers.stop == len(all_layers)
         self.losses: list[Tensor] = []
         """Losses of the micro-batches of the step, in the order of their backwards; on the last stage."""
+        self.observers: list[Callable[[TokenLosses], None]] = []
+        """Called with the losses of each chunk's tokens; on the last stage."""
         self.parameters_of_step: GroupParameters
         self._config = config
         states = layer_states(model.config.get_text_config(), all_layers)
@@ -148,7 +152,8 @@ class ModelStage(nn.Module):
         """The loss of a chunk whose layers have run: what comes behind them, from `cell.result`."""
         assert cell.result is not None
         labels = cell.model_inputs["shift_labels"]
-        with lazy_logits(self.model):
+        found: list[tuple[Tensor, Tensor]] = []
+        with lazy_logits(self.model, (lambda *losses: found.append(losses)) if self.observers else None):
             output = self._call(
                 cell,
                 inputs_embeds=torch.zeros_like(cell.result),
@@ -156,6 +161,10 @@ class ModelStage(nn.Module):
                 shift_labels=labels,
                 num_items_in_batch=cell.model_inputs["num_items"],
             )
+        for by_token, has_label in found:
+            losses = TokenLosses.of(by_token, has_label, cell.model_inputs)
+            for observe in self.observers:
+                observe(losses)
         loss: Tensor = output.loss
         return loss
 

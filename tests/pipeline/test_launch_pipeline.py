@@ -18,6 +18,7 @@ from chunkdist.train.trainers.pipeline import _refuse_tied_copies
 from tests.distributed.launched import save_initial_model
 from tests.distributed.ranks import Ranks
 from tests.helpers.models import tiny_llama
+from tests.helpers.position_tables import check_sums
 from tests.helpers.tiny_run import TEXTS, make_model_folder
 from tests.pipeline.launched_pipeline import (
     Failure,
@@ -81,7 +82,10 @@ def run(ranks: Ranks, folder: Path, **options: Any) -> list[tuple[float, ...]]:
     given = {"per_device_train_batch_size": 4 // ranks.num_ranks, **OPTIONS, **options}
     for status, said in ranks.run(launch, arguments_of(folder, ROWS, **given)):
         assert status == 0, said
-    return [tuple(row[name] for name in FIGURES) for row in records(folder) if "loss" in row]
+    trained = [row for row in records(folder) if "loss" in row]
+    for row in trained:
+        check_sums(row)
+    return [tuple(row[name] for name in FIGURES) for row in trained]
 
 
 def losses_of_evaluations(folder: Path) -> list[float]:

@@ -26,10 +26,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from chunkdist.chunking import ChunkReport, chunk_report, num_computed, resolve_auto_values
 from chunkdist.config import ChunkConfig
+from chunkdist.loss.by_position import NOTHING, LossByPosition
 from chunkdist.models.flops import peak_flops
 from chunkdist.spaco.sample import SampleReport
 from chunkdist.train.launch.engine import engine_of
-from chunkdist.train.reports.metrics_file import MetricsFile, draw
+from chunkdist.train.reports.metrics_file import BY_POSITION, MetricsFile, draw
+from chunkdist.train.reports.position_losses import PositionLosses, position_losses_of
 from chunkdist.train.reports.start_table import start_table, step_sizes, with_expected_attention
 from chunkdist.train.reports.token_counter import TokenCounter
 
@@ -51,13 +53,16 @@ class ChunkCallback(TrainerCallback):
     (`trainer.add_callback`), its figures still reach `metrics.jsonl`, but not the progress bar and the
     trackers.
 
-    - A logged step costs one collective of a few numbers. Steps that are not logged are not waited for.
+    - A logged step costs two collectives of a few numbers. Steps that are not logged are not waited for.
     - `step_time_s` covers loading data, not evaluation and saving.
     - `peak_memory_gib` is the largest of the ranks' `torch.cuda.max_memory_allocated()`, `peak_rss_gib` (on a
       CPU) the largest of the processes' resident memory; both since the process started.
     - `spaco_*`: chunks and tokens that SpaCO kept on rank 0 since the last log, the largest weight, and the
       mean of `SampleReport.relative_variance`.
     - `mfu` is by model FLOPs, see `chunkdist.models.flops`, as far as tokens were not shared.
+    - `loss_by_position/0-1K`, `/1-4K`, ... are the mean losses of the tokens at these positions of their own
+      sequences, since the last log (and `eval_loss_by_position/...`, of an evaluation); `metrics.jsonl` has
+      finer ranges in `loss_by_position`: rows of first position, end, mean loss, number of tokens.
     - `num_tokens_computed` is there where it is not `num_tokens_seen`: shared prefixes are computed once, and
       padding where rows stay rows, too.
     - A file that cannot be written costs one warning; training goes on.
@@ -67,6 +72,8 @@ class ChunkCallback(TrainerCallback):
         model: The trainer's.
         stream_tokens: Tokens of the longest stream, where a micro-batch is one.
         counter: Counts what the model is fed with; `None`: one is hooked to the model.
+        positions: Makes what notes the losses of tokens by their position, when training begins; `None`: they
+            are not noted, as under a trainer whose loss is another.
     """
 
     def __init__(
@@ -78,8 +85,11 @@ class ChunkCallback(TrainerCallback):
         console: Console | None = None,
         stream_tokens: int | None = None,
         counter: TokenCounter | None = None,
+        positions: Callable[[], PositionLosses] | None = None,
     ) -> None:
         self._given_counter = counter
+        self._noted_by = positions
+        self.positions: PositionLosses | None = None
         self._config = config
         self._model = model
         self._stream_tokens = stream_tokens
@@ -104,6 +114,7 @@ class ChunkCallback(TrainerCallback):
             output_dir=trainer.args.output_dir or ".",
             stream_tokens=getattr(trainer, "stream_tokens", None),
             counter=getattr(trainer, "tokens", None),
+            positions=position_losses_of(trainer),
         )
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
@@ -113,6 +124,7 @@ class ChunkCallback(TrainerCallback):
     ) -> None:
         self._stop_counting()  # an earlier run may have died
         self.counter = self._given_counter or TokenCounter(self._model)
+        self.positions = None if self._noted_by is None else self._noted_by()
         self._num_tokens_seen, self._num_tokens_computed, self._expected = 0, 0, None
         self._computed_before = 0 if self._config is None else num_computed(self._model)
         self._forget_time()
@@ -164,19 +176,21 @@ class ChunkCallback(TrainerCallback):
     ) -> None:
         if logs is None or self.counter is None:
             return
-        if state.is_world_process_zero and any(key.startswith("eval_") for key in logs):
-            self._try(lambda: self._metrics.append({"step": state.global_step, **logs}))
-        if "loss" not in logs or not self._num_steps:
-            return  # an evaluation, or the end
-        self._take_time()  # the loss has been read: the device is done
-        logs.update(self._figures(args))
-        if state.log_history:
-            state.log_history[-1].update(
-                logs
-            )  # the trainer has noted its own figures before it asked the callbacks
-        self._forget_time(mark=self._mark)
-        if state.is_world_process_zero:
-            self._try(lambda: self._metrics.append({"step": state.global_step, **logs}))
+        prefix = next((key.removesuffix("runtime") for key in logs if _is_eval_time(key)), "")
+        is_training = "loss" in logs and bool(self._num_steps)  # else an evaluation, or the end
+        by_position = self._by_position(args, is_training=is_training) if prefix or is_training else NOTHING
+        name = f"{prefix}{BY_POSITION}"
+        logs.update({f"{name}/{key}": loss for key, loss in by_position.means().items()})
+        if is_training:
+            self._take_time()  # the loss has been read: the device is done
+            logs.update(self._figures(args))
+            self._forget_time(mark=self._mark)
+        if (prefix or is_training) and state.log_history:
+            # the trainer has noted its own figures before it asked the callbacks
+            state.log_history[-1].update(logs)
+        if state.is_world_process_zero and (is_training or any(key.startswith("eval_") for key in logs)):
+            table = {name: by_position.table()} if any(by_position.num_tokens) else {}
+            self._try(lambda: self._metrics.append({"step": state.global_step, **logs, **table}))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -208,6 +222,16 @@ class ChunkCallback(TrainerCallback):
             flops = self.counter.flops.from_counts(counts) * min(1.0, computed / max(1, counts[0]))
             figures["mfu"] = flops / self._seconds / (peak * len(peaks))
         return figures | self._sample_figures()
+
+    def _by_position(self, args: TrainingArguments, *, is_training: bool) -> LossByPosition:
+        """Of all ranks, since the last call."""
+        if self.positions is None:
+            return NOTHING
+        own = self.positions.training if is_training else self.positions.evaluation
+        sums = own.take(args.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        return LossByPosition.of(sums)
 
     def _note_sample(self) -> None:
         """SpaCO's sample of the micro-batch that has just ended."""
@@ -271,6 +295,9 @@ class ChunkCallback(TrainerCallback):
         if self.counter is not None:
             self.counter.remove()
             self.counter = None
+        if self.positions is not None:
+            self.positions.remove()
+            self.positions = None
 
     def _try(self, write: Callable[[], None]) -> None:
         """Files are no reason to lose a run: one line for the first fault."""
@@ -284,6 +311,11 @@ class ChunkCallback(TrainerCallback):
 
     def _say(self, line: str) -> None:
         tqdm.write(f"chunkdist: {line}")  # print would break the trainer's progress bar
+
+
+def _is_eval_time(key: str) -> bool:
+    """Whether this is logged by an evaluation, of one of several sets of data perhaps (transformers 5.23)."""
+    return key.startswith("eval_") and key.endswith("_runtime")
 
 
 def _over_ranks(counts: list[int], peak_bytes: int, device: torch.device) -> tuple[list[int], list[int]]:

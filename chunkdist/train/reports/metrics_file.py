@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from chunkdist.files import save_figure, whole_file
+from chunkdist.loss.by_position import Table, mean_table, short_number
 
 Record = dict[str, Any]
+BY_POSITION = "loss_by_position"
+"""Key of `LossByPosition.table`, after a prefix where it is of an evaluation."""
 
 
 class MetricsFile:
@@ -78,13 +81,16 @@ class MetricsFile:
 
 
 def draw(records: list[Record], path: Path) -> None:
-    """A PNG of loss and peak memory over steps."""
+    """A PNG of loss and peak memory over steps and, where it has been noted, of loss over position."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    curves = _curves(records)
+    figure = Figure(figsize=(14 if curves else 8, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    loss_axes, memory_axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    panels: Any = figure.subfigures(1, 2) if curves else (figure, None)
+    over_steps, over_positions = panels
+    loss_axes, memory_axes = over_steps.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for axes, key, label in (
         (loss_axes, "loss", "loss"),
         (memory_axes, "peak_memory_gib", "peak GPU memory (GiB)"),
@@ -97,10 +103,45 @@ def draw(records: list[Record], path: Path) -> None:
         axes.grid(alpha=0.3)
     memory_axes.set_ylim(bottom=0)
     memory_axes.set_xlabel("optimizer step")
+    if over_positions is not None:
+        axes = over_positions.subplots()
+        for label, rows in curves:
+            axes.plot(*zip(*((end, loss) for _, end, loss, _ in rows), strict=True), marker=".", label=label)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda end, _: short_number(round(end)))
+        axes.set_xlabel("position in the sequence, up to")
+        axes.set_ylabel("mean loss of tokens there")
+        axes.grid(alpha=0.3)
+        axes.legend()
     save_figure(figure, path)
 
 
+def _curves(records: list[Record]) -> list[tuple[str, Table]]:
+    """Losses over position, of the first and the last evaluation; where there is none, of the first and the
+    last tenth of the logged steps."""
+    key = next((key for record in records for key in record if key.endswith(f"_{BY_POSITION}")), BY_POSITION)
+    found = [(record["step"], record[key]) for record in records if record.get(key)]
+    if not found:
+        return []
+    size = 1 if key != BY_POSITION else -(-len(found) // 10)
+    parts = [found[:size], found[-size:]] if len(found) > 1 else [found]
+    what = "training" if key == BY_POSITION else key.removesuffix(f"_{BY_POSITION}")
+    return [(f"{what}, {_steps(part)}", mean_table([table for _, table in part])) for part in parts]
+
+
+def _steps(part: list[tuple[int, Table]]) -> str:
+    first, last = part[0][0], part[-1][0]
+    return f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+
+
 def _line(record: Record) -> str:
+    return json.dumps(_clean(record)) + "\n"
+
+
+def _clean(value: Any) -> Any:
     """NaN and infinity are no JSON: null."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(clean) + "\n"
+    if isinstance(value, dict):
+        return {key: _clean(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_clean(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from chunkdist.models.flops import StepFlops
 from chunkdist.models.layers import causal_lm_of
+from chunkdist.stream.positions import positions_in_sequences
 
 
 class TokenCounter:
@@ -52,23 +53,6 @@ class TokenCounter:
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         if isinstance(tokens, Tensor):
-            counts = self.flops.counts(*_positions(tokens, arguments))
+            shape = (tokens.shape[0], tokens.shape[1])
+            counts = self.flops.counts(*positions_in_sequences(arguments, shape, tokens.device))
             self.sums = counts if self.sums is None else self.sums + counts
-
-
-def _positions(tokens: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Positions within segments (B, T), and the mask of real tokens."""
-    positions_T = torch.arange(tokens.shape[1], device=tokens.device)
-    mask_BT, cu_seq_lens = arguments.get("attention_mask"), arguments.get("cu_seq_lens_q")
-    position_ids = arguments.get("position_ids")
-    if isinstance(mask_BT, Tensor) and mask_BT.ndim == 2:  # padded rows are not packed
-        return positions_T.expand_as(mask_BT), mask_BT
-    if isinstance(cu_seq_lens, Tensor):
-        segment_T = torch.searchsorted(cu_seq_lens[1:].contiguous(), positions_T, right=True)
-        return positions_T - cu_seq_lens[segment_T], None
-    if isinstance(position_ids, Tensor):
-        positions_BT = (
-            position_ids[0] if position_ids.ndim == 3 else position_ids
-        )  # 3: one plane a rotary axis
-        return positions_BT.expand(tokens.shape[:2]), None
-    return positions_T.expand(tokens.shape[:2]), None

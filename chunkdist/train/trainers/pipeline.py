@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -32,6 +32,7 @@ from chunkdist.config import ChunkConfig
 from chunkdist.data.pipeline_batches import PipelineBatchSampler, PipelineTokens
 from chunkdist.data.samples import sample_lengths
 from chunkdist.data.streams import NO_LABEL
+from chunkdist.loss.token_losses import TokenLosses
 from chunkdist.models.flops import StepFlops
 from chunkdist.models.layers import causal_lm_of
 from chunkdist.pipeline.collective import clip_grad_norm, evaluate, local_part, whole_state_dict
@@ -128,6 +129,12 @@ class PipelineSFTTrainer(CheckedSFTTrainer):
                 forwards_ahead=self._plan.forwards_ahead,
             )
         return self._pipeline
+
+    def observe_losses(self, observe: Callable[[TokenLosses], None]) -> Callable[[], None]:
+        """As `chunkdist.chunking.observe_losses`; only the last stage has any. Collective."""
+        observers = self.pipeline.stage.observers
+        observers.append(observe)
+        return lambda: observers.remove(observe)
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """No device holds the whole model: `pipeline` moves the stage."""

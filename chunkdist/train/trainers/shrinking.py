@@ -11,6 +11,7 @@ from torch import Tensor, distributed
 from trl import SFTTrainer
 
 from chunkdist.chunking import chunk_report, reschedule
+from chunkdist.loss.by_position import PositionSums
 from chunkdist.recovery import recovering
 from chunkdist.train.launch.output import print_once
 from chunkdist.train.reports.callback import ChunkCallback
@@ -42,7 +43,7 @@ class ShrinkingTrainer(SFTTrainer):
             failed = 0
             for number, one in enumerate(todo, start=1):
                 before = copy.deepcopy(self._metrics), self._total_train_tokens
-                counters = [(counter, counter.sums) for counter in self._token_counters()]
+                counters = [(counter, counter.sums) for counter in self._sums()]
                 with nullcontext() if number == len(todo) else self.accelerator.no_sync(model=model):
                     loss, failed = self._attempt(model, one, num_items_in_batch)
                 if failed or number < len(todo):  # noted already, or not to be
@@ -63,9 +64,14 @@ class ShrinkingTrainer(SFTTrainer):
         self._done = []  # a run that failed may have left some
         return super().train(*args, **kwargs)
 
-    def _token_counters(self) -> list[TokenCounter]:
-        callbacks = self.callback_handler.callbacks
-        return [c.counter for c in callbacks if isinstance(c, ChunkCallback) and c.counter is not None]
+    def _sums(self) -> list[TokenCounter | PositionSums]:
+        """What has been counted of the steps."""
+        found: list[TokenCounter | PositionSums] = []
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ChunkCallback):
+                found += [] if callback.counter is None else [callback.counter]
+                found += [] if callback.positions is None else [callback.positions.training]
+        return found
 
     def _attempt(
         self, model: Any, inputs: dict[str, Any], num_items: Tensor | int | None

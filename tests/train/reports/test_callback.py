@@ -35,6 +35,7 @@ FIGURES = {
     "step_time_s",
     "peak_rss_gib",
     "num_tokens_seen",
+    "loss_by_position/0-1K",
 }
 
 
@@ -98,6 +99,7 @@ class TestFigures:
             records, listener.logs[:-1], trainer.state.log_history[:-1], strict=True
         ):
             assert set(record) >= FIGURES
+            assert len(record.pop("loss_by_position")) == 1  # ranges of positions are for the file alone
             assert record == {"step": record["step"], **logs} == state
         assert "tokens_per_second" not in listener.logs[-1]  # the summary of the trainer
 
@@ -521,5 +523,5 @@ wandb.finish()
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    for name in ("train/tokens_per_second", "train/step_time_s", "train/peak_rss_gib", "train/loss"):
-        assert name in result.stdout
+    names = ("tokens_per_second", "step_time_s", "peak_rss_gib", "loss", "loss_by_position/0-1K")
+    assert all(f"'train/{name}'" in result.stdout for name in names)
