@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from tests.helpers.tiny_run import write_rows
 
@@ -46,24 +49,44 @@ def records_in(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def check_sums(record: dict[str, Any]) -> tuple[list[list[int]], int]:
-    """A line's table adds up to its loss and to the mean that is logged. The ranges of positions, and how
-    many tokens there are."""
+def check_sums(record: dict[str, Any], loss: float | None = None) -> tuple[list[list[int]], int]:
+    """A line's table adds up to its loss, or to `loss`, and to the mean that is logged. The ranges of
+    positions, and how many tokens there are."""
     prefix = "eval_" if "eval_loss" in record else ""
     table = record[f"{prefix}loss_by_position"]
-    total = sum(loss * count for _, _, loss, count in table)
     num_tokens = sum(count for *_, count in table)
-    assert total / num_tokens == pytest.approx(record[f"{prefix}loss"], rel=1e-6)
-    assert record[f"{prefix}loss_by_position/0-1K"] == pytest.approx(record[f"{prefix}loss"], rel=1e-6)
+    mean = sum(loss * count for _, _, loss, count in table) / num_tokens
+    assert mean == pytest.approx(record[f"{prefix}loss"] if loss is None else loss, rel=1e-6)
+    assert record[f"{prefix}loss_by_position/0-1K"] == pytest.approx(mean, rel=1e-6)
     return [row[:2] for row in table], num_tokens
 
 
-def check_run(out: Path, num_eval: int = 6) -> None:
-    """Of two steps with `OPTIONS`, each of half the samples, and two evaluations."""
+def check_run(out: Path, num_eval: int = 6, first_eval_loss: float | None = None) -> None:
+    """Of two steps with `OPTIONS`, each of half the samples, and two evaluations.
+
+    Args:
+        first_eval_loss: Mean over the tokens that are evaluated before the first step, where transformers'
+            mean over batches is another.
+    """
     records = records_in(out)
-    evaluations = [check_sums(record) for record in records if "eval_loss" in record]
+    first, last = (record for record in records if "eval_loss" in record)
     trained = [check_sums(record) for record in records if "loss" in record]
-    assert evaluations == [([[0, 64], [64, 128]], 68 * num_eval)] * 2
+    evaluated = ([[0, 64], [64, 128]], 68 * num_eval)
+    assert check_sums(first, first_eval_loss) == evaluated
+    if first_eval_loss is None:
+        assert check_sums(last) == evaluated
     assert len(trained) == 2
     assert sum(num_tokens for _, num_tokens in trained) == sum(n - max(1, n // 4) for n in LENGTHS)
     assert max(end for ranges, _ in trained for _, end in ranges) == 512
+
+
+def eval_loss(model: Path, num_eval: int) -> float:
+    """The mean over the tokens of `data_in`'s samples to evaluate, each row alone."""
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    losses = []
+    for row in _rows((90,) * num_eval):
+        ids, labels = (torch.tensor(row[name]) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = plain(ids[None]).logits[0]
+        losses.append(F.cross_entropy(logits[:-1], labels[1:]).item())
+    return sum(losses) / num_eval

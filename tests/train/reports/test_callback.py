@@ -189,6 +189,8 @@ class TestFigures:
             assert plain.keys() == chunked.keys()
             assert plain["loss"] == pytest.approx(chunked["loss"], rel=1e-4)
             assert plain["num_tokens_seen"] == chunked["num_tokens_seen"]
+            for record in (plain, chunked):
+                assert record["loss_by_position/0-1K"] == pytest.approx(record["loss"], rel=1e-6)
 
     def test_under_trl(self, tmp_path: Path) -> None:
         """Packed, without padding: TRL's own count is the same."""
@@ -291,6 +293,15 @@ class TestTokenCounter:
         model(ids)
         assert flops.from_counts(counter.take()) == flops.step([30, 30])
         assert counter.take() == [0, 0]
+
+    def test_left_padding(self) -> None:
+        """Padding before a sequence is not seen by its tokens."""
+        model = llama()
+        counter = TokenCounter(model)
+        ids, mask = torch.zeros(2, 30, dtype=torch.long), torch.ones(2, 30, dtype=torch.long)
+        mask[1, :12] = 0
+        model(input_ids=ids, attention_mask=mask)
+        assert counter.flops.from_counts(counter.take()) == counter.flops.step([30, 18])
 
     def test_counts_training_only_until_removed(self) -> None:
         model = llama()

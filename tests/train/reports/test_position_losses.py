@@ -15,18 +15,20 @@ from chunkdist.train.reports.callback import ChunkCallback
 from chunkdist.train.reports.metrics_file import _curves
 from chunkdist.train.reports.position_losses import position_losses_of
 from chunkdist.train.trainers.pairs import CheckedDPOTrainer
+from tests.distributed.launched import save_initial_model
 from tests.helpers.position_tables import OPTIONS, check_run, data_in, records_in
 from tests.helpers.tiny_run import command_line, make_model_folder
 
+PACKED = {"packing": True, "eval_packing": False, "per_device_train_batch_size": 1}
+LORA = {"use_peft": True, "lora_target_modules": "all-linear"}
 CASES: dict[str, dict[str, Any]] = {
     "padded": {},
     "plain": {"chunk_method": "none"},
-    "plain, packed": {"chunk_method": "none", "packing": True, "eval_packing": False},
-    "packed": {"packing": True, "eval_packing": False, "per_device_train_batch_size": 1},
-    "padding_free": {"padding_free": True},
+    "packed": PACKED,
+    "plain, packed": {"chunk_method": "none", **PACKED},
     "streams": {"chunk_packing": True},
-    "LoRA": {"use_peft": True, "lora_target_modules": "all-linear"},
-    "plain, LoRA": {"chunk_method": "none", "use_peft": True, "lora_target_modules": "all-linear"},
+    "LoRA": LORA,
+    "plain, LoRA": {"chunk_method": "none", **LORA},
     "SpaCO": {"chunk_method": "spaco", "spaco_budget": 2},
     "compiled": {"chunk_method": "none", "torch_compile": True, "torch_compile_backend": "eager"},
 }
@@ -35,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_it_adds_up_to_the_loss(name: str, tmp_path: Path) -> None:
     model = make_model_folder(tmp_path / "model")
+    save_initial_model(model)
     values = {**OPTIONS, "dataset_name": data_in(tmp_path / "data"), **CASES[name]}
     trainer, config = build_trainer(parse_options(command_line(model, [], **values)))
     chunk_trainer(trainer, config)
