@@ -272,9 +272,9 @@ def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     handle = decoder.__dict__.get(HANDLE)
     if handle is None:
         return decoder.__dict__[_ORIGINAL_FORWARD](*args, **kwargs)
-    context = handle.context
+    context, is_innermost = handle.context, decoder is handle.entries[-1]
     with (
-        running(context, decoder, args, kwargs, begin=handle.begin) as call,
+        running(context, decoder, args, kwargs, begin=handle.begin, is_innermost=is_innermost) as call,
         noise_by_segment(decoder, context, call.layout),
     ):
         output = call.finish(decoder.__dict__[_ORIGINAL_FORWARD](*call.args, **call.kwargs))

@@ -70,6 +70,8 @@ class ChunkContext:
         """Where group inputs, K/V and states wait for the backward."""
         self.stream: Stream | None = None
         """The tokens of the forward that runs; `None` outside of one, and in one that is not chunked."""
+        self.read_inside: str | None = None
+        """Why the forward that runs reads its tokens only where embeddings of images are in their places."""
         self.num_computed = 0
         """Tokens that the training forwards so far have computed."""
         self.open_call: OpenCall | None = None

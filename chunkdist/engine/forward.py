@@ -15,14 +15,16 @@ from torch.nn.utils import parametrize
 from chunkdist.engine import router_logits
 from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.hidden_states import ARGUMENT, refuse_hidden_states
-from chunkdist.engine.layout import DecoderCall, in_stream, why_with_images
+from chunkdist.engine.layout import DecoderCall, ReadInside, in_stream, why_with_images
 from chunkdist.engine.parts import Parts
 from chunkdist.engine.sharing import least_shared_tokens
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.sharding.refuse_sequence import refuse_sequence_parallelism
 from chunkdist.spaco.sample import ChunkSample
 from chunkdist.stream.from_inputs import read_stream
+from chunkdist.stream.layout import Layout
 from chunkdist.stream.packed import refuse_segments, why_right_padding, why_rows
+from chunkdist.stream.stream import Stream
 
 _ROUTER_LOGITS = "output_router_logits"
 
@@ -35,12 +37,15 @@ def running(
     kwargs: dict[str, Any],
     *,
     begin: Callable[..., None],
+    is_innermost: bool,
 ) -> Iterator[DecoderCall]:
     """Inside, the decoder's layers run in chunks. Reads the stream from what the caller passed, and gives
     the call to go on with.
 
     Args:
         begin: Called with the tokens, and whether gradients are wanted, before `context` is read.
+        is_innermost: Whether the decoder calls no other module that takes token ids, with embeddings of
+            images in their places.
     """
     signature = inspect.signature(decoder.forward)
     takes_use_cache = "use_cache" in list(signature.parameters)[len(args) :]
@@ -97,24 +102,14 @@ def running(
         kwargs = without_cache
         arguments["use_cache"] = False
     try:
-        chunk_size = int(context.config.chunk_size)
         group = context.sequence_group(decoder.training)
         if group is None:
-            images = why_with_images(arguments)
-            known = {"has_positions": arguments.get("position_ids") is not None}
-            context.stream, layout = read_stream(
-                arguments,
-                chunk_size,
-                cut_at_segments=context.has_state,
-                why_rows=lambda num_tokens: images or why_rows(decoder, num_tokens, **known),
-                why_right_padding=lambda num_tokens: (
-                    images or why_right_padding(decoder, num_tokens, **known)
-                ),
-                min_shared=partial(
-                    least_shared_tokens, context.config, decoder, has_state=context.has_state, images=images
-                ),
-                labels=context.labels,
-            )
+            try:
+                context.stream, layout = _read(context, decoder, arguments, is_innermost=is_innermost)
+            except ReadInside as error:
+                context.read_inside = str(error)
+                yield DecoderCall(args, kwargs)
+                return
             if context.stream.longest_sequence < context.stream.num_tokens:
                 refuse_segments(decoder, context.stream.longest_sequence)
             call = DecoderCall(args, kwargs)
@@ -122,7 +117,9 @@ def running(
                 call, context.labels.mask = in_stream(arguments, layout, context.labels.mask), None
         else:
             context.refuse_shared_rows()
-            context.parts = parts = Parts(group, decoder, {**arguments, **kwargs}, chunk_size, context.labels)
+            context.parts = parts = Parts(
+                group, decoder, {**arguments, **kwargs}, int(context.config.chunk_size), context.labels
+            )
             context.stream = parts.stream
             call = DecoderCall((), parts.arguments, parts=parts)
         sampler = context.config.sampler
@@ -137,5 +134,40 @@ def running(
     finally:
         if context.open_call is not None:
             context.open_call.abandon()
-        context.stream = context.open_call = context.parts = None
+        context.stream = context.open_call = context.parts = context.read_inside = None
         context.layer_by_layer = False
+
+
+def _read(
+    context: ChunkContext, decoder: nn.Module, arguments: dict[str, Any], *, is_innermost: bool
+) -> tuple[Stream, Layout | None]:
+    """As `read_stream`.
+
+    Raises:
+        ReadInside: rows have padding on the left, and some of their tokens stand for images.
+    """
+    images = why_with_images(arguments)
+    known = {"has_positions": arguments.get("position_ids") is not None}
+    mask = arguments.get("attention_mask")
+    if context.read_inside and mask is not None and getattr(mask, "ndim", 0) != 2:
+        raise ValueError(
+            f"attention_mask has left padding, and {context.read_inside}, and {type(decoder).__name__} gets "
+            "another mask: set padding_side='right'"
+        )
+
+    def needs_right_padding(num_tokens: int) -> str | None:
+        if images and not is_innermost:
+            raise ReadInside(images)
+        return images or why_right_padding(decoder, num_tokens, **known)
+
+    return read_stream(
+        arguments,
+        int(context.config.chunk_size),
+        cut_at_segments=context.has_state,
+        why_rows=lambda num_tokens: images or why_rows(decoder, num_tokens, **known),
+        why_right_padding=needs_right_padding,
+        min_shared=partial(
+            least_shared_tokens, context.config, decoder, has_state=context.has_state, images=images
+        ),
+        labels=context.labels,
+    )

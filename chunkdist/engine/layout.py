@@ -58,6 +58,11 @@ class DecoderCall:
         return output
 
 
+class ReadInside(Exception):
+    """Rows become a stream in the module inside of the decoder, which is called with embeddings of images in
+    their places. The message says why not before."""
+
+
 def why_with_images(arguments: dict[str, Any]) -> str | None:
     """Why rows must stay rows, and are compared with no others: some of their tokens stand for images, or
     sounds, which the decoder puts into their places itself. `None`: they may become a stream."""

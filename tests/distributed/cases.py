@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -14,9 +15,12 @@ from torch.distributed.fsdp import fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.sharding import RELEASED
+from chunkdist.models.layers import find_layers
 from chunkdist.train.launch.ranks import skip_shm_build
 from tests.helpers.hybrids import model_of
+from tests.helpers.image_zoo import image_rows, tiny_image_model
 from tests.helpers.models import batch, norms_in_fp64, tiny_llama, with_lora, with_positions
+from tests.helpers.sweep import double_precision
 
 EngineName = Literal["ddp", "fsdp2", "fsdp2 groups", "fsdp2 head", "zero1", "zero2", "zero3"]
 CHUNK_SIZE = 4
@@ -35,6 +39,7 @@ class Case:
         chunked: False: the plain model under the same engine.
         spaco: Every other chunk, so that one process can draw the same sample.
         hybrid: A class of tests/helpers/hybrids.py instead of Llama.
+        images: A class of tests/helpers/image_zoo.py instead of Llama: two padded rows with images a rank.
         trees: Three padded rows a rank, which begin alike.
     """
 
@@ -50,6 +55,7 @@ class Case:
     attention: Literal["math", "cpu_flash"] = "math"
     spaco: bool = False
     hybrid: str = ""
+    images: str = ""
     trees: bool = False
     mean_per_rank: bool = False
     chunked: bool = True
@@ -89,6 +95,11 @@ class Step:
 
 def errors_of(case: Case) -> Errors:
     """Runs on every rank of the group."""
+    with double_precision() if case.images and case.engine.startswith("fsdp2") else nullcontext():
+        return _errors_of(case)
+
+
+def _errors_of(case: Case) -> Errors:
     dtype = torch.float32 if case.engine.startswith("zero") else torch.float64
     model = build(case, dtype)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -120,6 +131,8 @@ def build(case: Case, dtype: torch.dtype) -> nn.Module:
     model: nn.Module
     if case.hybrid:
         model = model_of(case.hybrid).to(dtype)
+    elif case.images:
+        model = tiny_image_model(case.images).to(dtype)
     else:
         model = tiny_llama(dtype=dtype, tie_word_embeddings=case.tied, initializer_range=0.2)
         if case.trees:  # sums of branches' gradients are rounded to the dtype of norms
@@ -141,6 +154,8 @@ def chunk_config(case: Case) -> ChunkConfig:
 
 def micro_batches(case: Case, rank: int) -> list[dict[str, Any]]:
     """What one rank is given, in the order of its micro-batches."""
+    if case.images:
+        return [rows_with_images(case, seed=100 * rank + step) for step in range(case.num_micro_batches)]
     num_ranks = len(case.lengths)
     given = [
         [
@@ -159,6 +174,14 @@ def micro_batches(case: Case, rank: int) -> list[dict[str, Any]]:
     )
     extra = {} if case.mean_per_rank else {"num_items_in_batch": num_items / accumulation_divisor(case)}
     return [{**inputs, **extra, "use_cache": False} for inputs in given[rank]]
+
+
+def rows_with_images(case: Case, seed: int) -> dict[str, Tensor]:
+    dtype = torch.get_default_dtype()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        rows = image_rows(tiny_image_model(case.images).to(dtype))
+    return {key: x.to(dtype) if x.is_floating_point() else x for key, x in rows.items()}
 
 
 def trees(num_tokens: int, seed: int) -> dict[str, Tensor]:
@@ -240,7 +263,7 @@ def _ddp_step(model: nn.Module, case: Case) -> Step:
 def shard_fsdp2(model: nn.Module, case: Case) -> None:
     """One unit a layer, or one a group; `fsdp2 head` cuts off embeddings and head, as Accelerate does."""
     inner = model.get_base_model() if case.lora else model  # type: ignore[operator]
-    layers = list(inner.model.layers)
+    layers = list(find_layers(inner)[2])
     height = len(layers) if case.layers_per_group == "all" else case.layers_per_group
     if case.engine != "fsdp2 groups":
         height = 1

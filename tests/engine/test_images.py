@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model, unchunk_model
-from chunkdist.chunking import chunk_report
+from chunkdist.chunking import chunk_report, num_computed
 from tests.helpers.image_zoo import image_rows, tiny_image_model
 from tests.helpers.models import with_lora
 from tests.helpers.sweep import double_precision
@@ -157,11 +157,31 @@ def test_equal_ids_are_not_equal_images() -> None:
         model(**inputs)
 
 
-def test_left_padding_with_images_is_refused() -> None:
-    model = tiny_image_model("LlavaForConditionalGeneration")
-    inputs = {key: x.flip(1) if x.ndim == 2 else x for key, x in image_rows(model).items()}
+@pytest.mark.parametrize("name", [*NAMES, "LlavaForConditionalGeneration"])
+def test_left_padding_with_images(name: str) -> None:
+    """Rows become a stream once embeddings of images are in their places."""
+    model = tiny_image_model(name)
+    inputs = left_padded(image_rows(model))
+    truth = gradients(model, inputs)
+    chunk_model(model, ChunkConfig(chunk_size=7, attention="math"))
+    assert_same(gradients(model, inputs), truth)
+    assert num_computed(model) == int(inputs["attention_mask"].sum())
+
+
+def test_left_padding_is_refused_where_a_mask_is_made_first() -> None:
+    model = tiny_image_model("PaliGemmaForConditionalGeneration")
+    inputs = left_padded(image_rows(model))
     chunk_model(model, ChunkConfig(chunk_size=7))
-    with pytest.raises(
-        ValueError, match="left padding, and pixel_values is not cut by tokens: set padding_side"
-    ):
+    with pytest.raises(ValueError, match="left padding, and pixel_values is not cut by tokens, and .* gets"):
         model(**inputs)
+
+
+def left_padded(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The second row's padding goes to its beginning."""
+    mask = rows["attention_mask"]
+    num_padded = int((mask[1] == 0).sum())
+    shifted = {
+        key: torch.stack([x[0], x[1].roll(num_padded)]) for key, x in rows.items() if x.shape == mask.shape
+    }
+    shifted["labels"][1, num_padded] = -100
+    return {**rows, **shifted}

@@ -69,8 +69,21 @@ def preferences(*columns: str) -> Dataset:
 
 
 def prompts(num_rows: int) -> Dataset:
-    """Trainers that generate pad them on the left, and completions on the right."""
-    return Dataset.from_dict({"prompt": ["Beautiful is better than", "Although that way may"] * num_rows})
+    """Trainers that generate pad them on the left, by more than a chunk, and completions on the right."""
+    return Dataset.from_dict({"prompt": ["Beautiful is better than", "Now is"] * num_rows})
+
+
+def masks_of(trainer: Any) -> list[torch.Tensor]:
+    """Of the training forwards to come, which tokens are no padding (B, T)."""
+    masks: list[torch.Tensor] = []
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            masks.append(kwargs["attention_mask"])
+
+    decoder = trainer.accelerator.unwrap_model(trainer.model).get_decoder()
+    decoder.register_forward_pre_hook(look, with_kwargs=True)
+    return masks
 
 
 def reward(completions: list[str], **kwargs: Any) -> list[float]:
@@ -177,12 +190,17 @@ def test_three_steps_are_the_plain_trainers(
         if getattr(trainer, model, None) is not None:
             chunk_model(getattr(trainer, model), CONFIG)
     monkeypatch.setattr(cross_entropy, "TILE_BYTES", 1)
+    masks = masks_of(trainer)
     with RowLogits(VOCAB) as logits:
         found = run(trainer)
     assert_same_run(found, expected, start)
     assert logits.count == 0 or name == "Distillation"  # whose head is TRL's own, in tiles of 4,096 tokens
     if name in ("GRPO", "RLOO"):
         assert any(x["completions/min_length"] < x["completions/max_length"] for x in found[0])
+        for mask in masks:  # each with both prompts
+            num_left = (mask.cumsum(1) == 0).sum(1)
+            assert num_left.min() == 0
+            assert num_left.max() > CONFIG.chunk_size
     assert caplog.text.count("gradient checkpointing is switched off") == 1
     assert "logits" not in caplog.text
     if name in ("DPO", "GRPO", "RLOO"):  # prompts are longer than a chunk
