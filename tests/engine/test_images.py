@@ -172,7 +172,7 @@ def test_left_padding_is_refused_where_a_mask_is_made_first() -> None:
     model = tiny_image_model("PaliGemmaForConditionalGeneration")
     inputs = left_padded(image_rows(model))
     chunk_model(model, ChunkConfig(chunk_size=7))
-    with pytest.raises(ValueError, match="left padding, and pixel_values is not cut by tokens, and .* gets"):
+    with pytest.raises(ValueError, match=r"left padding, and pixel_values is not cut by tokens, and .* gets"):
         model(**inputs)
 
 
