@@ -7,10 +7,15 @@ Launchers, engines and exit statuses are those of launchers/train.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
-from chunkdist.train.launch.stopping import leave
-from chunkdist.train.run import run
+try:
+    from chunkdist.train.launch.stopping import leave
+    from chunkdist.train.run import run
+except KeyboardInterrupt:  # these imports take seconds
+    print("chunkdist: stopped by SIGINT: before the first step, nothing was saved", file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

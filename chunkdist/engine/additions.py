@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from chunkdist.engine.hook_probe import Hook, HookNotes
 from chunkdist.engine.layer import GroupLayer
+from chunkdist.engine.module_probe import ModuleNotes
 from chunkdist.engine.probe import TOLERANCE, LayerProbe
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.models.known_code import is_known_class, is_known_function, makes_weights, name_of
@@ -51,6 +52,8 @@ class _Found:
 
     hooks: list[Hook] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
+    modules: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """Whose forward is not known, and where they are."""
     observers: list[str] = field(default_factory=list)
     """Backward hooks: they are among `code`, and told of."""
     key: list[Any] = field(default_factory=list)
@@ -70,8 +73,9 @@ class Additions:
         self._classes: dict[tuple[type, type, bool], bool] = {}
         self._functions: dict[int, tuple[Any, bool]] = {}
         """By id, as long as the function lives: it may be one step's, and hold tensors."""
-        self._passed: WeakKeyDictionary[GroupLayer, list[tuple[Any, ...]]] = WeakKeyDictionary()
-        """The keys of what has been asked last: training and evaluation take turns."""
+        self._passed: WeakKeyDictionary[GroupLayer, list[tuple[tuple[Any, ...], int]]] = WeakKeyDictionary()
+        """The keys of what has been asked last, and with how many tokens a row: training and evaluation take
+        turns."""
         self._told: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Additions:
@@ -84,8 +88,13 @@ class Additions:
         arguments: Sequence[dict[str, Any]],
         hidden: Tensor,
         stream: Stream,
+        row_tokens: int,
     ) -> Iterator[None]:
-        """Inside, the layers run for the first time with what is not known in them.
+        """Inside, the layers run for the first time with what is not known in them, or for the first time
+        with rows of so many tokens.
+
+        Args:
+            row_tokens: What the layers would be called with without chunks.
 
         Raises:
             UnsupportedModelError: it does not treat each token alone.
@@ -100,23 +109,32 @@ class Additions:
         if len(layers) > 1:
             self._refuse_between(layers)
         notes: list[tuple[GroupLayer, _Found, list[HookNotes]]] = []
+        modules: list[ModuleNotes] = []
         with ExitStack() as stack:
             for layer, given in zip(layers, arguments, strict=True):
                 found = self._look(layer)
-                if not found.key or self._has_passed(layer, found):
+                if not found.key or self._has_passed(layer, found, row_tokens):
                     continue
                 found = self._look(layer, with_paths=True)
                 self._ask_layer(layer, given, hidden, stream, found)
-                own = [HookNotes(hook, layer.layer, partial(_num_tokens, layer)) for hook in found.hooks]
+                num_tokens = partial(_num_tokens, layer)
+                own = [HookNotes(hook, layer.layer, num_tokens, row_tokens) for hook in found.hooks]
+                found_modules = {module: path for module, path in found.modules if module is not layer.layer}
+                modules += [ModuleNotes(*of, layer, row_tokens) for of in found_modules.items()]
                 for note in own:
                     stack.enter_context(note.in_place())
                 notes.append((layer, found, own))
+            for module in modules:
+                stack.enter_context(module.in_place())
             yield
+        with undisturbed_rng(hidden):
+            for module in modules:
+                module.check()
         for layer, found, own in notes:
             if self._ask_hooks(own, hidden) and hidden.shape[1] >= _MIN_TOKENS:
                 passed = self._passed.setdefault(layer, [])
                 passed[_NUM_KEYS:] = []
-                passed.insert(0, (*found.key, torch.is_grad_enabled()))
+                passed.insert(0, ((*found.key, torch.is_grad_enabled()), row_tokens))
             self._tell(layer, found, own)
 
     def _refuse_between(self, layers: Sequence[GroupLayer]) -> None:
@@ -136,10 +154,10 @@ class Additions:
                             "one chunk at a time only: write layers_per_group=1"
                         )
 
-    def _has_passed(self, layer: GroupLayer, found: _Found) -> bool:
+    def _has_passed(self, layer: GroupLayer, found: _Found, row_tokens: int) -> bool:
         """With gradients, or, where there are none, without."""
         keys = [(*found.key, True), (*found.key, torch.is_grad_enabled())]
-        return any(key in keys for key in self._passed.get(layer, ()))
+        return any(key in keys and row_tokens <= asked for key, asked in self._passed.get(layer, ()))
 
     def _look(self, layer: GroupLayer, *, with_paths: bool = False) -> _Found:
         found, state = _Found(), layer.state
@@ -189,9 +207,11 @@ class Additions:
     ) -> None:
         if not known and self._asks_classes:
             found.code.append(f"{type(module).__module__}.{type(module).__name__}, {path}")
+            found.modules.append((module, found.code[-1]))
             found.key += [ref(module), type(module), module.training]
         if forward is not None and not self._is_known(forward):
             found.code.append(f"the forward {name_of(forward)} that was set on {path}")
+            found.modules.append((module, found.code[-1]))
             found.key += [ref(module), forward]
         hf_hook = module.__dict__.get("_hf_hook")
         for hook in getattr(hf_hook, "hooks", (hf_hook,)) if hf_hook is not None else ():
@@ -261,10 +281,7 @@ class Additions:
         shown = True
         with undisturbed_rng(hidden):
             for note in notes:
-                if note.only_looks:
-                    note.forget()
-                else:
-                    shown &= note.check()
+                shown &= note.check()
         return shown
 
     def _tell(self, layer: GroupLayer, found: _Found, notes: list[HookNotes]) -> None:

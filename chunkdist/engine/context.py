@@ -45,7 +45,8 @@ class ChunkContext:
         has_state: Whether layers keep state other than K/V: then chunks end where segments do.
         sequence: The ranks that share the tokens of each row; `None`: those of the trainer, if it has any.
         checked: What surrounds each call of layers; raises where they are not exact in chunks. Called with
-            the layers, the arguments of each, their hidden states and stream.
+            the layers, the arguments of each, their hidden states and stream, and how many tokens they would
+            get without chunks.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class ChunkContext:
         """The tokens of the forward that runs; `None` outside of one, and in one that is not chunked."""
         self.read_inside: str | None = None
         """Why the forward that runs reads its tokens only where embeddings of images are in their places."""
+        self.row_tokens = 0
+        """Tokens of each row of the forward that runs, as the caller has passed it to all ranks."""
         self.num_computed = 0
         """Tokens that the training forwards so far have computed."""
         self.open_call: OpenCall | None = None

@@ -93,7 +93,8 @@ def running(
             )
     trains = decoder.training and torch.is_grad_enabled()
     embeddings, ids = arguments.get("inputs_embeds"), arguments.get("input_ids")
-    begin(ids if embeddings is None else embeddings, trains=trains)
+    tokens = ids if embeddings is None else embeddings
+    begin(tokens, trains=trains)
     if hidden_states := arguments.get(ARGUMENT, getattr(decoder.config, ARGUMENT, False)):
         context.layer_by_layer = not torch.is_grad_enabled()
         if not context.layer_by_layer:
@@ -103,6 +104,8 @@ def running(
         arguments["use_cache"] = False
     try:
         group = context.sequence_group(decoder.training)
+        if isinstance(tokens, torch.Tensor):
+            context.row_tokens = tokens.shape[1] * (1 if group is None else group.num_ranks)
         if group is None:
             try:
                 context.stream, layout = _read(context, decoder, arguments, is_innermost=is_innermost)

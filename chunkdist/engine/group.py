@@ -115,7 +115,7 @@ class GroupCall:
         """By layer, of the dependent run at hand."""
         self._rng: list[RngState] = []
         self._as_run: LayersAsRun
-        self._witness = RerunWitness(" and ".join(dict.fromkeys(type(x).__name__ for x in modules)))
+        self._witness = RerunWitness(modules)
         self._autocast: AutocastState
         self._sample = group.context.sample
         parts = group.context.parts
@@ -149,16 +149,17 @@ class GroupCall:
         self.arguments.append(arguments)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        context = self.group.context
         try:
             with (
                 router_logits.recorded(False),
-                self.group.context.checked(self.group.layers, self.arguments, hidden, self.stream),
+                context.checked(self.group.layers, self.arguments, hidden, self.stream, context.row_tokens),
             ):
                 output, *found = self._call(hidden)
         finally:
             self.units.release()
             self.saved.settle()
-        router_logits.deliver(found, self.group.context.labels.mask)
+        router_logits.deliver(found, context.labels.mask)
         return output
 
     def _call(self, hidden: Tensor) -> tuple[Tensor, ...]:

@@ -2,15 +2,18 @@
 
 A hook there is called once a chunk, with a chunk's tokens. What it is called with in the first pass is noted
 for some chunks; then it is called with all of them at once, with each alone, and with the first token and
-the rest: results, also those of the pass itself, and gradients must be the same. Nothing but the hook is
-compared, so that a change of a thousandth is seen beside large hidden states.
+the rest, and with as many as a whole row has: results, also those of the pass itself, and gradients must be
+the same. Nothing but the hook is compared, so that a change of a thousandth is seen beside large hidden
+states.
 
-A hook that changes nothing is not called more often than the pass calls it: it may count, or keep what it
-sees. It is watched in the first rerun, which is the first to have a graph.
+A hook that changes nothing is called twice more, with two chunks and with a whole row, if its code has
+branches: one may be for rows only. Without, it is not called more often than the pass calls it: it may count,
+or keep what it sees. It is watched in the first rerun, which is the first to have a graph.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,26 +22,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkdist.engine.token_errors import error_of_pieces, error_of_row, largest_error
 from chunkdist.engine.token_pieces import (
     cut,
     first_and_rest,
     joined,
     map_tensors,
-    result_dims,
+    repeated,
     tensors_of,
     token_dims,
 )
 from chunkdist.errors import UnsupportedModelError
-from chunkdist.models.known_code import name_of
+from chunkdist.models.known_code import has_branches, name_of
+from chunkdist.recovery import is_out_of_memory
 from chunkdist.replay import undisturbed_rng
 
-_NOTED_BYTES = 2**26
+logger = logging.getLogger("chunkdist")
+
+NOTED_BYTES = 2**26
 """Chunks are noted up to this size, a hook at a time; at least `_MIN_CHUNKS`."""
 _MIN_CHUNKS = 2
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
-_HALF_TOLERANCE = 2e-3
-"""Bound, relative to a token's norm. Rounding of bf16 itself does not count: both ways round the same sums,
-but for a few."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +61,17 @@ class Hook:
 
 
 class HookNotes:
-    """Stands in a hook's place for a pass and its rerun, calls it, and notes what it is called with."""
+    """Stands in a hook's place for a pass and its rerun, calls it, and notes what it is called with.
 
-    def __init__(self, hook: Hook, layer: nn.Module, num_tokens: Callable[[], int]) -> None:
+    Args:
+        num_tokens: Of the chunk that runs.
+        row_tokens: What the hook would be called with without chunks.
+    """
+
+    def __init__(self, hook: Hook, layer: nn.Module, num_tokens: Callable[[], int], row_tokens: int) -> None:
         self.hook = hook
         self._layer = layer
+        self._row_tokens = row_tokens
         self.only_looks = True
         """Whether it changed nothing, and returned nothing else than it got."""
         self._num_tokens = num_tokens
@@ -74,7 +83,7 @@ class HookNotes:
 
     def __call__(self, module: nn.Module, *inputs: Any) -> Any:
         tensors = tensors_of(inputs)
-        is_noted = self._is_over or self._num_bytes < _NOTED_BYTES or len(self._calls) < _MIN_CHUNKS
+        is_noted = self._is_over or self._num_bytes < NOTED_BYTES or len(self._calls) < _MIN_CHUNKS
         copies = [map_tensors(x, _copy) for x in inputs] if is_noted else []
         versions, num_hooks = [_version_of(x) for x in tensors], _num_tensor_hooks(tensors)
         result = self._call(module, inputs)
@@ -124,7 +133,7 @@ class HookNotes:
             )
         self._calls, self._results = [(self._num_tokens(), copies)], [self._result(copies, None)]
         with undisturbed_rng(tensors_of(copies)[0]):
-            self.check()
+            self._compare()
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -136,51 +145,89 @@ class HookNotes:
             if self.hook.key in self.hook.slots:
                 self.hook.slots[self.hook.key] = self.hook.function
 
-    def forget(self) -> None:
-        """Lets go of what was noted: the rerun in the backward meets this object again, and holds it."""
-        self._calls, self._results = [], []
-
     def check(self) -> bool:
         """Compares all calls at once with one after another; whether that showed anything.
 
         Raises:
             UnsupportedModelError: the hook looks at other tokens, or trains what is not in its layer.
         """
+        if not self.only_looks:
+            return self._compare()
+        if has_branches(self.hook.function):
+            self._compare(once=True)
+        self._calls, self._results = [], []  # the rerun in the backward meets this object again, and holds it
+        return True
+
+    def _compare(self, *, once: bool = False) -> bool:
+        """`once`: with two chunks and with a row only, of a hook that has changed nothing."""
         calls, self._calls = list(zip(self._calls, self._results, strict=True)), []
         calls, self._results = [call for call in calls if call[0][0] > 0], []
+        calls = calls[: 2 if once else None]
         parts, in_pass = [call for call, _ in calls], [result for _, result in calls]
-        if sum(n for n, _ in parts) < 2:
+        num_tokens = sum(n for n, _ in parts)
+        if num_tokens < 2:
             return False
         dims = [token_dims(parts, place) for place in range(len(tensors_of(parts[0][1])))]
         if any(len(tensors_of(inputs)) != len(dims) for _, inputs in parts) or all(d is None for d in dims):
+            if once:
+                return False
             raise UnsupportedModelError(
                 f"{self.hook.describe()}: what it gets has no dim of tokens, so it cannot be asked whether "
                 "it treats each token alone; put it on a whole layer, whose hooks get the whole sequence"
             )
         whole = joined([inputs for _, inputs in parts], dims)
         expected, grads = self._run(whole)
-        error = _error_of(expected, in_pass)
-        for pieces in (
-            [inputs for _, inputs in parts] if len(parts) > 1 else cut(whole, dims),
-            first_and_rest(whole, dims),
-        ):
+        error = error_of_pieces(expected, in_pass)
+        along = [d for d, x in zip(dims, tensors_of(whole), strict=True) if _floats(x)]
+        for pieces in () if once else self._pieces(whole, dims, parts):
             runs = [self._run(piece) for piece in pieces]
-            error = max(error, _error_of(expected, [result for result, _ in runs]))
+            error = max(error, error_of_pieces(expected, [result for result, _ in runs]))
             parts_grads: Any = [piece_grads for _, piece_grads in runs]
             if grads is not None and all(piece is not None for piece in parts_grads):
-                along = [d for d, x in zip(dims, tensors_of(whole), strict=True) if _floats(x)]
-                error = max(error, _largest_error(grads, joined(parts_grads, along)))
+                error = max(error, largest_error(grads, joined(parts_grads, along)))
+        if num_tokens != self._row_tokens:
+            error = max(error, self._error_of_row(whole, dims, expected, grads, num_tokens))
         if not error <= 1:
             raise UnsupportedModelError(
                 f"{self.hook.describe()} looks at other tokens than each one alone, draws random numbers, or "
-                "does not do the same at each call: inside of a layer it is called with one chunk at a time, "
-                "and makes something else of it than of the whole sequence; put it on a whole layer, whose "
-                "hooks get all tokens"
+                "does not do the same at each call or with any number of tokens: inside of a layer it is "
+                "called with one chunk at a time, and makes something else of it than of the whole sequence; "
+                "put it on a whole layer, whose hooks get all tokens"
             )
         before, after = tensors_of(whole[0] if self.hook.is_pre else whole[-1]), tensors_of(expected)
         return len(before) != len(after) or any(
             a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=True)
         )
+
+    def _pieces(
+        self, whole: Any, dims: list[int | None], parts: list[tuple[int, list[Any]]]
+    ) -> Iterator[list[Any]]:
+        yield [inputs for _, inputs in parts] if len(parts) > 1 else cut(whole, dims)
+        yield first_and_rest(whole, dims)
+
+    def _error_of_row(
+        self,
+        whole: Any,
+        dims: list[int | None],
+        expected: Any,
+        grads: list[Tensor] | None,
+        num_tokens: int,
+    ) -> float:
+        """With as many tokens as a row has: those of `whole` over and over."""
+        factor = self._row_tokens / num_tokens
+        try:
+            found, row_grads = self._run(repeated(whole, dims, factor))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning(
+                "chunkdist: there is not enough memory to ask %s whether it does the same with all %d tokens",
+                self.hook.describe(),
+                self._row_tokens,
+            )
+            return 0.0
+        both = grads is not None and row_grads is not None
+        return error_of_row([expected, grads if both else ()], [found, row_grads if both else ()], factor)
 
     def _run(self, inputs: list[Any]) -> tuple[Any, list[Tensor] | None]:
         """What the hook makes of `inputs`, and gradients of their floating-point tensors."""
@@ -196,6 +243,8 @@ class HookNotes:
         try:
             result = self.hook.function(self.hook.module, *given)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise UnsupportedModelError(
                 f"{self.hook.describe()} fails with other numbers of tokens than the one that it got: {error}"
             ) from error
@@ -214,14 +263,6 @@ class HookNotes:
         return map_tensors(result, lambda x: x.detach()), grads_or_zeros
 
 
-def _error_of(expected: Any, pieces: list[Any]) -> float:
-    """In units of the tolerance, of the results of pieces against that of the whole."""
-    if len({len(tensors_of(piece)) for piece in pieces}) > 1:
-        return float("inf")
-    found = joined(pieces, result_dims(expected, pieces))
-    return _largest_error(tensors_of(expected), tensors_of(found))
-
-
 def _num_tensor_hooks(tensors: list[Tensor]) -> int:
     return sum(len(x._backward_hooks or ()) for x in tensors)  # torch 2.13
 
@@ -229,22 +270,6 @@ def _num_tensor_hooks(tensors: list[Tensor]) -> int:
 def _grad(x: Tensor) -> Tensor:
     """Gradient of an output; a function of the values, so that it is the same for a token in any piece."""
     return torch.cos(3 * x.detach())
-
-
-def _largest_error(expected: list[Tensor], found: list[Tensor]) -> float:
-    """In units of the tolerance, of the worst token."""
-    worst = 0.0 if len(expected) == len(found) else float("inf")
-    for a, b in zip(expected, found, strict=False):
-        if a.shape != b.shape:
-            return float("inf")
-        if torch.equal(a, b) or a.ndim == 0:
-            continue
-        is_narrow = a.device.type != "cpu" and a.dtype == torch.float32  # TF32
-        tolerance = _HALF_TOLERANCE if is_narrow else _TOLERANCES.get(a.dtype, _HALF_TOLERANCE)
-        difference, norm = (x.double().norm(dim=-1) for x in (a - b, a))
-        ratio = (difference / (tolerance * (norm + 1e-3 * norm.max()) + 1e-300)).max().item()
-        worst = max(worst, ratio if ratio == ratio else float("inf"))
-    return worst
 
 
 def _trained(outputs: list[Tensor]) -> set[int]:

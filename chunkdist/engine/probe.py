@@ -98,8 +98,8 @@ class LayerProbe:
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(hidden.device.type, enabled=False),
-            _without_dropout(layer.layer),
-            _other_weights(layer.layer, widened=self._widens, moved=self._moves_weights),
+            without_dropout(layer.layer),
+            other_weights(layer.layer, widened=self._widens, moved=self._moves_weights),
         ):
             x_BTH = self._in_fp32(hidden[:, : tokens.num_tokens]).requires_grad_()
             parameters = GroupParameters([layer.layer])
@@ -204,7 +204,7 @@ def _largest_difference(
 
 
 @contextmanager
-def _without_dropout(layer: nn.Module) -> Iterator[None]:
+def without_dropout(layer: nn.Module) -> Iterator[None]:
     dropouts = [m for m in layer.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
     try:
         for module in dropouts:
@@ -216,7 +216,7 @@ def _without_dropout(layer: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _other_weights(layer: nn.Module, *, widened: bool, moved: bool) -> Iterator[None]:
+def other_weights(layer: nn.Module, *, widened: bool, moved: bool) -> Iterator[None]:
     """Packed weights of quantised layers stay as they are.
 
     Args:

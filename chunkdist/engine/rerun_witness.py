@@ -4,12 +4,17 @@ What hangs on a layer's modules is put back for the rerun (`as_run`). What a hoo
 cannot be: a global, a context variable, an object of the user's own, such as the strength of a steering
 vector that is switched off before the backward. The rerun would then compute the gradient of another
 function. Its output shows it.
+
+A retained chunk needs no witness: its backward goes through the graph of the forward itself, and nothing is
+run again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Variable
 
@@ -24,10 +29,10 @@ pieces of other sizes, and kernels that add in any order."""
 
 
 class RerunWitness:
-    """The cells of one forward of a group, by chunk index."""
+    """The cells of one forward of a group, by chunk index; in a pipeline, those of a step, by micro-batch."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._name = " and ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
         self._noted: dict[int, Tensor] = {}
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._is_narrow = False

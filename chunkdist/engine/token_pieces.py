@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,6 +67,33 @@ def first_and_rest(whole: Any, dims: list[int | None]) -> list[Any]:
         ]
         cuts.append(with_tensors(whole, tokens))
     return cuts
+
+
+def repeated(whole: Any, dims: list[int | None], factor: float) -> Any:
+    """The tokens of `whole` over and over: `factor` times as many, or the first of them."""
+    tensors = [
+        x if d is None else x.index_select(d, _over_and_over(x, x.shape[d], factor))
+        for x, d in zip(tensors_of(whole), dims, strict=True)
+    ]
+    return with_tensors(whole, tensors)
+
+
+def matched(whole: Tensor, found: Tensor, factor: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Piece by piece, what of `whole` the pieces of `found` are to be, whose tokens are `repeated`. What has
+    another shape than that is matched with all of `whole`."""
+    others = [d for d, (a, b) in enumerate(zip(whole.shape, found.shape, strict=False)) if a != b]
+    along = others[0] if whole.ndim == found.ndim and len(others) == 1 else None
+    if along is None or found.shape[along] != round(whole.shape[along] * factor):
+        yield whole, found
+        return
+    length = whole.shape[along]
+    for start in range(0, found.shape[along], length):
+        num = min(length, found.shape[along] - start)
+        yield whole.narrow(along, 0, num), found.narrow(along, start, num)
+
+
+def _over_and_over(like: Tensor, num: int, factor: float) -> Tensor:
+    return torch.arange(round(num * factor), device=like.device) % max(num, 1)
 
 
 def tensors_of(x: Any) -> list[Tensor]:

@@ -7,8 +7,10 @@ that run models. All else is the user's, and is asked (see `engine.additions`).
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import CodeType, MethodType
 from typing import Any
 
 from torch import nn
@@ -90,6 +92,38 @@ def is_known_function(function: Callable[..., Any]) -> bool:
 def makes_weights(function: Callable[..., Any]) -> bool:
     """Whether a hook changes nothing that passes through it, but its module's weight, at each call."""
     return type(function).__module__ == _WEIGHTS_OF_CALLS
+
+
+def has_branches(function: Callable[..., Any]) -> bool:
+    """Whether a hook's code, or that of the functions it can be seen to call, does not always run as a
+    whole."""
+    waiting, seen = [function], set[int]()
+    while waiting:
+        whole = waiting.pop()
+        owner = getattr(whole, "__self__", whole)
+        for part in _parts(whole):
+            code = getattr(part, "__code__", None)
+            if code is None or id(code) in seen or _package(part) in _PACKAGES:
+                continue
+            seen.add(id(code))
+            codes = [code, *(x for x in code.co_consts if isinstance(x, CodeType))]
+            steps = [step.opname for own in codes for step in dis.get_instructions(own)]
+            if any("_IF_" in name or name == "FOR_ITER" for name in steps):
+                return True
+            names = [name for own in codes for name in own.co_names]
+            called = [cell.cell_contents for cell in part.__closure__ or () if _is_filled(cell)]
+            called += [part.__globals__.get(name) for name in names]
+            methods = [getattr(type(owner), name, None) for name in names]
+            waiting += [x for x in called if callable(x)]
+            waiting += [MethodType(x, owner) for x in methods if hasattr(x, "__code__")]
+    return False
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -30,10 +30,12 @@ class StageCell(CellInputs):
     """A micro-batch from its forward to its backward.
 
     Args:
+        number: Of the micro-batch.
         is_last_backward: Whether the gradients of parameters come out with its own.
     """
 
     stage: ModelStage
+    number: int
     retained: bool
     is_last_backward: bool
     _graph: CellGraph | None = field(default=None, init=False)
@@ -61,6 +63,7 @@ class StageCell(CellInputs):
             output = self._graph.output.hidden.detach()
         else:
             output = self._run_plainly(received)
+            self.stage.witness.note(self.number, output)
         self._hand_on()
         return output.new_zeros(()) if self.stage.is_last else output
 
@@ -94,6 +97,7 @@ class StageCell(CellInputs):
                 self._rng.restore()
                 leaf = self._leaf(received)
                 graph = rerun(leaf, self._run_layers, self.stage.parameters_of_step)
+                self.stage.witness.compare(self.number, graph.output.hidden)
             if self.stage.is_last:
                 grad_output = self._backward_of_loss(graph.output.hidden)
             grad = graph.backward(grad_output)
@@ -102,6 +106,8 @@ class StageCell(CellInputs):
             for stores in self.stores:
                 if stores.attention is not None:
                     stores.attention.forget(self.chunk.start)
+        if self.is_last_backward:
+            self.stage.end_step()
         self.stores = []  # of a pipeline of one stage, torch keeps the node until the step ends
         return grad
 

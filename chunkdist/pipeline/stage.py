@@ -23,6 +23,8 @@ from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.layer import GroupLayer
 from chunkdist.engine.parameters import GroupParameters
 from chunkdist.engine.probe import LayerProbe, needs_probe
+from chunkdist.engine.rerun_witness import RerunWitness
+from chunkdist.engine.written_buffers import WrittenBuffers
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.loss.lazy_logits import lazy_logits
 from chunkdist.loss.token_losses import TokenLosses
@@ -77,6 +79,9 @@ class ModelStage(nn.Module):
         self.observers: list[Callable[[TokenLosses], None]] = []
         """Called with the losses of each chunk's tokens; on the last stage."""
         self.parameters_of_step: GroupParameters
+        self.witness: RerunWitness
+        """Of the step's cells, by micro-batch."""
+        self._written: WrittenBuffers
         self._config = config
         states = layer_states(model.config.get_text_config(), all_layers)
         self.has_state = any(state.relays for state in states)
@@ -134,6 +139,16 @@ class ModelStage(nn.Module):
     def begin_step(self) -> None:
         self.losses = []
         self.parameters_of_step = GroupParameters([self.model])
+        self.witness, self._written = RerunWitness(self.layers), WrittenBuffers(self.layers)
+
+    def end_step(self) -> None:
+        """In the step's last backward.
+
+        Raises:
+            UnsupportedModelError: reruns have come to something else, or buffers have been written to.
+        """
+        self.witness.refuse_others()
+        self._written.refuse()
 
     def run_layers(self, cell: CellInputs) -> Tensor:
         """The stage's layers on a chunk; on the first stage, what comes before them as well."""
@@ -256,7 +271,8 @@ class ModelStage(nn.Module):
         stores = cell.stores[position]
         kept = stores.attention if cell.keeps_attention else None
         own = layer.cell(cell.chunk, cell.stream, stores.kv, stores.states, outputs=kept)
-        with self._context.checked((layer,), (arguments,), hidden, _alone(cell.chunk)):
+        call = (layer,), (arguments,), hidden, _alone(cell.chunk), cell.stream.longest_sequence
+        with self._context.checked(*call):
             output = layer.run(own, hidden, arguments)
         if own is not None and own.relay is not None:
             cell.relays.append(own.relay)

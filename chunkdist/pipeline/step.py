@@ -276,6 +276,7 @@ class StageCells(nn.Module):
         own = {name: x[:, chunk.start : chunk.end] for name, x in self._inputs[run_number].items()}
         return StageCell(
             stage=self.stage,
+            number=number,
             chunk=chunk,
             stream=stream,
             stores=stores,

@@ -70,6 +70,7 @@ def model_parts(options: TrainingOptions, *, is_chunked: bool, has_weights: bool
         str(given.model_name_or_path),
         allow_missing=given.allow_missing_weights,
         replaced=_HEADS if is_reward else (),
+        hf_deepspeed_config=getattr(training, "hf_deepspeed_config", None),
         **values,
     )
     return {"model": model, "quantization_config": None, "peft_config": adapters}

@@ -260,3 +260,16 @@ def test_a_rank_without_data_in_the_last_step_stops_nobody(two_ranks: Ranks, fol
         assert two_ranks.run(train, *arguments) == [0, 0]
         assert list(figures(folder, "loss")) == [1, 2]
         shutil.rmtree(folder / "out")
+
+
+def test_zero3_says_which_weights_it_has_no_place_for(one_rank: Ranks, folder: Path) -> None:
+    """transformers (5.23) loads them under ZeRO-3 without a report of what is left out."""
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    ((status, said),) = one_rank.run(train_in_vain, *arguments_of("zero3", folder, ROWS, **OPTIONS))
+    assert status == 2
+    assert "its files hold 9 weight(s) (model.layers.1." in said
+    assert not (folder / "out").exists()
+    allowed = {"max_steps": 1, "allow_missing_weights": True}
+    run(one_rank, "zero3", folder, **allowed)
+    assert AutoModelForCausalLM.from_pretrained(folder / "out").config.num_hidden_layers == 1

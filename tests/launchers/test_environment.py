@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,22 @@ def test_the_quickstart_is_in_bf16_on_a_gpu_that_has_it(
         ["make", "-n", "train", *filter(None, [config])], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert ("--bf16 true" in told.stdout) is expected
+
+
+@pytest.mark.parametrize("name", ["train", "dpo", "reward", "grpo"])
+def test_ctrl_c_while_packages_are_imported(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted:
+        def find_spec(self, module: str, *_: Any) -> None:
+            if module == "chunkdist.train.run":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "chunkdist.train.run", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as left:
+        load_script(ROOT / "launchers" / f"{name}.py")
+    assert left.value.code == 130
+    assert (
+        capsys.readouterr().err == "chunkdist: stopped by SIGINT: before the first step, nothing was saved\n"
+    )

@@ -124,6 +124,7 @@ def unsupported() -> dict[str, str]:
         if pipeline.stage.is_last:
             cell = StageCell(
                 stage=pipeline.stage,
+                number=0,
                 chunk=Chunk(0, 8),
                 stream=Stream(num_tokens=20, chunks=cut(20, 8), segment_starts=((0,),)),
                 stores=pipeline.stage.new_stores(Chunk(0, 20)),

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from trl.trainer.utils import create_model_from_path
 
 from chunkdist.recovery import is_out_of_memory
+from chunkdist.sharding.zero3 import whole_weights
 from chunkdist.train.launch.output import first_line, print_once
 
 _NUM_NAMED = 3
@@ -25,12 +28,21 @@ _REPORT = "LOAD REPORT"
 """The first line of the table that transformers 5.23 logs; a line of ours says the same."""
 
 
-def load_model(name: str, *, allow_missing: bool, replaced: tuple[str, ...] = (), **given: Any) -> Any:
+def load_model(
+    name: str,
+    *,
+    allow_missing: bool,
+    replaced: tuple[str, ...] = (),
+    hf_deepspeed_config: Any = None,
+    **given: Any,
+) -> Any:
     """The model of a folder or a name on the Hub, loaded as TRL loads it.
 
     Args:
         allow_missing: Whether weights may be drawn at random, or left out, where files and config differ.
         replaced: Beginnings of the names of weights that the model is to have anew, or to leave out.
+        hf_deepspeed_config: The training arguments' attribute. Under ZeRO-3 transformers (5.23) does not say
+            what it leaves out, and is asked once more, without the weights.
         given: Goes to `from_pretrained`.
 
     Raises:
@@ -41,10 +53,11 @@ def load_model(name: str, *, allow_missing: bool, replaced: tuple[str, ...] = ()
     takes_other_shapes = allow_missing or given.pop("ignore_mismatched_sizes", False)
     try:
         with _without_report():
-            loaded: Any = create_model_from_path(
-                name, output_loading_info=True, ignore_mismatched_sizes=True, **given
-            )
-            model, report = loaded
+            load = partial(create_model_from_path, name, output_loading_info=True, **given)
+            load = partial(load, ignore_mismatched_sizes=True)
+            is_quantized = given.get("quantization_config") is not None  # then ZeRO-3 takes no part
+            report = None if is_quantized else _report_without_weights(load, hf_deepspeed_config)
+            model, own_report = load()
     except Exception as error:
         is_of_system = isinstance(error, MemoryError) or (
             isinstance(error, OSError) and error.errno is not None
@@ -52,6 +65,7 @@ def load_model(name: str, *, allow_missing: bool, replaced: tuple[str, ...] = ()
         if is_of_system or is_out_of_memory(error):  # not of what the user wrote
             raise
         raise ValueError(f"model_name_or_path={name!r} cannot be loaded: {first_line(error)}") from error
+    report = own_report if report is None else report
     for kind in ("missing_keys", "unexpected_keys"):
         report[kind] = {key for key in report[kind] if not key.startswith(replaced)}
     faults = _differences(report, with_shapes=not takes_other_shapes)
@@ -63,6 +77,15 @@ def load_model(name: str, *, allow_missing: bool, replaced: tuple[str, ...] = ()
     for fault in _differences(report, with_shapes=True):
         print_once(f"model_name_or_path={name!r}: {fault} (allow_missing_weights)")
     return model
+
+
+def _report_without_weights(load: Callable[..., Any], hf_deepspeed_config: Any) -> dict[str, Any] | None:
+    """What transformers says of files and model without ZeRO-3; `None` where that is off."""
+    if hf_deepspeed_config is None or not is_deepspeed_zero3_enabled():
+        return None
+    with whole_weights(hf_deepspeed_config):
+        _, report = load(device_map="meta")
+    return dict(report)
 
 
 def _differences(report: dict[str, Any], *, with_shapes: bool) -> list[str]:
