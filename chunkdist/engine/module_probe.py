@@ -107,8 +107,8 @@ class ModuleNotes:
                     self._row_tokens,
                 )
                 return
-            error = error_of_row(expected, found, factor)
-        if not error <= _SLACK:
+            difference = error_of_row(expected, found, factor)
+        if not difference <= _SLACK:
             raise UnsupportedModelError(
                 f"{self._path} does not do the same with any number of tokens: inside of a layer it is "
                 "called with one chunk at a time, and makes something else of it than of a whole row of "

@@ -113,7 +113,7 @@ def has_branches(function: Callable[..., Any]) -> bool:
             names = [name for own in codes for name in own.co_names]
             called = [cell.cell_contents for cell in part.__closure__ or () if _is_filled(cell)]
             called += [part.__globals__.get(name) for name in names]
-            methods = [getattr(type(owner), name, None) for name in names]
+            methods: list[Any] = [getattr(type(owner), name, None) for name in names]
             waiting += [x for x in called if callable(x)]
             waiting += [MethodType(x, owner) for x in methods if hasattr(x, "__code__")]
     return False

@@ -53,8 +53,8 @@ def load_model(
     takes_other_shapes = allow_missing or given.pop("ignore_mismatched_sizes", False)
     try:
         with _without_report():
-            load = partial(create_model_from_path, name, output_loading_info=True, **given)
-            load = partial(load, ignore_mismatched_sizes=True)
+            settings: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, **given}
+            load: Callable[..., Any] = partial(create_model_from_path, name, **settings)
             is_quantized = given.get("quantization_config") is not None  # then ZeRO-3 takes no part
             report = None if is_quantized else _report_without_weights(load, hf_deepspeed_config)
             model, own_report = load()
