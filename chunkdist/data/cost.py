@@ -26,9 +26,14 @@ class SequenceCost:
     per_token: float
     per_pair: tuple[tuple[int | None, float], ...] = ()
 
-    def __call__(self, length: int) -> float:
-        pairs = sum(cost * num_pairs(length, window) for window, cost in self.per_pair)
-        return self.per_token * length + pairs
+    def __call__(self, length: int, shared: int = 0) -> float:
+        """Args:
+        shared: Its first tokens that are computed for another sequence anyway.
+        """
+        pairs = sum(
+            cost * (num_pairs(length, window) - num_pairs(shared, window)) for window, cost in self.per_pair
+        )
+        return self.per_token * (length - shared) + pairs
 
     @classmethod
     def of(cls, model: nn.Module) -> SequenceCost:

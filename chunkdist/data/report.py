@@ -19,7 +19,7 @@ class PackingReport:
     """How full and how even the streams of a global batch are, or of several one after another.
 
     Args:
-        tokens: By rank and micro-batch.
+        tokens: By rank and micro-batch; what sequences of a stream begin with in common counts once.
         costs: By rank and micro-batch, in the unit of the cost model (FLOPs).
         imbalance: The largest cost of a rank over the mean, 1 at best; the mean over the batches.
         recomputed_share: Share of the tokens whose chunk is run again in the backward.
@@ -49,25 +49,21 @@ class PackingReport:
             lengths: Tokens of the sequences that the plans' indices mean.
             retained_chunks: As in `ChunkConfig`.
         """
-        by_rank = [
-            [stream for plan in plans for stream in plan.streams[rank]]
-            for rank in range(len(plans[0].streams))
-        ]
+        of_plans = [plan.computed(lengths) for plan in plans]
+        by_rank = [[s for plan in of_plans for s in plan[rank]] for rank in range(len(of_plans[0]))]
         tokens = tuple(
-            tuple(sum(lengths[index] for index in stream) for stream in streams) for streams in by_rank
-        )
-        costs = tuple(
-            tuple(float(sum(cost(lengths[index]) for index in stream)) for stream in streams)
+            tuple(sum(length - shared for length, shared in stream) for stream in streams)
             for streams in by_rank
         )
+        costs = tuple(tuple(_cost(cost, stream) for stream in streams) for streams in by_rank)
         imbalances = []
-        for plan in plans:
-            rank_costs = [sum(cost(lengths[i]) for stream in own for i in stream) for own in plan.streams]
+        for plan in of_plans:
+            rank_costs = [sum(_cost(cost, stream) for stream in streams) for streams in plan]
             imbalances.append(max(rank_costs) * len(rank_costs) / sum(rank_costs))
         total = sum(map(sum, tokens))
         recomputed = slots = 0
         for stream in (stream for streams in by_rank for stream in streams if stream):
-            cut = stream_of([lengths[index] for index in stream], chunk_size)
+            cut = stream_of([length - shared for length, shared in stream], chunk_size)
             kept = cut.retained(retained_chunks)
             recomputed += sum(chunk.num_tokens for index, chunk in enumerate(cut.chunks) if index not in kept)
             slots += len(cut.chunks) * chunk_size
@@ -78,6 +74,10 @@ class PackingReport:
             recomputed_share=recomputed / total,
             empty_share=1 - total / slots,
         )
+
+
+def _cost(cost: SequenceCost, stream: Sequence[tuple[int, int]]) -> float:
+    return float(sum(cost(length, shared) for length, shared in stream))
 
 
 def draw_lengths(lengths: Sequence[int], path: Path) -> None:

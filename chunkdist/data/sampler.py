@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, Sampler
 
 from chunkdist.data.assignment import BatchPlan, plan_batch
 from chunkdist.data.cost import SequenceCost
+from chunkdist.data.prefixes import NO_PREFIXES, SharedPrefixes
 
 
 def longest_to_front(order: list[int], lengths: Sequence[int]) -> list[int]:
@@ -60,6 +61,8 @@ class StreamBatchSampler(BatchSampler):
         num_slots: Items of an optimizer step (gradient accumulation).
         shuffle: Another order in each epoch; else that of the data.
         longest_first: Shuffled epochs begin with the longest sequence.
+        prefixes: What some sequences begin with in common, by their place among the indices that it is given;
+            `None`: nothing that would be computed once.
     """
 
     batch_size = 1  # accelerate: an item is whole, none is cut to even out the last one
@@ -79,6 +82,7 @@ class StreamBatchSampler(BatchSampler):
         seed: int = 0,
         shuffle: bool = True,
         longest_first: bool = False,
+        prefixes: Callable[[Sequence[int]], SharedPrefixes] | None = None,
     ) -> None:
         self.lengths = list(lengths)
         self.cost = cost
@@ -92,6 +96,7 @@ class StreamBatchSampler(BatchSampler):
         self._seed = seed
         self._shuffle = shuffle
         self._longest_first = longest_first
+        self._prefixes = prefixes
         self._epoch = 0
         self._order = lru_cache(maxsize=2)(self._new_order)
 
@@ -121,12 +126,14 @@ class StreamBatchSampler(BatchSampler):
             budget_tokens=self._budget_tokens,
             chunk_size=self.chunk_size,
             min_micro_batches=self._num_slots,
+            prefixes=NO_PREFIXES if self._prefixes is None else self._prefixes(own),
         )
         return BatchPlan(
             streams=tuple(
                 tuple(tuple(own[position] for position in stream) for stream in streams)
                 for streams in plan.streams
-            )
+            ),
+            shared=plan.shared,
         )
 
     def _new_order(self, epoch: int) -> list[int]:

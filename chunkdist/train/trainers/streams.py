@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers.trainer_utils import seed_worker
 
-from chunkdist.chunking import chunk_report
+from chunkdist.chunking import chunk_report, shared_prefixes
 from chunkdist.config import ChunkConfig
 from chunkdist.data.cost import SequenceCost
+from chunkdist.data.prefixes import SamplePrefixes
 from chunkdist.data.report import PackingReport, draw_lengths
 from chunkdist.data.row_parts import RowParts
 from chunkdist.data.sampler import StreamBatchSampler
@@ -99,6 +100,10 @@ class StreamTrainer(SharedRowsTrainer):
         super().__init__(**kwargs)
         self._lengths = sample_lengths(self.train_dataset)
         refuse_segments(causal_lm_of(self.model), max(self._lengths))
+        rule = shared_prefixes(self.model, chunk_config)
+        if self.row_parts.num_ranks > 1 or self.args.neftune_noise_alpha is not None:
+            rule = None
+        self._prefixes = None if rule is None else SamplePrefixes(self.train_dataset, rule)
         self._packing_file = MetricsFile(Path(self.args.output_dir or ".") / "packing.jsonl")
         self._last_reported_step: int | None = None
         self._has_warned = False
@@ -150,6 +155,7 @@ class StreamTrainer(SharedRowsTrainer):
             seed=self.order.values["seed"],
             shuffle=args.train_sampling_strategy == "random",
             longest_first=True,
+            prefixes=self._prefixes,
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from chunkdist.chunking import num_computed
 from chunkdist.engine.group import GroupCall
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.train.build import ChunkSFTTrainer, build_trainer, chunk_trainer
@@ -96,6 +97,50 @@ def test_trains_as_without_packing(tiny_model: Path, values: dict[str, Any]) -> 
     num_tokens = 2 * sum(LENGTHS)
     assert packed.state.num_input_tokens_seen == num_tokens
     assert packed.state.total_flos == 6 * num_tokens * packed.model.num_parameters(exclude_embeddings=True)
+
+
+def with_prompts() -> Rows:
+    """Three prompts, each in four samples, mixed."""
+    made = []
+    for number in range(12):
+        prompt = [(31 * (number % 3) + 3 * position) % 200 for position in range(40)]
+        ids = prompt + [(7 * number + 5 * position) % 200 for position in range(6 + number)]
+        made.append({"input_ids": ids, "labels": [-100] * 40 + ids[40:]})
+    return made
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"chunk_share_prefixes": "true"}, {"chunk_share_prefixes": "false"}], ids=str
+)
+def test_a_prompt_is_computed_once_and_planned_so(tiny_model: Path, values: dict[str, Any]) -> None:
+    """Streams of at most 140 tokens: one for each prompt, where its samples meet. What is planned is what the
+    model computes, and trains as the padded batch does."""
+    plain = trainer_of(
+        tiny_model,
+        with_prompts(),
+        chunk_packing=False,
+        chunk_method="none",
+        per_device_train_batch_size=12,
+        max_steps=1,
+    )
+    packed = trainer_of(
+        tiny_model, with_prompts(), per_device_train_batch_size=12, max_steps=1, max_length=140, **values
+    )
+    before = weights(packed)
+    plain.train()
+    packed.train()
+    expected = weights(plain) - before
+    assert (weights(packed) - before - expected).norm() < 1e-4 * expected.norm()
+    out = tiny_model.parent / "out"
+    (tokens,) = json.loads((out / "packing.jsonl").read_text())["tokens"]
+    assert sum(tokens) == num_computed(packed.model)
+    if values.get("chunk_share_prefixes") != "false":
+        assert sum(tokens) == len(
+            {tuple(row["input_ids"][: n + 1]) for row in with_prompts() for n in range(len(row["input_ids"]))}
+        )
+        assert len(tokens) == 3
+    else:
+        assert sum(tokens) == sum(len(row["input_ids"]) for row in with_prompts())
 
 
 def test_resuming_neither_repeats_nor_skips(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
