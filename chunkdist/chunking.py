@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from chunkdist.config import ChunkConfig
 from chunkdist.engine.chunked_model import HANDLE, ChunkedModel
 from chunkdist.engine.layer import GroupLayer
-from chunkdist.engine.sharing import least_shared_tokens
+from chunkdist.engine.sharing import sharing_rule
 from chunkdist.loss.cross_entropy import tile_tokens
 from chunkdist.loss.lazy_logits import tiled_head
 from chunkdist.loss.token_losses import TokenLosses
@@ -28,6 +28,7 @@ from chunkdist.models.layers import causal_lm_of, find_layers, layer_states
 from chunkdist.sharding.sequence import SequenceGroup
 from chunkdist.spaco.sample import SampleReport
 from chunkdist.stores.host_memory import HostMemory
+from chunkdist.stream.layout import PrefixRule
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -147,18 +148,26 @@ def layers_of(model: nn.Module) -> list[GroupLayer]:
     return _handle(_causal_lm(model)).layers
 
 
-def least_shared(model: nn.Module, config: ChunkConfig) -> int | None:
-    """How many tokens sequences of a training forward must begin with in common for computing them once;
-    `None`: nothing is shared.
+def shared_prefixes(model: nn.Module, config: ChunkConfig) -> PrefixRule | None:
+    """Which tokens that sequences of a training forward begin with in common are computed once; `None`: none
+    are.
 
     Args:
-        model: A causal LM in training mode, chunked or not.
+        model: A causal LM, chunked or not, in any mode.
+
+    Raises:
+        ValueError: `share_prefixes=True`, and it would not be exact.
     """
     causal_lm = _causal_lm(model)
     entries, _, layers = find_layers(causal_lm)
     states = layer_states(causal_lm.config.get_text_config(), layers)
     has_state = any(state.relays for state in states)
-    return least_shared_tokens(config.without_auto(), entries[-1], has_state=has_state)
+    modes = {module: module.training for module in causal_lm.modules()}
+    try:
+        return sharing_rule(config.without_auto(), entries[-1].train(), has_state=has_state)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def num_computed(model: nn.Module) -> int:

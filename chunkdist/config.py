@@ -50,7 +50,8 @@ class ChunkConfig:
             `unbiased = True`.
         share_prefixes: Whether tokens that sequences of one forward begin with are computed once for all of
             them. `True`: any. `"auto"`: beginnings of a chunk's tokens or more, where it is exact; it is not
-            with dropout, a sampler, layers with state other than K/V, or attention in blocks.
+            with dropout, a sampler, or attention in blocks. Layers with state other than K/V share whole
+            chunks.
 
     Raises:
         ValueError: a value is out of its range, or two values exclude each other.

@@ -122,7 +122,7 @@ def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _preview(arguments: argparse.Namespace, options_given: list[str]) -> int:
     from rich.console import Console
 
-    from chunkdist.chunking import least_shared
+    from chunkdist.chunking import shared_prefixes
     from chunkdist.cli.preview import first_streams, forest, render
 
     for name in ("streams", "tokens", "num_ranks"):
@@ -136,10 +136,10 @@ def _preview(arguments: argparse.Namespace, options_given: list[str]) -> int:
     console = Console(highlight=False)
     tokenizer: Any = trainer.processing_class
     assert trainer.model is not None
-    least = least_shared(trainer.model.train(), config)
+    rule = shared_prefixes(trainer.model, config)
     sizes = {"chunk_size": int(config.without_auto().chunk_size), "max_segment_tokens": arguments.tokens}
     for title, samples in first_streams(trainer, arguments.streams, num_ranks=arguments.num_ranks):
-        for line in (*render(title, samples, tokenizer, **sizes), *forest(samples, least)):
+        for line in (*render(title, samples, tokenizer, **sizes), *forest(samples, rule)):
             console.print(line)
     return 0
 

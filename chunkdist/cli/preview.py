@@ -11,7 +11,7 @@ from rich.text import Text
 
 from chunkdist.data.sampler import StreamBatchSampler
 from chunkdist.data.streams import NO_LABEL
-from chunkdist.stream.layout import SequencePlace, lay_out
+from chunkdist.stream.layout import PrefixRule, SequencePlace, lay_out
 from chunkdist.stream.stream import Stream
 
 if TYPE_CHECKING:
@@ -93,19 +93,19 @@ def render(
         start += len(flags)
 
 
-def forest(samples: Samples, least: int | None) -> Iterator[Text]:
+def forest(samples: Samples, rule: PrefixRule | None) -> Iterator[Text]:
     """Lines for `rich`, where sequences of a stream share what they begin with: a line a segment, under the
     one that it goes on from.
 
     Args:
-        least: How many tokens they must share; `None`: none are.
+        rule: What they share; `None`: nothing.
     """
     ids = [torch.as_tensor(sample["input_ids"]) for sample in samples]
-    if least is None or len(ids) < 2:
+    if rule is None or len(ids) < 2:
         return
     shape = len(ids), max(map(len, ids))
     places = [SequencePlace(row, 0, len(own)) for row, own in enumerate(ids)]
-    layout = lay_out(shape, places, torch.device("cpu"), keys=[x[:, None] for x in ids], min_shared=least)
+    layout = lay_out(shape, places, torch.device("cpu"), keys=[x[:, None] for x in ids], rule=rule)
     if layout.num_tokens == layout.num_passed:
         return
     starts = layout.segment_starts

@@ -17,7 +17,7 @@ from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.hidden_states import ARGUMENT, refuse_hidden_states
 from chunkdist.engine.layout import DecoderCall, ReadInside, in_stream, why_with_images
 from chunkdist.engine.parts import Parts
-from chunkdist.engine.sharing import least_shared_tokens
+from chunkdist.engine.sharing import sharing_rule
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.sharding.refuse_sequence import refuse_sequence_parallelism
 from chunkdist.spaco.sample import ChunkSample
@@ -150,6 +150,8 @@ def _read(
         ReadInside: rows have padding on the left, and some of their tokens stand for images.
     """
     images = why_with_images(arguments)
+    has_ids = arguments.get("input_ids") is not None
+    untold = images or (None if has_ids else "inputs_embeds do not tell which tokens are equal")
     known = {"has_positions": arguments.get("position_ids") is not None}
     mask = arguments.get("attention_mask")
     if context.read_inside and mask is not None and getattr(mask, "ndim", 0) != 2:
@@ -169,8 +171,6 @@ def _read(
         cut_at_segments=context.has_state,
         why_rows=lambda num_tokens: images or why_rows(decoder, num_tokens, **known),
         why_right_padding=needs_right_padding,
-        min_shared=partial(
-            least_shared_tokens, context.config, decoder, has_state=context.has_state, images=images
-        ),
+        sharing=partial(sharing_rule, context.config, decoder, has_state=context.has_state, untold=untold),
         labels=context.labels,
     )

@@ -234,8 +234,8 @@ class GroupCall:
                 self._witness.note(index, part)
             whole.add(chunk, found)
             for relay in relays:
-                if relay.used and self.stream.is_read_later(index, range(len(chunks))):
-                    relay.hand_on()
+                if relay.used:
+                    relay.hand_on(self.stream.behind(chunk))
                 if not for_backward:
                     relay.forget()
             if for_backward:

@@ -104,7 +104,7 @@ class GroupLayer(CopiedNotPickled):
         """
         if self.state is None:
             return None
-        relay = None if self.cache_argument is None else states.relay(chunk)
+        relay = None if self.cache_argument is None else states.relay(chunk, stream.before(chunk))
         choice = attention or self.context.attention
         return Cell(
             chunk,

@@ -7,6 +7,7 @@ Embeddings and hidden states are exchanged.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from chunkdist.engine.hidden_states import ARGUMENT
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.sharding.sequence import SequenceGroup, TokenExchange
 from chunkdist.stream.from_inputs import read_stream
-from chunkdist.stream.packed import refuse_segments
+from chunkdist.stream.packed import refuse_segments, why_right_padding
 from chunkdist.stream.padding import ForwardLabels
 from chunkdist.stream.stream import Stream
 
@@ -71,7 +72,11 @@ class Parts:
             whole["input_ids"] = torch.empty((num_rows, num_own * group.num_ranks), device="meta")
         of_rows = ForwardLabels()
         stream, _ = read_stream(
-            whole, chunk_size, why_rows=_why_rows, why_right_padding=_why_rows, labels=of_rows
+            whole,
+            chunk_size,
+            why_rows=_why_rows,
+            why_right_padding=partial(why_right_padding, decoder, has_positions="position_ids" in given),
+            labels=of_rows,
         )
         if mask is not None:
             bad = group.total(labels.on_padding(mask).to(tokens.device, torch.int64))
@@ -93,7 +98,9 @@ class Parts:
         if "inputs_embeds" in given:
             result["inputs_embeds"] = self.exchange.to_chunks(given["inputs_embeds"])
         if "attention_mask" in result:
-            result["attention_mask"] = None  # right padding: causal attention does not see it
+            result["attention_mask"] = (
+                None  # what is before a sequence is a segment, what is behind, not seen
+            )
         return result
 
     def restored(self, output: Any) -> Any:

@@ -166,7 +166,7 @@ def _chunked(
         for chunk in stream.chunks:
             output, relays, _ = run(chunk, x_BTH[:, chunk.start : chunk.end].contiguous())
             for relay in relays:
-                relay.hand_on()
+                relay.hand_on(stream.behind(chunk))
             outputs.append(output)
     output = torch.cat(outputs, dim=1)
     grad_output, grad_x = _grad(output), torch.zeros_like(x_BTH)

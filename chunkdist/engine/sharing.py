@@ -13,36 +13,37 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from chunkdist.config import ChunkConfig
+from chunkdist.stream.layout import PrefixRule
+from chunkdist.stream.stream import tokens_of_chunks
 
 
-def least_shared_tokens(
-    config: ChunkConfig, decoder: nn.Module, *, has_state: bool, images: str | None = None
-) -> int | None:
-    """How many tokens sequences must have in common for sharing them; `None`: nothing is shared.
+def sharing_rule(
+    config: ChunkConfig, decoder: nn.Module, *, has_state: bool, untold: str | None = None
+) -> PrefixRule | None:
+    """Which equal beginnings of sequences are computed once; `None`: nothing is shared.
 
     Args:
         config: Without `"auto"` for the chunk size.
-        has_state: Whether layers keep state other than K/V.
-        images: Why ids do not tell what the tokens are, or `None`: they do.
+        has_state: Whether layers keep state other than K/V, which is known where a chunk ends.
+        untold: Why it is not known which tokens are equal, or `None`: ids tell.
 
     Raises:
         ValueError: `share_prefixes=True`, and it would not be exact.
     """
     if config.share_prefixes is False:
         return None
-    reason = images or _why_not(config, decoder, has_state)
+    reason = untold or _why_not(config, decoder)
     if reason is None:
-        return 1 if config.share_prefixes is True else int(config.chunk_size)
+        least = 1 if config.share_prefixes is True else int(config.chunk_size)
+        return PrefixRule(least=least, multiple=tokens_of_chunks(int(config.chunk_size)) if has_state else 1)
     if config.share_prefixes is True:
         raise ValueError(f"share_prefixes=True, but {reason}: write share_prefixes=False")
     return None
 
 
-def _why_not(config: ChunkConfig, decoder: Any, has_state: bool) -> str | None:
+def _why_not(config: ChunkConfig, decoder: Any) -> str | None:
     if config.sampler is not None:
         return "a sampler weighs what later chunks leave for earlier ones along one line, not along branches"
-    if has_state:
-        return f"{type(decoder).__name__} has layers that hand state on from token to token, along one line"
     text_config = decoder.config.get_text_config() if hasattr(decoder.config, "get_text_config") else None
     if getattr(text_config, "attention_chunk_size", None):
         return f"{type(decoder).__name__} attends in blocks, which begin anew in each segment"

@@ -85,7 +85,7 @@ class StageCell(CellInputs):
         """The state in which the chunk ends, to the next chunk of its run."""
         for relay in self.relays:
             if relay.used and self.chunk.end < self.stream.num_tokens:
-                relay.hand_on()
+                relay.hand_on((self.chunk.end,))
         self.relays = []
 
     def backward(self, received: Tensor | None, grad_output: Tensor) -> Tensor | None:

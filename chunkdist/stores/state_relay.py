@@ -3,7 +3,8 @@
 Linear-attention, state-space and convolution layers of transformers keep such state in a `Cache`, through one
 set of methods. In a cell they get a `StateRelay` in the cache's place: it gives them the state at the chunk's
 start and takes the state at its end, and no tensor is changed in place. Backwards, the state at the chunk's
-start is a leaf; its gradient is that of the state at the end of the chunk before.
+start is a leaf; its gradient is that of the state at the end of the chunk before, to which each chunk that
+goes on from it, as branches with a shared prefix do, adds its own.
 
 Keys and values are not its business: `update` gives a chunk's own back, and the chunked attention adds the
 prefix.
@@ -11,6 +12,7 @@ prefix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -30,20 +32,25 @@ StateKey = tuple[str, int, int]
 
 class StateStore(TensorsByChunk[StateKey]):
     """One layer's state at the chunks' starts, kept from the forward to the backward, and, in the backward,
-    the gradient of the state at the end of the chunk that comes next."""
+    the gradients of the state at the ends of chunks that are to come."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.grads: dict[StateKey, Tensor] = {}
-        """In fp32 unless the state is wider."""
+        self.grads: dict[int, dict[StateKey, Tensor]] = {}
+        """By the end of the chunk, summed over the chunks that go on from it; in fp32 unless the state is
+        wider."""
 
     def clear(self) -> None:
         super().clear()
         self.grads = {}
 
-    def relay(self, chunk: Chunk) -> StateRelay:
-        """The layer's cache in the cell of a chunk; under `torch.no_grad`, one that tracks no gradient."""
-        return StateRelay(self, chunk, self.at(chunk.start))
+    def relay(self, chunk: Chunk, before: int | None = None) -> StateRelay:
+        """The layer's cache in the cell of a chunk; under `torch.no_grad`, one that tracks no gradient.
+
+        Args:
+            before: The end of the chunk from which this one goes on; `None`: where this one begins.
+        """
+        return StateRelay(self, chunk, self.at(chunk.start), chunk.start if before is None else before)
 
 
 class StateRelay:
@@ -51,11 +58,12 @@ class StateRelay:
 
     Args:
         start: The state before the cell's first token; empty where a sequence begins.
+        before: The end of the chunk that has left it.
     """
 
-    def __init__(self, store: StateStore, chunk: Chunk, start: dict[StateKey, Tensor]) -> None:
+    def __init__(self, store: StateStore, chunk: Chunk, start: dict[StateKey, Tensor], before: int) -> None:
         self._store = store
-        self._chunk = chunk
+        self._chunk, self._before = chunk, before
         self._dtypes = {key: x.dtype for key, x in start.items()}
         self._leaves = {key: self._leaf(x) for key, x in start.items()}
         self.ends: dict[StateKey, tuple[Tensor, torch.dtype]] = {}
@@ -66,10 +74,14 @@ class StateRelay:
         """Whether the layer keeps state."""
         return bool(self.ends)
 
-    def hand_on(self) -> None:
-        """After a forward: the state at the cell's end is that at the start of the next chunk."""
+    def hand_on(self, starts: Sequence[int]) -> None:
+        """After a forward: the state at the cell's end is that at the starts of the chunks that go on from
+        it."""
+        if not starts:
+            return
         states = {key: x.detach().to(dtype, copy=True) for key, (x, dtype) in self.ends.items()}
-        self._store.keep(self._chunk.end, states)
+        for start in starts:
+            self._store.keep(start, states)
 
     def forget(self) -> None:
         """The state at the cell's start is not needed again."""
@@ -77,13 +89,19 @@ class StateRelay:
 
     def loose_ends(self) -> list[tuple[Tensor, Tensor]]:
         """States at the cell's end that take part in its backward, each with its gradient."""
-        found = [(x, self._store.grads.get(key)) for key, (x, _) in self.ends.items() if x.requires_grad]
+        grads = self._store.grads.get(self._chunk.end, {})
+        found = [(x, grads.get(key)) for key, (x, _) in self.ends.items() if x.requires_grad]
         return [(x, grad.to(x.dtype)) for x, grad in found if grad is not None]
 
     def hand_back(self) -> None:
-        """Once the cell's backward has run: the gradient of its first state is that of the last one of the
-        chunk before."""
-        self._store.grads = {key: leaf.grad for key, leaf in self._leaves.items() if leaf.grad is not None}
+        """Once the cell's backward has run: the gradient of its first state is added to that of the last one
+        of the chunk before."""
+        self._store.grads.pop(self._chunk.end, None)
+        found = {key: leaf.grad for key, leaf in self._leaves.items() if leaf.grad is not None}
+        total = self._store.grads.setdefault(self._before, found)
+        if total is not found:
+            for key, grad in found.items():
+                total[key] = total[key] + grad if key in total else grad
 
     # From here, the methods of transformers' `Cache` (5.17 to 5.23) that layers call.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from chunkdist.stream.layout import Layout, SequencePlace, lay_out
+from chunkdist.stream.layout import Layout, PrefixRule, SequencePlace, lay_out
 from chunkdist.stream.padding import ForwardLabels
 from chunkdist.stream.stream import Stream, cut, cut_segments
 
@@ -37,7 +37,7 @@ def read_stream(
     cut_at_segments: bool = False,
     why_rows: WhyNot = _possible,
     why_right_padding: WhyNot = _possible,
-    min_shared: Callable[[], int | None] = lambda: None,
+    sharing: Callable[[], PrefixRule | None] = lambda: None,
     labels: ForwardLabels | None = None,
 ) -> tuple[Stream, Layout | None]:
     """The stream of a decoder's arguments, and how their rows become that stream; `None`: they are it.
@@ -49,8 +49,8 @@ def read_stream(
         cut_at_segments: Chunks end where segments do, too.
         why_rows: Why rows cannot become one stream, which with padding they do if they can.
         why_right_padding: Why padding must be on the right.
-        min_shared: Beginnings of at least so many tokens that sequences have in common are computed once;
-            `None`: they are not looked for. Called where there are several sequences of ids.
+        sharing: Which beginnings that sequences have in common are computed once; `None`: they are not looked
+            for. Called where there may be several sequences; `None` where there are no ids.
         labels: The forward's labels; `None`: not known.
 
     Raises:
@@ -67,12 +67,12 @@ def read_stream(
         raise ValueError("input_ids have no tokens: pass at least one")
     told_apart = arguments.get("position_ids"), arguments.get("cu_seq_lens_q")
     may_share = num_rows > 1 or any(x is not None for x in told_apart)
-    may_share = may_share and ids is not None and not isinstance(ids, FakeTensor)
-    least = min_shared() if may_share else None
+    may_share = may_share and not isinstance(tokens, FakeTensor)
+    rule = sharing() if may_share else None
     labels = labels or ForwardLabels()
     mask = _checked_mask(arguments.get("attention_mask"), num_tokens)
     arguments = {**arguments, "attention_mask": mask}
-    arguments, has_labels = _on_host(arguments, labels, compares=least is not None)
+    arguments, has_labels = _on_host(arguments, labels, compares=rule is not None)
     labels.mask = None
     is_part = _is_part(arguments)
     cu_seq_lens, position_ids = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
@@ -93,13 +93,15 @@ def read_stream(
         starts = _starts_from_positions(position_ids, is_part, num_rows)
     elif is_part is not None and bool(is_part.any()):
         _refuse_part()
+    if padded:
+        starts = _starts_behind_padding(padded, num_rows)
     seq_idx = arguments.get("seq_idx")
     if isinstance(seq_idx, Tensor) and not isinstance(seq_idx, FakeTensor):
         _check_sequence_numbers(seq_idx, starts)
     sequences = padded or _sequences_of(starts, num_tokens)
-    if (padded or (least is not None and len(sequences) > 1)) and why_rows(num_tokens) is None:
-        keys = [] if least is None else _keys(arguments, shape, sequences)
-        layout = lay_out(shape, sequences, tokens.device, keys=keys, min_shared=least)
+    if (padded or (rule is not None and len(sequences) > 1)) and why_rows(num_tokens) is None:
+        keys = [] if rule is None else _keys(arguments, shape, sequences)
+        layout = lay_out(shape, sequences, tokens.device, keys=keys, rule=rule)
         if padded or layout.num_tokens < layout.num_passed:
             return _stream_of(layout, chunk_size, cut_at_segments=cut_at_segments), layout
     if not cut_at_segments:
@@ -186,6 +188,12 @@ def _sequences_between_padding(mask_BT: Tensor, why_right_padding: WhyNot) -> li
         for row, (first, length) in enumerate(zip(first_B, length_B, strict=True))
         if length
     ]
+
+
+def _starts_behind_padding(sequences: Sequence[SequencePlace], num_rows: int) -> Starts:
+    """What is before a row's sequence is a segment of its own."""
+    first = {place.row: place.start for place in sequences}
+    return tuple((0, first[row]) if first.get(row) else (0,) for row in range(num_rows))
 
 
 def _sequences_of(starts: Starts, num_tokens: int) -> list[SequencePlace]:

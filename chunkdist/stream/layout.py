@@ -8,6 +8,7 @@ it shares with a sequence before it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,21 @@ class SequencePlace:
     row: int
     start: int
     end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixRule:
+    """Which tokens that sequences begin with in common are in the stream once.
+
+    Args:
+        least: Tokens; fewer are not shared.
+        multiple: A branch begins behind a multiple of so many tokens of its path, where chunks that begin
+            anew with each branch end, so that the state there is known. Its first chunk, and what follows in
+            the segment that it leaves, have two tokens or more, as `cut_segments` wants it.
+    """
+
+    least: int = 1
+    multiple: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +75,18 @@ def lay_out(
     device: torch.device,
     *,
     keys: Sequence[Tensor] = (),
-    min_shared: int | None = None,
+    rule: PrefixRule | None = None,
 ) -> Layout:
     """The layout of sequences in rows (B, T).
 
     Args:
         device: Of the layout's tensors. They go there without a wait.
         keys: On the CPU, by sequence, what tells its tokens apart, (tokens, any) each. Not read without
-            `min_shared`.
-        min_shared: Equal beginnings of at least so many tokens are shared; `None`: none are, and sequences
-            come in their order.
+            `rule`.
+        rule: Which equal beginnings are shared; `None`: none are, and sequences come in their order.
     """
     sequences = [place for place in sequences if place.start < place.end]
-    order = _by_path(keys) if min_shared is not None else range(len(sequences))
+    order = by_path(keys) if rule is not None else range(len(sequences))
     starts: list[int] = []
     branches: list[int] = []
     sources: list[range] = []
@@ -82,8 +97,14 @@ def lay_out(
     for index in order:
         place = sequences[index]
         length = place.end - place.start
-        shared = 0 if last is None or min_shared is None else _num_equal(keys[last], keys[index])
-        path = _beginning(path, shared if min_shared is not None and shared >= min_shared else 0)
+        shared = 0 if last is None or rule is None else num_equal(keys[last], keys[index])
+        if rule is not None and shared:
+            goes_on = shared == sum(map(len, path)) and path[-1].stop == num_tokens
+            is_whole = shared == length or goes_on
+            bounds = (*starts, num_tokens)
+            shared = shared if is_whole else _where_a_chunk_ends(shared, length, path, bounds, rule.multiple)
+            shared = shared if shared >= rule.least else 0
+        path = _beginning(path, shared)
         num_shared = sum(map(len, path))
         if num_shared < length:
             new = range(num_tokens, num_tokens + length - num_shared)
@@ -112,16 +133,34 @@ def lay_out(
     )
 
 
-def _by_path(keys: Sequence[Tensor]) -> list[int]:
+def by_path(keys: Sequence[Tensor]) -> list[int]:
     """Sequences in an order in which each one follows one that it shares the most with."""
     return sorted(range(len(keys)), key=lambda index: (keys[index].numpy().tobytes(), index))
 
 
-def _num_equal(x: Tensor, y: Tensor) -> int:
+def num_equal(x: Tensor, y: Tensor) -> int:
     """How many tokens two sequences have in common before they part."""
     length = min(x.shape[0], y.shape[0])
     differs = (x[:length] != y[:length]).flatten(1).any(1)
     return int(differs.to(torch.uint8).argmax()) if bool(differs.any()) else length
+
+
+def _where_a_chunk_ends(
+    shared: int, length: int, path: Sequence[range], bounds: Sequence[int], multiple: int
+) -> int:
+    """How many of the `shared` tokens of a path a sequence of `length` can branch behind.
+
+    Args:
+        bounds: Where the segments so far begin, and where the last one ends.
+    """
+    shared -= shared % multiple
+    while multiple > 1 and shared:
+        behind = _beginning(path, shared)[-1].stop
+        end_of_segment = bounds[bisect_left(bounds, behind)]
+        if length - shared > 1 and end_of_segment - behind != 1:
+            break
+        shared -= multiple
+    return shared
 
 
 def _beginning(path: Sequence[range], num_tokens: int) -> list[range]:

@@ -28,6 +28,11 @@ def cut(num_tokens: int, chunk_size: int) -> tuple[Chunk, ...]:
     )
 
 
+def tokens_of_chunks(chunk_size: int) -> int:
+    """Of all chunks but the last of a segment, where chunks end with segments: 1 means 2."""
+    return max(2, chunk_size)
+
+
 def cut_segments(starts: Sequence[int], num_tokens: int, chunk_size: int) -> tuple[Chunk, ...]:
     """Chunks of `chunk_size` tokens that end where segments do, too.
 
@@ -37,7 +42,9 @@ def cut_segments(starts: Sequence[int], num_tokens: int, chunk_size: int) -> tup
     chunks: list[Chunk] = []
     for start, end in zip(starts, (*starts[1:], num_tokens), strict=True):
         first = len(chunks)
-        chunks += [Chunk(start + c.start, start + c.end) for c in cut(end - start, max(2, chunk_size))]
+        chunks += [
+            Chunk(start + c.start, start + c.end) for c in cut(end - start, tokens_of_chunks(chunk_size))
+        ]
         if len(chunks) - first > 1 and chunks[-1].num_tokens == 1:
             chunks[-2:] = [Chunk(chunks[-2].start, end)]
     return tuple(chunks)
@@ -96,6 +103,19 @@ class Stream:
         """The tokens of its sequence before a segment, the nearest first."""
         return self._ancestors[segment] if self.branches else ()
 
+    def before(self, chunk: Chunk) -> int | None:
+        """Where the tokens of its sequence end that come before a chunk that lies in one segment; `None`:
+        there are none."""
+        starts = self.segment_starts[0]
+        segment = bisect_right(starts, chunk.start) - 1
+        if starts[segment] < chunk.start:
+            return chunk.start
+        return (self.branches[segment] or None) if self.branches else None
+
+    def behind(self, chunk: Chunk) -> tuple[int, ...]:
+        """Where the chunks begin that go on from the last token of a chunk that lies in one segment."""
+        return self._behind.get(chunk.end, ())
+
     def first_visible(self, chunk: Chunk) -> int:
         """The first token, of any row, that a query of the chunk sees: where the sequence, or the tree, of
         its first token starts."""
@@ -129,6 +149,14 @@ class Stream:
         if self.whole is not None:
             return self.whole._reach_before(later, earlier)
         return self.first_visible(self.chunks[later]) < self.chunks[earlier].end
+
+    @cached_property
+    def _behind(self) -> dict[int, tuple[int, ...]]:
+        found: dict[int, tuple[int, ...]] = {}
+        for chunk in self.chunks:
+            if (end := self.before(chunk)) is not None:
+                found[end] = (*found.get(end, ()), chunk.start)
+        return found
 
     @cached_property
     def _ancestors(self) -> list[tuple[Chunk, ...]]:

@@ -19,11 +19,13 @@ from tests.helpers.models import (
     VOCAB_SIZE,
     batch,
     gradients,
+    left_padded,
     norms_in_fp64,
     packed_batch,
     padded_batch,
     tiny_llama,
     with_lora,
+    with_positions,
 )
 
 SMALL = {
@@ -80,6 +82,8 @@ INPUTS: dict[str, Callable[[], dict[str, Tensor]]] = {
         for key, x in packed_batch([5, 1, 17, 13]).items()
     },
     "right padding": lambda: padded_batch([NUM_TOKENS, 21, 3]),
+    "left padding": lambda: left_padded([NUM_TOKENS, 21, 3]),
+    "left padding, positions": lambda: with_positions(left_padded([NUM_TOKENS, 21, 3])),
     "a prompt without labels": lambda: _prompt(21),
 }
 
@@ -176,8 +180,6 @@ def refusals() -> dict[str, str]:
     """What each rank is told of what ranks cannot share."""
     rank = distributed.get_rank()
     rows = part_of(batch(num_tokens=NUM_TOKENS))
-    left = padded_batch([NUM_TOKENS, 20])
-    left["attention_mask"] = left["attention_mask"].flip(1)
     labelled = padded_batch([NUM_TOKENS, 20])
     labelled["labels"][1, -1] = 5
     cut = {name: x[:, : x.shape[1] - rank] for name, x in rows.items()}
@@ -189,7 +191,7 @@ def refusals() -> dict[str, str]:
         "chunk": _refused(rows, chunk_size=9),
         "auto": _refused(rows, chunk_size="auto"),
         "heads": _refused(rows, tiny_llama(num_attention_heads=3, num_key_value_heads=3, hidden_size=48)),
-        "left padding": _refused(part_of(left)),
+        "forest": _refused(rows, share_prefixes=True),
         "labels of padding": _refused(part_of(labelled)),
         "state": _refused(rows, model_of("Qwen3_5ForCausalLM")),
         "hidden states": _refused({**rows, "output_hidden_states": True}),

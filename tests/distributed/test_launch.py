@@ -124,10 +124,12 @@ runpy.run_path({LAUNCHER!r}, run_name="__main__")
 REASON = "chunkdist: rank 1 failed: RuntimeError: the disk of this rank is gone, long before 0:15:00"
 
 
-def test_a_rank_that_fails_stops_the_others_and_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", [{}, {"sequence_parallel_size": 2}], ids=str)
+def test_a_rank_that_fails_stops_the_others_and_is_named(tmp_path: Path, values: dict[str, int]) -> None:
+    """Before a step, when the others wait for its gradients, or, of a shared row, for its tokens."""
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
-    processes = nodes(options_for(tmp_path, ddp_timeout=900), str(script))
+    processes = nodes(options_for(tmp_path, ddp_timeout=900, **values), str(script))
     said = ended(processes)
     assert all(process.returncode for process in processes)
     for output in said:

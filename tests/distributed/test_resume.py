@@ -125,6 +125,24 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(folder: Path, two_ranks:
     assert run(two_ranks, "zero3", folder, resume_from_checkpoint=True) == expected["zero3"]
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_run_goes_on_with_ranks_that_share_rows_or_no_longer_do(
+    two_ranks: Ranks, folder: Path, engine: str
+) -> None:
+    """A rank a sample, or both for two: a step has the same samples."""
+    exact = {"chunk_method": "seco", "spaco_budget": 8, "chunk_size": 16}
+    shared = {"sequence_parallel_size": 2, "per_device_train_batch_size": 2}
+    runs = [run(two_ranks, engine, folder, **exact)]
+    for first, then in ((exact, {**exact, **shared}), ({**exact, **shared}, exact)):
+        shutil.rmtree(folder / "out")
+        run(two_ranks, engine, folder, **first)
+        again = {"resume_from_checkpoint": folder / "out" / "checkpoint-2"}
+        runs.append(run(two_ranks, engine, folder, **then, **again))
+    for other in runs[1:]:
+        for step in (3, 4):
+            assert other[step][:3] == pytest.approx(runs[0][step][:3], rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[Ranks]:
     ranks = Ranks(1)

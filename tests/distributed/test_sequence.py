@@ -107,7 +107,7 @@ REFUSED = {
     "chunk": "chunk_size=9 is not a multiple of the 2 ranks that share each chunk: write chunk_size=8",
     "auto": "chunk_size='auto' with a sequence group, whose ranks might choose differently",
     "heads": "3 query heads and 3 kv heads, and the sequence group 2 ranks",
-    "left padding": "left padding, and ranks share the tokens of each row, padding too",
+    "forest": "share_prefixes=True, but ranks share the tokens of each row as they were passed",
     "labels of padding": "labels of padding (where attention_mask is 0)",
     "state": "layers with state between tokens, which ranks do not hand on to each other",
     "hidden states": "output_hidden_states=True, but under sequence parallelism",

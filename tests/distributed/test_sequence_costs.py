@@ -40,6 +40,7 @@ def test_bytes_do_not_grow_with_the_chunks(two_ranks: Ranks, rebuild_kv: bool) -
         {"keep_attention": False},
         {"keep_attention": False, "layers_per_group": 2, "retained_chunks": 2},
         {"keep_attention": True, "rebuild_kv": False},
+        {"keep_attention": False, "layers_per_group": "all", "retained_chunks": 1},
     ],
 )
 def test_memory_is_cut_by_the_ranks(two_ranks: Ranks, settings: dict[str, Any]) -> None:

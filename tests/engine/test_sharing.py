@@ -263,7 +263,6 @@ def noisy() -> Any:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "dropout": (lambda: with_dropout(0.1), r"Dropout draws other random numbers for each row \(p=0.1\)"),
     "noise": (noisy, "NEFTune adds other noise"),
-    "state": (lambda: tiny_model("Qwen3_5ForCausalLM"), "hand state on from token to token"),
     "blocks": (with_blocks, "attends in blocks"),
 }
 
@@ -298,6 +297,18 @@ def test_a_sampler_excludes_it() -> None:
     inputs = rows_of(completions(19, 6, 11, 3))
     assert count_tokens(model, inputs) == 3 * 19 + 20
     assert largest_difference(gradients(model, inputs), gradients_alone(llama(), inputs)) < 1e-10
+
+
+def test_embeddings_do_not_tell_which_tokens_are_equal() -> None:
+    inputs = rows_of(completions(19, 6, 11, 3))
+    given = {**inputs, "inputs_embeds": llama().model.embed_tokens(inputs["input_ids"]).detach()}
+    del given["input_ids"]
+    with pytest.raises(ValueError, match="share_prefixes=True, but inputs_embeds do not tell which tokens"):
+        chunk_model(llama(), ChunkConfig(chunk_size=7, share_prefixes=True))(**given)
+    model = chunk_model(llama(), ChunkConfig(chunk_size=7))
+    assert count_tokens(model, given) == 3 * 19 + 20
+    found, truth = gradients(model, given), gradients_alone(llama(), inputs)
+    assert largest_difference(found, {name: truth[name] for name in found}) < 1e-10
 
 
 @pytest.mark.parametrize("broken", ["siblings", "ancestors", "readers", "positions"])

@@ -143,7 +143,7 @@ class TestRelay:
             for start in range(0, 10, 2):
                 relay = self.relay(store, start, start + 2)
                 seen.append(relay.update_conv_state(x[..., start : start + 2], 0, conv_kernel_size=4))
-                relay.hand_on()
+                relay.hand_on((start + 2,))
         assert seen[0].flatten().tolist() == [0, 1]
         assert seen[1].flatten().tolist() == [0, 0, 0, 1, 2, 3]
         assert seen[3].flatten().tolist() == [2, 3, 4, 5, 6, 7]
@@ -164,7 +164,7 @@ class TestRelay:
         assert seen.dtype == torch.bfloat16
         seen.sum().backward()
         relay.hand_back()
-        assert {grad.dtype for grad in store.grads.values()} == {torch.float32}
+        assert {grad.dtype for grad in store.grads[4].values()} == {torch.float32}
 
     def test_what_is_not_relayed_is_refused(self) -> None:
         with pytest.raises(UnsupportedModelError, match="asks its cache for get_mask_sizes"):

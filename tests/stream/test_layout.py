@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from chunkdist.stream.layout import Layout, SequencePlace, lay_out
-from chunkdist.stream.stream import Stream, cut
+from chunkdist.stream.layout import Layout, PrefixRule, SequencePlace, lay_out
+from chunkdist.stream.stream import Stream, cut, cut_segments, tokens_of_chunks
 
 CPU = torch.device("cpu")
+EVERY = PrefixRule()
 
 
-def laid_out(rows: list[list[int]], min_shared: int | None = 1) -> Layout:
+def laid_out(rows: list[list[int]], rule: PrefixRule | None = EVERY) -> Layout:
     """Rows of tokens, from the left, and with padding behind."""
     num_tokens = max(map(len, rows))
     places = [SequencePlace(row, 0, len(ids)) for row, ids in enumerate(rows) if ids]
     keys = [torch.tensor(ids)[:, None] for ids in rows if ids]
-    return lay_out((len(rows), num_tokens), places, CPU, keys=keys, min_shared=min_shared)
+    return lay_out((len(rows), num_tokens), places, CPU, keys=keys, rule=rule)
 
 
 def tokens_of(rows: list[list[int]], layout: Layout) -> list[int]:
@@ -107,15 +108,42 @@ def test_trees_are_whole_and_in_depth_first_order(seed: int) -> None:
 
 def test_without_sharing_sequences_keep_their_order() -> None:
     rows = [[2, 1], [1], [2, 1, 3]]
-    layout = laid_out(rows, min_shared=None)
+    layout = laid_out(rows, rule=None)
     assert tokens_of(rows, layout) == [2, 1, 1, 2, 1, 3]
     assert (layout.segment_starts, layout.branches) == ((0, 2, 3), ())
 
 
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_branches_begin_where_chunks_end(seed: int, chunk_size: int) -> None:
+    """With state between tokens: no chunk goes on from another by a single token."""
+    rows = random_tree(random.Random(seed))
+    layout = laid_out(rows, rule=PrefixRule(multiple=tokens_of_chunks(chunk_size)))
+    chunks = cut_segments(layout.segment_starts, layout.num_tokens, chunk_size)
+    stream = Stream(
+        num_tokens=layout.num_tokens,
+        chunks=chunks,
+        segment_starts=(layout.segment_starts,),
+        branches=layout.branches,
+    )
+    ends = {chunk.end for chunk in chunks}
+    assert all(end in ends for end in layout.branches if end)
+    assert all(chunk.num_tokens > 1 for chunk in chunks if stream.before(chunk) is not None)
+    tokens, places = torch.tensor(tokens_of(rows, layout)), layout.places.view(layout.shape)
+    paths = paths_of(layout, tokens)
+    for row, ids in enumerate(rows):
+        assert tokens[places[row, : len(ids)]].tolist() == ids
+        assert all(tuple(ids[: end + 1]) in paths for end in range(len(ids)))
+    for chunk in chunks:
+        for start in stream.behind(chunk):
+            following = next(other for other in chunks if other.start == start)
+            assert stream.before(following) == chunk.end
+
+
 def test_short_beginnings_are_not_shared() -> None:
     rows = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]]
-    assert laid_out(rows, min_shared=3).num_tokens == 8
-    assert laid_out(rows, min_shared=4).branches == ()
+    assert laid_out(rows, rule=PrefixRule(least=3)).num_tokens == 8
+    assert laid_out(rows, rule=PrefixRule(least=4)).branches == ()
 
 
 def test_a_sequence_that_another_goes_on_from_is_one_segment_with_it() -> None:

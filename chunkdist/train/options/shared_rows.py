@@ -51,6 +51,10 @@ def check_shared_rows(
     refused = {
         "pipeline_stages": (training.pipeline_stages > 1, "write 1"),
         "oom": (chunk.oom == "shrink", "a rank that gives up would leave its group waiting; leave it out"),
+        "chunk_share_prefixes": (
+            chunk.chunk_share_prefixes == "true",
+            "ranks share the tokens of each row as they are; leave it out",
+        ),
         "dataset_streaming": (options.is_streaming, "samples are dealt to groups by number; write false"),
         "dispatch_batches": (bool(getattr(accelerator, "dispatch_batches", None)), "leave it out"),
         "router_aux_loss_coef": (

@@ -184,6 +184,7 @@ def test_the_configs_of_the_repository_are_fit(name: str, monkeypatch: pytest.Mo
         ({"chunk_size": 12}, "chunk_size=12 with sequence_parallel_size=8: .*such as 8"),
         ({"pipeline_stages": 2}, "pipeline_stages=2 with sequence_parallel_size=8"),
         ({"oom": "shrink"}, "oom=shrink with sequence_parallel_size=8"),
+        ({"chunk_share_prefixes": "true"}, "chunk_share_prefixes=true with sequence_parallel_size=8"),
         ({"dataset_streaming": True, "max_steps": 1}, "dataset_streaming=True with sequence_parallel_size=8"),
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1 with sequence_parallel_size=8"),
     ],
