@@ -100,7 +100,7 @@ class StreamTrainer(SharedRowsTrainer):
         super().__init__(**kwargs)
         self._lengths = sample_lengths(self.train_dataset)
         refuse_segments(causal_lm_of(self.model), max(self._lengths))
-        rule = shared_prefixes(self.model, chunk_config)
+        rule = shared_prefixes(causal_lm_of(self.model), chunk_config)
         if self.row_parts.num_ranks > 1 or self.args.neftune_noise_alpha is not None:
             rule = None
         self._prefixes = None if rule is None else SamplePrefixes(self.train_dataset, rule)
