@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -50,7 +50,7 @@ class ChunkReport:
     config: ChunkConfig
     """Without `"auto"`."""
     rebuilds_kv: bool
-    keeps_attention: bool
+    keeps_attention: bool | Literal["global"]
     keep_reason: str
     """Why attention's outputs are kept, or not."""
     attention: str

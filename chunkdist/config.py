@@ -41,9 +41,9 @@ class ChunkConfig:
             being kept from the forward. `"auto"`: rebuilt when a group is one layer and no chunk is retained,
             kept otherwise.
         keep_attention: Whether what attention returns in the forward (output and log-sum-exp) waits for the
-            backward, so that no attention kernel runs twice: gradients stay the same to the bit. `"auto"`:
-            where it fits into free memory and is faster by estimate, determined before the first step; with a
-            sampler and in a pipeline, no.
+            backward, so that no attention kernel runs twice: gradients stay the same to the bit. `"global"`:
+            that of layers without a sliding window only. `"auto"`: where it fits into free memory and is
+            faster by estimate, determined before the first step; with a sampler and in a pipeline, no.
         control_variate: Whether the gradients that kept chunks leave for other chunks' keys and values reach
             the norm and the k/v projections without weights, which lowers SpaCO's variance and runs these
             parts of the layer again. `"auto"`: when a group is one layer and the sampler says
@@ -65,7 +65,7 @@ class ChunkConfig:
     offload: Literal["none", "host", "auto"] = "none"
     attention: AttentionName = "auto"
     rebuild_kv: bool | Literal["auto"] = "auto"
-    keep_attention: bool | Literal["auto"] = "auto"
+    keep_attention: bool | Literal["global", "auto"] = "auto"
     control_variate: bool | Literal["auto"] = "auto"
     share_prefixes: bool | Literal["auto"] = "auto"
 
@@ -92,9 +92,9 @@ class ChunkConfig:
                 f"rebuild_kv=True needs retained_chunks=0, not {self.retained_chunks}: graphs of retained "
                 "chunks hold the K/V that they read; write rebuild_kv='auto'"
             )
-        if self.keep_attention not in (True, False, "auto"):
+        if self.keep_attention not in (True, False, "global", "auto"):
             raise ValueError(
-                f"keep_attention={self.keep_attention!r} is unknown: write True, False or 'auto'"
+                f"keep_attention={self.keep_attention!r} is unknown: write True, False, 'global' or 'auto'"
             )
         if self.sampler is not None and not isinstance(self.sampler, ChunkSampler):
             raise ValueError(
@@ -137,9 +137,9 @@ class ChunkConfig:
         return self.control_variate
 
     @property
-    def keeps_attention(self) -> bool:
-        """Whether attention's outputs are kept; while `"auto"` is not resolved, they are not."""
-        return self.keep_attention is True
+    def keeps_attention(self) -> bool | Literal["global"]:
+        """Whose outputs of attention are kept; while `"auto"` is not resolved, none are."""
+        return False if self.keep_attention == "auto" else self.keep_attention
 
     @property
     def rebuilds_kv(self) -> bool:

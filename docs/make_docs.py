@@ -7,7 +7,6 @@ python docs/make_docs.py --check    # exit status 1 when pages are not up to dat
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -99,23 +98,6 @@ def readme_figures(folder: Path = RESULTS) -> str:
     )
 
 
-def performance_overhead() -> str:
-    result = result_of("overhead-cpu")
-    rows = [
-        (r["variant"], f"{r['num_cells']}", f"{r['cpu_s']:.2f} s", f"{r['host_s_per_cell'] * 1e3:.1f} ms",
-         f"{r['kernel_share']:.0%}")
-        for r in result["rows"]
-    ]  # fmt: skip
-    found = cells("|cells|CPU time of a step|outside of operators, a cell|in operators", rows)
-    return f"{found}\n\n{source(result)}.\n\n{history('overhead-cpu', 'overhead')}"
-
-
-def performance_python() -> str:
-    row = min(result_of("overhead-cpu")["rows"], key=lambda row: row["chunk_size"])
-    rows = [(whose, f"{share:.0%}") for whose, share in row["python_shares"].items()]
-    return cells(f"{row['variant']} tokens, under cProfile|share", rows)
-
-
 def performance_kept() -> str:
     result = result_of("step-ci")
     ratio = {row["variant"]: row["cpu_ratio"] for row in result["rows"]}
@@ -160,20 +142,6 @@ def memory_plan() -> str:
     )  # fmt: skip
 
 
-def memory_hybrid() -> str:
-    rows = [
-        (
-            f"{int(tokens):,}",
-            f"{row['peak_bytes'] / 2**30:.2f} GiB",
-            "counted" if row["counted"] else "from the growth",
-            row["place"],
-            f"{row['formula_bytes'] / 2**30:.2f} GiB ({row['formula_bytes'] / row['peak_bytes'] - 1:+.1%})",
-        )
-        for tokens, row in result_of("hybrid-memory")["summary"].items()
-    ]
-    return cells("tokens|peak over the weights||where|by the formula", rows)
-
-
 def data_timed() -> str:
     result = result_of("long-tail-cpu")
     data, model, load = result["data"], result["model"], result["hardware"]["load_average_1_min"]
@@ -193,61 +161,6 @@ def data_timed() -> str:
     return f"{paragraph(words)}\n\n{rows}\n\n`{result['command']}`."
 
 
-def data_simulated() -> str:
-    rows = [
-        (
-            *(f"{row[key]:,}" for key in ("num_ranks", "batch_sequences", "chunk_size")),
-            f"{row['num_even']} of {row['num_batches']}",
-            "-" if row["largest_imbalance"] is None else f"{row['largest_imbalance']:.3f}",
-            f"{row['largest_over_bound']:.3f}, {row['mean_over_bound']:.3f}",
-            f"{row['mean_imbalance_of_others']:.2f}",
-            *(f"{row[key]:.2%}" for key in ("empty_share", "empty_share_at_best")),
-        )
-        for row in result_of("long-tail-cpu")["simulation"]["rows"]
-    ]
-    head = "ranks|sequences of a batch|chunk size|batches without a costlier sequence|imbalance|over least"
-    found = cells(f"{head}|others|empty slots|at best", rows)
-    return f"{found}\n\n{history('long-tail-cpu', 'long_tail_simulation')}"
-
-
-def spaco_study() -> str:
-    study = result_of("spaco-study")
-    errors = {(row["sampler"], row["budget"]): row for row in study["gradient_errors"]}
-    by_contender: dict[tuple[str, int | None], list[Result]] = {}
-    for run in study["runs"]:
-        by_contender.setdefault((run["sampler"], run["budget"]), []).append(run)
-    order = ["exact", *dict.fromkeys(sampler for sampler, _ in errors)]
-    exact, rows = {}, []
-    for sampler, budget in sorted(by_contender, key=lambda who: (who[1] or 0, order.index(who[0]))):
-        runs = by_contender[sampler, budget]
-        rate = min((run for run in runs if run["seed"] == 0), key=lambda run: run["loss"])["learning_rate"]
-        losses = {run["seed"]: run["loss"] for run in runs if run["learning_rate"] == rate}
-        exact = exact or losses
-        above = [loss - exact[seed] for seed, loss in losses.items() if seed in exact]
-        spread = f" ± {statistics.stdev(above) / len(above) ** 0.5:.3f}" if len(above) > 1 else ""
-        loss = (f"{statistics.mean(losses.values()):.3f}", f"{statistics.mean(above):.3f}{spread}")
-        rows.append(
-            (
-                sampler,
-                f"{budget or 'all'}",
-                _error(errors.pop((sampler, budget), None)),
-                f"{rate:g}",
-                f"{len(losses)}",
-                *loss,
-            )
-        )
-    for row in study["direct_errors"]:
-        for name in ("equal", "best"):
-            rows.append((f"only direct, {name}", f"{row['budget']}", f"{row[name]:.2f}", *[""] * 4))
-    rows += [(sampler, f"{budget}", _error(row), *[""] * 4) for (sampler, budget), row in errors.items()]
-    head = "sampler|budget|error of a gradient|learning rate|seeds|loss|above exact"
-    return f"{cells(head, rows)}\n\n{history('spaco-study', 'spaco_study')}"  # fmt: skip
-
-
-def _error(row: Result | None) -> str:
-    return "-" if row is None else f"{row['rms_error']:.2f} ± {row['standard_error']:.2f}"
-
-
 def spaco_cost() -> str:
     cost = result_of("spaco-cpu")
     rows = [row for row in cost["rows"] if "of_parts" in row]
@@ -255,67 +168,6 @@ def spaco_cost() -> str:
     words = f"""{source(cost)}, in {cost["model"]["num_chunks"]} chunks. A step's parts are the forward
     without gradients, and the share of the exact backward that its chunks are: `{cost["command"]}`."""
     return f"{found}\n\n{paragraph(words)}"
-
-
-def pipeline_figures() -> str:
-    result = result_of("pipeline")
-    names = {"1f1b, equal lengths": "1F1B, equal lengths", "1f1b": "1F1B, lengths 4, 2, 1, 1"}
-    example = [
-        (
-            names.get(row["name"], f"chunks of 2, {row['name']}"),
-            f"{row['duration']:.0f}",
-            f"{row['bubble_share']:.1%}",
-            f"{row['bubble_share'] + row['rerun_share']:.1%}",
-            "-" if row["published"] is None else f"{row['published']:.1%}",
-        )
-        for row in result["example"]
-    ]
-    tailed = [
-        (
-            *(f"{row[key]}" for key in ("stages", "chunk_size", "retained_chunks", "forwards_ahead")),
-            *(f"{row[key]:.1%}" for key in ("largest_bubble", "mean_bubble", "rerun_share")),
-            *(f"{row['peak_graphs']}", f"{row['empty_share']:.2%}"),
-        )
-        for row in result["long_tailed"]
-    ]
-    chosen = [
-        (
-            *(f"{row[key]:,}" for key in ("max_graph_tokens", "chunk_size")),
-            *(", ".join(map(str, row[key])) for key in ("layers", "retained_chunks")),
-            f"{row['forwards_ahead']}",
-            *(f"{row[key]:.1%}" for key in ("largest_bubble", "mean_bubble")),
-            f"{row['num_batches_above_target']} of {row['num_batches']}",
-            f"{row['rerun_share']:.1%}",
-        )
-        for row in result["chosen"]
-    ]
-    alone = {
-        (r["chunk_size"], r["forwards_ahead"]): r["duration"]
-        for r in result["interleaved"]
-        if r["stages_of_rank"] == 1
-    }
-    interleaved = [
-        (
-            *(f"{row[key]}" for key in ("stages_of_rank", "chunk_size", "forwards_ahead")),
-            *(f"{row['mean_bubble']:.1%}", f"{row['peak_graphs']:.1f}"),
-            f"{row['duration'] / alone[row['chunk_size'], row['forwards_ahead']]:.3f}",
-        )
-        for row in result["interleaved"]
-    ]
-    bubbles = "largest bubble|mean|"
-    return "\n\n".join(
-        [
-            cells("|takes|bubble|bubble and reruns|published", example),
-            cells(f"stages|chunk size|K|ahead|{bubbles}reruns|graphs|empty slots", tailed),
-            cells(
-                f"room|chunk size|layers of each stage|K of each stage|ahead|{bubbles}"
-                "batches above 15 %|reruns",
-                chosen,
-            ),
-            cells("stages of a rank|chunk size|ahead|mean bubble|graphs|time", interleaved),
-            history("pipeline", "pipeline"),
-        ]
-    )
 
 
 def sharding_figures() -> str:
@@ -361,14 +213,11 @@ def gpu_results(folder: Path = RESULTS) -> str:
 BLOCKS = {
     "../README.md": {"figures": readme_figures},
     "performance.md": {
-        "overhead figures": performance_overhead,
-        "python figures": performance_python,
         "kept figures": performance_kept,
     },
-    "memory.md": {"plan figures": memory_plan, "hybrid figures": memory_hybrid},
-    "data.md": {"data figures": data_timed, "simulation figures": data_simulated},
-    "spaco.md": {"study": spaco_study, "cost": spaco_cost},
-    "pipeline.md": {"pipeline figures": pipeline_figures},
+    "memory.md": {"plan figures": memory_plan},
+    "data.md": {"data figures": data_timed},
+    "spaco.md": {"cost": spaco_cost},
     "sharding.md": {"sharding figures": sharding_figures},
     "benchmarks.md": {"results": gpu_results},
 }

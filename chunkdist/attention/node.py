@@ -31,7 +31,7 @@ def chunk_attention(
     chunk.
     """
     out_BTND: Tensor = _ChunkAttention.apply(cell, backend, variant, block, *inputs)  # type: ignore[no-untyped-call]
-    if cell.outputs is not None:
+    if cell.outputs is not None and cell.outputs.are_kept(variant.window):
         cell.outputs.lend(out_BTND)
     return out_BTND
 
@@ -50,6 +50,8 @@ class _ChunkAttention(torch.autograd.Function):
         sink_N: Tensor | None,
     ) -> Tensor:
         store, outputs = cell.store, cell.outputs
+        if outputs is not None and not outputs.are_kept(variant.window):
+            outputs = None
         assert store is not None
         store.write(cell.tokens, k_BTKD, v_BTKD)
         kept = None if outputs is None else outputs.read(cell.chunk)

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from chunkdist.engine.group_input import Hidden, HostInput, Reading, tokens_of
-from chunkdist.stores.attention_outputs import AttentionOutputs
+from chunkdist.stores.attention_outputs import new_attention_outputs
 from chunkdist.stores.by_chunk import TensorsByChunk
 from chunkdist.stores.host_memory import HostMemory
 from chunkdist.stores.kv_store import KVStore
@@ -27,7 +27,7 @@ class Saved:
     Args:
         host: Where it waits; `None`: on the device.
         reads_retained: Whether the backward reads the input of retained chunks, too.
-        keeps_attention: Whether what attention returned is kept.
+        keeps_attention: Whether what attention returned is kept: of all layers, none, or the global ones.
         num_above: Groups that run after this one. The last keeps everything on the device, since the backward
             begins with it.
     """
@@ -40,12 +40,12 @@ class Saved:
         num_above: int,
         *,
         reads_retained: bool,
-        keeps_attention: bool,
+        keeps_attention: bool | Literal["global"],
     ) -> None:
         self.host = host if num_above else None
         """`None`: all stays on the device, and the node keeps the input."""
         self.states = [StateStore() for _ in range(num_layers)]
-        self.attention = [AttentionOutputs() if keeps_attention else None for _ in range(num_layers)]
+        self.attention = [new_attention_outputs(keeps_attention) for _ in range(num_layers)]
         """By layer; of retained chunks, whose graphs hold it, and of layers that do not attend, nothing is in
         there."""
         self.input: HostInput | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import distributed, nn
@@ -123,8 +124,9 @@ def resolve_keep(
     optimizer: str = "",
     engine: Engine = SINGLE,
     num_micro_batches: int = 1,
-) -> tuple[bool, str]:
-    """Whether attention's outputs are kept where nothing else of `config` is left to the planner, and why.
+) -> tuple[bool | Literal["global"], str]:
+    """Of which layers attention's outputs are kept where nothing else of `config` is left to the planner, and
+    why.
 
     Ranks may differ in it: neither gradients nor collectives depend on it.
 
@@ -159,7 +161,7 @@ def resolve_keep(
         chosen = choose_keep(job, replace(config, keep_attention="auto"), num_tokens)
         without, kept = (
             plan_as_configured(job, replace(config, keep_attention=keep), num_tokens)
-            for keep in (False, True)
+            for keep in (False, chosen.keeps_attention or True)
         )
     except Exception as error:  # what only saves time ends no run
         return False, f"auto: memory cannot be estimated ({type(error).__name__}: {error})"
@@ -168,7 +170,7 @@ def resolve_keep(
     needs += f" and {gib(kept.estimate.host_bytes)} on the host" if kept.estimate.host_bytes else ""
     room = f"{gib(free)} and {gib(free_host)}, {share:.0%} of what is free"
     if chosen.keeps_attention:
-        return True, f"auto: saves {saved}; {needs} of {room}"
+        return chosen.keeps_attention, f"auto: saves {saved}; {needs} of {room}"
     if job.fits(kept.estimate):
         return False, f"auto: would save {saved}: too little"
     return False, f"auto: no room: would save {saved}; {needs} of {room}"

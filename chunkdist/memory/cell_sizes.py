@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class CellSizes:
         kv_numbers: How many numbers these are.
         kv_heads: Heads of K, and of V.
         attention_bytes: What attention returns of a token, output and log-sum-exp; 0 without attention.
+        window: Its sliding window, in tokens.
         state_bytes: State at a chunk's start.
     """
 
@@ -89,7 +90,13 @@ class CellSizes:
     kv_numbers: int
     kv_heads: int
     attention_bytes: int
+    window: int | None
     state_bytes: int
+
+    def kept_bytes(self, keeps_attention: bool | Literal["global"]) -> int:
+        """What of attention's outputs is kept, by `ChunkConfig.keeps_attention`, of a token."""
+        kept = self.window is None if keeps_attention == "global" else keeps_attention
+        return self.attention_bytes if kept else 0
 
     def keys_workspace(self, num_keys: int, num_tokens: int) -> int:
         """Bytes that attention's backward takes for so many keys, of a chunk of so many tokens.
@@ -148,6 +155,7 @@ class _Watch:
     """By layer and index of the chunk."""
     kv: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     attention_bytes: dict[int, int] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
     running: list[tuple[int, int]] = field(default_factory=list)
     arguments_bytes: int | None = None
     hidden_bytes: int = 0
@@ -209,6 +217,7 @@ class _Counted:
         seen.attention = before - seen.base
         numbers = (row.k_SKD.numel() + row.v_SKD.numel()) // row.k_SKD.shape[0]
         watch.kv[number] = numbers * row.k_SKD.element_size(), numbers, row.k_SKD.shape[1]
+        watch.windows[number] = row.variant.window
         outputs = (given.out_TND, given.lse_NT)
         watch.attention_bytes[number] = sum(x.nbytes for x in outputs) // row.q_TND.shape[0]
         watch.live.reset_peak()
@@ -289,6 +298,7 @@ def _cell_sizes(runs: dict[int, _Watch], number: int) -> CellSizes:
         kv_numbers=kv_numbers,
         kv_heads=kv_heads,
         attention_bytes=run.attention_bytes.get(number, 0),
+        window=run.windows.get(number),
         state_bytes=run.state_bytes[number],
     )
 

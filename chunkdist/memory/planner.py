@@ -140,15 +140,14 @@ def longest_length(job: Job, config: ChunkConfig) -> int:
 
 
 def choose_keep(job: Job, config: ChunkConfig, num_tokens: int) -> ChunkConfig:
-    """`config` with a value in the place of `keep_attention="auto"`: attention's outputs are kept where there
-    is room for them and a step is predicted to be faster by more than `EQUAL`."""
+    """`config` with a value in the place of `keep_attention="auto"`: attention's outputs are kept, of the
+    fewest layers, where there is room for them and a step is predicted to be faster by more than `EQUAL`."""
     if config.keep_attention != "auto":
         return config
-    if config.sampler is not None:
-        return replace(config, keep_attention=False)
-    without, kept = (_plan(job, replace(config, keep_attention=keep), num_tokens) for keep in (False, True))
-    pays = without.time.seconds > EQUAL * kept.time.seconds
-    return kept.config if pays and job.fits(kept.estimate) else without.config
+    plans = [_plan(job, replace(config, keep_attention=keep), num_tokens) for keep in _keeps(job, config)]
+    fitting = [plan for plan in plans if plan.config.keeps_attention is False or job.fits(plan.estimate)]
+    fastest = min(plan.time.seconds for plan in fitting)
+    return next(plan.config for plan in fitting if plan.time.seconds <= EQUAL * fastest)
 
 
 def choose_retained(job: Job, config: ChunkConfig, num_tokens: int) -> ChunkConfig:
@@ -209,6 +208,16 @@ def _retaining(job: Job, plan: Plan, asked: ChunkConfig, num_tokens: int) -> Pla
     return _plan(job, chosen, num_tokens) if chosen.retained_chunks else plan
 
 
+def _keeps(job: Job, config: ChunkConfig) -> list[bool | Literal["global"]]:
+    """What `keep_attention` may be, least memory first."""
+    if config.keep_attention != "auto":
+        return [config.keep_attention]
+    if config.sampler is not None:
+        return [False]  # which chunks are dropped is known in the backward: theirs would wait for nothing
+    windowed = {cell.window is not None for cell in job.sizes.cells if cell.attention_bytes}
+    return [False, "global", True] if len(windowed) == 2 else [False, True]
+
+
 def _candidates(job: Job, config: ChunkConfig, num_tokens: int) -> Iterator[ChunkConfig]:
     """All schedules that keep what `config` sets, without retained chunks where these are to be chosen."""
     num_layers = len(job.sizes.cells)
@@ -227,11 +236,8 @@ def _candidates(job: Job, config: ChunkConfig, num_tokens: int) -> Iterator[Chun
     rebuilds = [config.rebuild_kv]
     if config.rebuild_kv == "auto" and config.layers_per_group == "auto":
         rebuilds = [False] if retained else [True, False]
-    keeps = [True, False] if config.keep_attention == "auto" else [config.keep_attention]
-    if config.keep_attention == "auto" and config.sampler is not None:
-        keeps = [False]  # which chunks are dropped is known in the backward: theirs would wait for nothing
     for chunk_size, height, rebuild, offload, keep in product(
-        chunk_sizes, heights, rebuilds, offloads, keeps
+        chunk_sizes, heights, rebuilds, offloads, _keeps(job, config)
     ):
         yield replace(
             config,

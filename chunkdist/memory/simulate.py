@@ -87,8 +87,8 @@ def simulate(
     each = 0 if config.offload == "host" else sizes.stream.hidden_bytes * tokens
     if not config.rebuilds_kv and config.offload != "host":
         each += height * sizes.cells[0].kv_bytes * tokens
-    if config.keeps_attention and config.offload != "host":
-        each += height * sizes.cells[0].attention_bytes * tokens
+    if config.offload != "host":
+        each += height * sizes.cells[0].kept_bytes(config.keeps_attention) * tokens
     return Simulated(peak_bytes=peak + missing * each, host_bytes=host, num_layers_run=run)
 
 

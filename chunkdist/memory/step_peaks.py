@@ -237,10 +237,8 @@ class StepMoments:
         return self.tokens * numbers * self.sizes.kv_grad_bytes
 
     def _outputs(self, layers: range, num_tokens: int) -> int:
-        """What attention has returned of so many tokens, if it is kept."""
-        if not self.keeps_attention:
-            return 0
-        return num_tokens * sum(self.sizes.cells[i].attention_bytes for i in layers)
+        """What attention has returned of so many tokens, where it is kept."""
+        return num_tokens * sum(self.sizes.cells[i].kept_bytes(self.keeps_attention) for i in layers)
 
     def _states(self, layers: range) -> int:
         return sum(self.sizes.cells[i].state_bytes for i in layers) * (self.num_chunks - 1) * self.num_rows

@@ -87,19 +87,17 @@ def step_time(
     if config.rebuilds_kv and num_chunks > 1:  # all layers of a group, the last one up to its attention
         passes += 1 - (1 - _projections(sizes)) / height
         attention_reruns += 1 - 1 / height
-    # The kernels' backward has five products, their forward two.
-    attention_passes = 1 + (0 if config.keeps_attention else attention_reruns) + 2.5
     head = 2 * sizes.head_width * (sizes.stream.hidden_bytes // sizes.element_bytes)
     forward = flops.per_token / 3 - head
     matmul = tokens * (forward * passes + head * (2 + (sizes.head_numbers_trained > 0)))
-    pairs = sum(cost / 3 * num_pairs(num_tokens, window) for window, cost in flops.per_pair) * num_rows
-    pairs /= sequence_ranks
     arithmetic_s = matmul / (card.flops * MATMUL_SHARE)
-    backwards = 2.5
-    attention_passes = backwards + (attention_passes - backwards) / _busy_share(
-        sizes, flops, card, chunk / sequence_ranks
-    )
-    arithmetic_s += pairs * attention_passes / (card.flops * ATTENTION_SHARE)
+    busy = _busy_share(sizes, flops, card, chunk / sequence_ranks)
+    for window, cost in flops.per_pair:
+        is_kept = window is None if config.keeps_attention == "global" else config.keeps_attention
+        forwards = 1 + (0 if is_kept else attention_reruns)
+        # The kernels' backward has five products, their forward two.
+        products = cost / 3 * num_pairs(num_tokens, window) * (forwards / busy + 2.5)
+        arithmetic_s += products * num_rows / sequence_ranks / (card.flops * ATTENTION_SHARE)
     moved = _bytes_moved(sizes, tokens=tokens, num_chunks=num_chunks, passes=passes)
     forward_launches, backward_launches = _LAUNCHES if trained == 1 else _LAUNCHES_OF_ADAPTERS
     runs = 1 + again  # and K/V once more, up to attention, or through all layers of a group but the last

@@ -33,7 +33,7 @@ from chunkdist.models.layers import configs_of, find_layers, layer_states, norms
 from chunkdist.pipeline.cell_inputs import CellInputs, LayerStores
 from chunkdist.replay import undisturbed_rng
 from chunkdist.sharding.refuse_sequence import refuse_sequence_parallelism
-from chunkdist.stores.attention_outputs import AttentionOutputs
+from chunkdist.stores.attention_outputs import new_attention_outputs
 from chunkdist.stores.kv_store import KVStore
 from chunkdist.stores.state_relay import StateStore
 from chunkdist.stream.stream import Chunk, Stream
@@ -133,7 +133,7 @@ class ModelStage(nn.Module):
         return [self._new_store(tokens) for _ in self._layers]
 
     def _new_store(self, tokens: Chunk) -> LayerStores:
-        outputs = AttentionOutputs() if self._config.keeps_attention else None
+        outputs = new_attention_outputs(self._config.keeps_attention)
         return LayerStores(KVStore(tokens, self._config.kv_grad_dtype), StateStore(), outputs)
 
     def begin_step(self) -> None:

@@ -6,20 +6,36 @@ A flash kernel's backward needs the output and the log-sum-exp of its forward be
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from chunkdist.stores.by_chunk import TensorsByChunk
 from chunkdist.stream.stream import Chunk
 
 
+def new_attention_outputs(keeps_attention: bool | Literal["global"]) -> AttentionOutputs | None:
+    """For one layer of a group, by `ChunkConfig.keeps_attention`."""
+    return AttentionOutputs(only_global=keeps_attention == "global") if keeps_attention else None
+
+
 class AttentionOutputs(TensorsByChunk[str]):
     """Outputs (B, T, N, D) and log-sum-exps (B, N, T), by chunk. B rows, T tokens, N query heads, D head
-    dim."""
+    dim.
 
-    def __init__(self) -> None:
+    Args:
+        only_global: Nothing is kept of a layer with a sliding window.
+    """
+
+    def __init__(self, *, only_global: bool = False) -> None:
         super().__init__()
+        self._only_global = only_global
         self._given: tuple[Tensor, int] | None = None
         """The output that the layer goes on with, and how often it had been changed in place by then."""
+
+    def are_kept(self, window: int | None) -> bool:
+        """Whether those of a layer with this sliding window are."""
+        return window is None or not self._only_global
 
     def write(self, chunk: Chunk, out_BTND: Tensor, lse_BNT: Tensor) -> None:
         """Keeps what a kernel has returned for a chunk."""

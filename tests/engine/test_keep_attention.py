@@ -173,6 +173,23 @@ def test_no_kernel_runs_forward_twice(schedule: str, offload: str) -> None:
         assert calls.count("backward") == 4 * num_chunks
 
 
+def test_windowed_layers_run_again_where_only_global_ones_are_kept() -> None:
+    """And no bit changes: windows in every other layer."""
+    ids = torch.randint(10, 60, (1, 30), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "labels": ids}
+    found = []
+    for keeps, again in ((True, 0), ("global", 5), (False, 10)):
+        config = ChunkConfig(chunk_size=6, attention="math", keep_attention=keeps)  # type: ignore[arg-type]
+        model = chunk_model(tiny_model("GptOssForCausalLM").train(), config)
+        gradients(model, inputs)
+        model.zero_grad()
+        with counted() as calls:
+            found.append(gradients(model, inputs))
+        assert len(model.model.layers) == 2
+        assert (calls.count("forward") + calls.count("again"), calls.count("again")) == (10 + again, again)
+    assert all(torch.equal(x[name], found[0][name]) for x in found for name in found[0])
+
+
 def test_without_kept_outputs_kernels_run_twice() -> None:
     """So the counting above would see it."""
     model = chunk_model(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from chunkdist import ChunkConfig, IndependentSampler, chunk_model
 from chunkdist.chunking import chunk_report, layers_of, resolve_auto_values
@@ -131,6 +132,39 @@ def test_attention_is_kept_where_it_fits_and_pays(job: Job) -> None:
         plan_as_configured(roomy, replace(longer, keep_attention=keep), num_tokens) for keep in (True, False)
     ]
     assert plans[0].time.seconds < plans[1].time.seconds
+
+
+def test_windowed_layers_keep_nothing_where_only_the_others_pay() -> None:
+    """Seven of eight layers see 256 tokens: what they return is seven eighths of the bytes, for nothing."""
+    settings = Qwen2Config(
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=256,
+        layer_types=["sliding_attention"] * 7 + ["full_attention"],
+    )
+    model = with_lora(AutoModelForCausalLM.from_config(settings).bfloat16())
+    job = Job(
+        sizes=ModelSizes.for_config(model, AUTO, device_type="cuda"),
+        flops=StepFlops.of(model),
+        card=CARDS["rtx3090"],
+        available_bytes=2**40,
+    )
+    config, num_tokens = ChunkConfig(chunk_size=16384), 2**20
+    chosen = plan_as_configured(job, config, num_tokens)
+    assert chosen.config.keep_attention == "global"
+    every, none = (
+        plan_as_configured(job, replace(config, keep_attention=keep), num_tokens) for keep in (True, False)
+    )
+    kept = [plan.estimate.peak_bytes - none.estimate.peak_bytes for plan in (every, chosen)]
+    assert kept[0] == pytest.approx(8 * kept[1], rel=0.01)
+    short = ChunkConfig(chunk_size=1024, keep_attention="global")
+    found = simulate(model, job.sizes, short, num_tokens=4096).peak_bytes
+    assert job.estimate(short, 4096).step_bytes == pytest.approx(found, rel=0.05)
 
 
 class TestKeepAttention:

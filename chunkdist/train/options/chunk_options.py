@@ -72,7 +72,7 @@ class ChunkArguments:
     chunk_attention: str = _of_config("attention", choices=ATTENTION_NAMES)
     chunk_rebuild_kv: str = _of_config("rebuild_kv", choices=("auto", "true", "false"))
     chunk_share_prefixes: str = _of_config("share_prefixes", choices=("auto", "true", "false"))
-    chunk_keep_attention: str = _of_config("keep_attention", choices=("auto", "true", "false"))
+    chunk_keep_attention: str = _of_config("keep_attention", choices=("auto", "true", "global", "false"))
     oom: str = option(
         "error",
         "Of a step that runs out of memory. error: ends the run, and says what would fit. shrink: the step "

@@ -151,7 +151,11 @@ def _schedule_rows(
         ("keys and values", kept, why_kept),
         (
             "attention's outputs",
-            "kept from the forward" if report.keeps_attention else "not kept: its forward runs twice",
+            {
+                True: "kept from the forward",
+                "global": "kept of layers without a window",
+                False: "not kept: its forward runs twice",
+            }[report.keeps_attention],
             report.keep_reason,
         ),
     ]
