@@ -29,6 +29,7 @@ FIGURES |= {
     "layers_per_group": Figure("layers a group"),
     "retained_chunks": Figure("retained"),
     "kv": Figure("K/V"),
+    "attention": Figure("attention's outputs"),
     "offload": Figure("offload"),
     "moment": Figure("largest"),
     "predicted_s": Figure("step", "{:,.0f} s"),
@@ -52,14 +53,6 @@ def paragraph(words: str) -> str:
 def cells(head: str, rows: Iterable[Sequence[str]]) -> str:
     """A table with heads separated by "|"."""
     return markdown([head.split("|"), *rows])
-
-
-def history(name: str, program: str) -> str:
-    """Where the figures of a program are that is no longer here."""
-    return paragraph(
-        f"Kept in `docs/benchmarks/{name}.json`; the program that counted is in the repository's history "
-        f"(`git show a94c2ba:chunkdist/bench/{program}.py`)."
-    )
 
 
 def with_reference(rows: Sequence[Result]) -> list[Result]:
@@ -112,7 +105,8 @@ def performance_kept() -> str:
 def memory_plan() -> str:
     result = result_of("plan")
     small, large = CARDS["rtx3090"].name, CARDS["a100"].name
-    schedule = ("layers_per_group", "retained_chunks", "kv", "offload", "peak_bytes", "simulated_bytes")
+    settings = ("chunk_size", "layers_per_group", "retained_chunks", "kv", "attention", "offload")
+    schedule = (*settings, "peak_bytes", "simulated_bytes")
     after = ("formula_error", "host_bytes", "predicted_s")
     over = ("formula_error", "bytes_over_weights", "host_bytes")
     engines = ("model", "training", "num_tokens", "peak_bytes", "simulated_bytes", "formula_error", "moment")
@@ -126,18 +120,21 @@ def memory_plan() -> str:
                 is too small, on {large} (a100), with {result["host_bytes"] / 2**30:.0f} GiB of host memory.
                 *Device* is by formula, weights and optimizer included; *simulated* is the peak of the real
                 code under fake tensors, without a GPU, and *formula off by* leaves out weights and optimizer
-                states. Time is predicted. In these rows attention's outputs are not kept."""
+                states. Time is predicted. `{result["command"]}` counts these rows."""
             ),
-            table(result["rows"], ("model", "num_tokens", "card", "chunk_size", *schedule, *after), model=""),
+            table(result["rows"], ("model", "num_tokens", "card", *schedule, *after), model=""),
             cells(f"longest length|{small}|{large}", longest),
-            "With as little as Llama-3-8B can do with: of the device, of the host, of the device alone.",
-            table(result["targets"], ("num_tokens", *schedule, *over)),
+            "Schedules of Llama-3-8B that need the least of something:",
+            table(result["targets"], ("least", "num_tokens", *schedule, *over), least="least"),
             paragraph(
                 f"""One of {result["engines"][0]["num_ranks"]} ranks of FSDP2, all layers, over the shards;
                 *full* trains everything with fp32 masters and gathers bf16."""
             ),
             table(result["engines"], engines),
-            history("plan", "plan"),
+            paragraph(
+                """The program that counted these ranks is in the repository's history (`git show
+                a94c2ba:chunkdist/bench/plan.py`)."""
+            ),
         ]
     )  # fmt: skip
 

@@ -153,6 +153,7 @@ def test_windowed_layers_keep_nothing_where_only_the_others_pay() -> None:
         flops=StepFlops.of(model),
         card=CARDS["rtx3090"],
         available_bytes=2**40,
+        host_bytes=0,
     )
     config, num_tokens = ChunkConfig(chunk_size=16384), 2**20
     chosen = plan_as_configured(job, config, num_tokens)
@@ -161,7 +162,7 @@ def test_windowed_layers_keep_nothing_where_only_the_others_pay() -> None:
         plan_as_configured(job, replace(config, keep_attention=keep), num_tokens) for keep in (True, False)
     )
     kept = [plan.estimate.peak_bytes - none.estimate.peak_bytes for plan in (every, chosen)]
-    assert kept[0] == pytest.approx(8 * kept[1], rel=0.01)
+    assert kept[0] == pytest.approx(8 * kept[1], rel=0.02)
     short = ChunkConfig(chunk_size=1024, keep_attention="global")
     found = simulate(model, job.sizes, short, num_tokens=4096).peak_bytes
     assert job.estimate(short, 4096).step_bytes == pytest.approx(found, rel=0.05)
