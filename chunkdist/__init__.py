@@ -3,6 +3,7 @@
 from chunkdist.chunking import ChunkReport, chunk_model, chunk_report, unchunk_model
 from chunkdist.config import ChunkConfig
 from chunkdist.errors import UnsupportedModelError
+from chunkdist.models.extend import ContextExtension, extend_context
 from chunkdist.spaco.samplers import (
     ChunkSampler,
     FixedBudgetSampler,
@@ -15,6 +16,7 @@ __all__ = [
     "ChunkConfig",
     "ChunkReport",
     "ChunkSampler",
+    "ContextExtension",
     "FixedBudgetSampler",
     "ImportanceSampler",
     "IndependentSampler",
@@ -22,5 +24,6 @@ __all__ = [
     "UnsupportedModelError",
     "chunk_model",
     "chunk_report",
+    "extend_context",
     "unchunk_model",
 ]

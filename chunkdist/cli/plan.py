@@ -36,6 +36,7 @@ from chunkdist.memory.planner import (
 from chunkdist.memory.sharded import Engine
 from chunkdist.memory.simulate import simulate
 from chunkdist.models.flops import StepFlops
+from chunkdist.train.model import with_context
 from chunkdist.train.options.arguments import TrainingOptions
 from chunkdist.train.options.combinations import check_options
 from chunkdist.train.reports.start_table import step_sizes
@@ -103,7 +104,7 @@ def meta_model(options: TrainingOptions) -> Any:
     if options.kind == "reward":
         kind, config.num_labels, config.pad_token_id = AutoModelForSequenceClassification, 1, 0
     with torch.device("meta"):
-        model: Any = kind.from_config(config, dtype=dtype)
+        model: Any = with_context(kind.from_config(config, dtype=dtype), options)
         if adapters is not None:
             # As TRL does: adapters of quantised models, and under DeepSpeed, are in the model's dtype.
             in_fp32 = not quantised and options.training.deepspeed is None

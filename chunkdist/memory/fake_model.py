@@ -142,6 +142,8 @@ class _Twins:
                 state[name] = self._configs(value)
             elif isinstance(value, nn.Module):
                 state[name] = self.of(value)
+        if "rope_type" in state:
+            state["rope_type"] = _fixed(state["rope_type"])
         forward = module.__dict__.get("forward")
         if id(module) in self._parts and isinstance(forward, MethodType) and forward.__self__ is module:
             state["forward"] = MethodType(forward.__func__, twin)
@@ -177,6 +179,12 @@ class _Twins:
         if isinstance(x, nn.Parameter) and dtype.is_floating_point:
             dtype = self._dtype or dtype
         return _fake(x, dtype)
+
+
+def _fixed(rope_type: Any) -> Any:
+    """A rotary module's kind, or one for each kind of layer, as one that looks at no numbers: frequencies of
+    others follow the longest position (transformers 5.23, `dynamic_rope_update`)."""
+    return dict.fromkeys(rope_type, "default") if isinstance(rope_type, dict) else "default"
 
 
 def _fake(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,6 +24,7 @@ from chunkdist.data.loading import (
 )
 from chunkdist.data.pairs import check_columns, pairs_of_texts
 from chunkdist.data.sample_stream import SampleStream, checked_samples, first_sample
+from chunkdist.models.extend import context_extension
 from chunkdist.train.checkpoints.fingerprints import samples_fingerprint
 from chunkdist.train.checkpoints.run_record import RunRecord, changed_steps, refuse_other_options
 from chunkdist.train.checkpoints.trained_weights import refuse_other_weights
@@ -41,7 +42,7 @@ from chunkdist.train.launch.ranks import (
 )
 from chunkdist.train.launch.usable_gpu import try_first_kernel
 from chunkdist.train.model import model_parts
-from chunkdist.train.options.amounts import check_amounts, chunk_size_line
+from chunkdist.train.options.amounts import check_amounts, chunk_size_line, context_line
 from chunkdist.train.options.arguments import TrainingOptions
 from chunkdist.train.options.combinations import check_options
 from chunkdist.train.options.needed_packages import usable_attention
@@ -130,6 +131,11 @@ def build_trainer(options: TrainingOptions, *, has_weights: bool = True) -> tupl
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # there is nothing to pin memory for, torch would warn
     parts = model_parts(options, is_chunked=chunk_config is not None, has_weights=has_weights)
+    extension = context_extension(parts["model"])
+    if said := context_line(options, parts["model"]):
+        print_once(said)
+    elif extension is not None and chunk_config is None:  # else the start table says it
+        print_once(f"context of {extension.tokens:,} tokens: {extension}")
     parts |= _of_kind(options, chunk_config, parts)
     if has_weights and not model_options.from_scratch:
         training.model_init_kwargs = None  # they have been taken

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 from trl import get_peft_config, get_quantization_config
 
+from chunkdist.models.extend import extend_context
 from chunkdist.sharding.zero3 import whole_weights
 from chunkdist.train.checkpoints.initial_weights import load_model
 from chunkdist.train.launch.faults import asked_by
@@ -36,12 +37,12 @@ def model_parts(options: TrainingOptions, *, is_chunked: bool, has_weights: bool
     if not has_weights:
         given.attn_implementation = None  # nothing will attend
         with torch.device("meta"):
-            model = _from_scratch(options)
+            model = with_context(_from_scratch(options), options)
             model = model if adapters is None else get_peft_model(model, adapters)
         return {"model": model, "quantization_config": None, "peft_config": None}
     if given.from_scratch:
         return {
-            "model": _from_scratch(options),
+            "model": with_context(_from_scratch(options), options),
             "quantization_config": quantization,
             "peft_config": adapters,
         }
@@ -73,7 +74,20 @@ def model_parts(options: TrainingOptions, *, is_chunked: bool, has_weights: bool
         hf_deepspeed_config=getattr(training, "hf_deepspeed_config", None),
         **values,
     )
+    model = with_context(model, options)
     return {"model": model, "quantization_config": None, "peft_config": adapters}
+
+
+def with_context(model: Any, options: TrainingOptions) -> Any:
+    """The model, set up for `context_length`.
+
+    Raises:
+        ValueError: that cannot be done.
+    """
+    given = options.model
+    if given.context_length is not None:
+        extend_context(model, given.context_length, recipe=given.rope_extension)
+    return model
 
 
 def _from_scratch(options: TrainingOptions) -> Any:

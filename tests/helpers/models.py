@@ -64,11 +64,14 @@ def tiny_llama(
     return model.train()
 
 
+_NORMS = tuple(f"{family}RMSNorm" for family in ("Llama", "Gemma2", "Gemma3", "Qwen3", "Mistral"))
+
+
 def norms_in_fp64(model: PreTrainedModel) -> PreTrainedModel:
     """Transformers' norms compute in fp32, whatever the model's dtype: here, torch's own in their places."""
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
-            if type(norm).__name__ in ("LlamaRMSNorm", "Gemma2RMSNorm"):
+            if type(norm).__name__ in _NORMS:
                 eps = getattr(norm, "variance_epsilon", None) or norm.eps
                 setattr(parent, name, nn.RMSNorm(norm.weight.shape[0], eps=eps, dtype=torch.float64))
     return model

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from chunkdist.models.extend import context_extension
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -59,6 +61,14 @@ def save_parts(trainer: Trainer, folder: Path, state_dict: Mapping[str, Tensor] 
         except Exception as error:  # whatever it is, the weights are there
             failed.append(f"{name}: {type(error).__name__}: {first_words(error)}")
     return failed
+
+
+def save_context(model: Any, folder: Path) -> None:
+    """Adapters of a model that was set up for longer sequences belong to a base model with that config: it is
+    written beside them."""
+    extension = context_extension(model) if isinstance(model, PeftModel) else None
+    if extension is not None and extension.tokens > extension.before:
+        model.get_base_model().config.save_pretrained(folder)
 
 
 def first_words(error: BaseException) -> str:

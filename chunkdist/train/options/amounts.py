@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from chunkdist.models.extend import context_length
+
 if TYPE_CHECKING:
     from trl import SFTTrainer
 
@@ -46,4 +48,17 @@ def chunk_size_line(options: TrainingOptions, config: ChunkConfig | None) -> str
     return (
         f"chunk_size={config.chunk_size} is above max_length={training.max_length}: every row is one chunk, "
         "and chunks save nothing; a smaller chunk_size would"
+    )
+
+
+def context_line(options: TrainingOptions, model: Any) -> str | None:
+    """A line where rows are longer than the sequences that the model was made for, or set up for."""
+    longest, length = options.training.max_length, context_length(model)
+    if longest is None or length is None or longest <= length:
+        return None
+    asked = options.model.context_length
+    made = f"context_length={asked}" if asked else f"what the model was made for, {length:,} tokens"
+    return (
+        f"warning: max_length={longest} is above {made}: positions behind that are new to it, and tokens "
+        f"there are predicted badly until it has learnt them; write context_length: {longest}"
     )

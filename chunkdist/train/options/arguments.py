@@ -22,6 +22,7 @@ from trl import (
 )
 
 from chunkdist.data.samples import LongSamples
+from chunkdist.models.context_length import Recipe
 from chunkdist.train.launch.faults import asked_by
 from chunkdist.train.launch.roll_call import check_launch, forget_stale_rank
 from chunkdist.train.options.chunk_options import ChunkArguments, option
@@ -133,6 +134,17 @@ class ModelArguments(ModelConfig):
         False,
         "Draw the weights from the model's config instead of loading them; model_name_or_path then is a "
         "folder (or a name on the Hub) with config.json and a tokenizer.",
+    )
+    context_length: int | None = option(
+        None,
+        "Tokens of the longest sequence that the model is set up for, where it was made for fewer: rotary "
+        "frequencies are scaled, and the saved config says so (docs/usage.md).",
+    )
+    rope_extension: str = option(
+        "auto",
+        "How context_length scales rotary frequencies. auto: as the model's family does, or as the model is "
+        "scaled already. none: not at all, and only the config names the length.",
+        choices=get_args(Recipe),
     )
     allow_missing_weights: bool = option(
         False,

@@ -70,6 +70,7 @@ RANGES: dict[str, Range] = {
     "ddp_bucket_cap_mb": _COUNT,
     "ddp_timeout": _COUNT,
     "pipeline_stages": _COUNT,
+    "context_length": _COUNT,
     "max_length": Range(low=2, or_word=", or null for no limit; less leaves no token to predict"),
     "max_steps": Range(low=-1, or_word=": -1 to train for num_train_epochs"),
     "learning_rate": _NOT_NEGATIVE,
@@ -237,6 +238,11 @@ def _check_together(values: Namespace, given: set[str]) -> None:
                 f"{', '.join(without)} without {needed}: {_INSTEAD[needed]}; write {needed}: true, or leave "
                 "them out"
             )
+    if "rope_extension" in given and values.context_length is None:
+        raise ValueError(
+            f"rope_extension={values.rope_extension} without context_length, which says for how many tokens: "
+            "write it, or leave both out"
+        )
     _check_padding(getattr(values, "pad_to_multiple_of", None))
     if values.optim_args and any("=" not in part for part in str(values.optim_args).split(",")):
         raise ValueError(f"optim_args={values.optim_args!r}: write name=value,name=value")

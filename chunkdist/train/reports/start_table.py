@@ -15,6 +15,7 @@ from chunkdist.attention.base import AttentionVariant
 from chunkdist.chunking import ChunkReport, model_sizes
 from chunkdist.config import ChunkConfig
 from chunkdist.memory.estimate import FIXED, SEQUENCE, MemoryEstimate, estimate_memory
+from chunkdist.models.extend import context_extension, context_length
 from chunkdist.train.launch.engine import engine_of
 
 GIB = 2**30
@@ -37,12 +38,23 @@ def start_table(
     for column in ("what", "chosen", "why"):
         table.add_column(column, overflow="fold")
     for row in (
+        *context_rows(model),
         *_schedule_rows(config, report, stream_tokens or num_tokens(args)),
         *experts_rows(model, _capability(args.device)),
         *_memory_rows(model, report, args, stream_tokens),
     ):
         table.add_row(*row)
     return table
+
+
+def context_rows(model: nn.Module) -> list[tuple[str, str, str]]:
+    """For how long sequences the model is, and what makes it so."""
+    length, extension = context_length(model), context_extension(model)
+    if length is None:
+        return []
+    return [
+        ("context", f"{length:,} tokens", "as the model was made" if extension is None else str(extension))
+    ]
 
 
 def experts_rows(model: nn.Module, capability: tuple[int, int] | None) -> list[tuple[str, str, str]]:

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from chunkdist.train.checkpoints.model_parts import first_words, save_parts
+from chunkdist.train.checkpoints.model_parts import first_words, save_context, save_parts
 from chunkdist.train.checkpoints.run_record import RunRecord
 from chunkdist.train.checkpoints.saving import is_disk_full
 from chunkdist.train.checkpoints.whole import delete_older, run_of, whole_checkpoint
@@ -119,6 +119,7 @@ class KeptTrainer(Trainer):
             failed = save_parts(self, Path(output_dir or self.args.output_dir or "."), state_dict)
             self.save_failures = failed or [f"as it should be: {type(error).__name__}: {first_words(error)}"]
             print_once(f"the weights are saved, but not {'; '.join(self.save_failures)}")
+        save_context(self.model, Path(output_dir or self.args.output_dir or "."))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
