@@ -104,12 +104,12 @@ def context_length(model: nn.Module) -> int | None:
 
 def _apply(model: PreTrainedModel, plan: ContextPlan) -> None:
     """All or nothing."""
-    configs = _text_configs(model)
+    config: Any = model.config.get_text_config(decoder=True)
     rotary = {
         path: module
         for path, module in model.named_modules()
         if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
-        and any(getattr(module, "config", None) is config for config in configs)
+        and getattr(module, "config", None) is config
     }
     if not rotary:
         raise UnsupportedModelError(
@@ -117,42 +117,28 @@ def _apply(model: PreTrainedModel, plan: ContextPlan) -> None:
             "frequencies, though its config has rope_parameters: leave context_length out"
         )
     before = _skeleton(model, plan)
-    with _undone_on_failure(configs):
-        for config in configs:
-            config.rope_parameters = copy.deepcopy(plan.rope_parameters)
-            config.max_position_embeddings = plan.max_position_embeddings
-            config.standardize_rope_params()
-            config.validate_rope()
+    with _undone_on_failure(config):
+        config.rope_parameters = copy.deepcopy(plan.rope_parameters)
+        config.max_position_embeddings = plan.max_position_embeddings
+        config.standardize_rope_params()
+        config.validate_rope()
         changes = _differences(before, _skeleton(model, plan), set(rotary), plan)
+        modules = {path: model.get_submodule(path) for path in changes}
         made = {path: _made_anew(module, plan) for path, module in rotary.items()}
-        for path in changes:
-            model.get_submodule(path)
     for path, attributes in changes.items():
-        model.get_submodule(path).__dict__.update(copy.deepcopy(attributes))
+        modules[path].__dict__.update(copy.deepcopy(attributes))
     for path, fresh in made.items():
         _take_over(rotary[path], fresh)
 
 
 @contextmanager
-def _undone_on_failure(configs: list[Any]) -> Iterator[None]:
-    before = [(config, config.rope_parameters, config.max_position_embeddings) for config in configs]
+def _undone_on_failure(config: Any) -> Iterator[None]:
+    before = config.rope_parameters, config.max_position_embeddings
     try:
         yield
     except BaseException:
-        for config, rope_parameters, length in before:
-            config.rope_parameters, config.max_position_embeddings = rope_parameters, length
+        config.rope_parameters, config.max_position_embeddings = before
         raise
-
-
-def _text_configs(model: PreTrainedModel) -> list[Any]:
-    """All objects that say what the text model is: the model's own, and copies in modules inside it."""
-    text: Any = model.config.get_text_config(decoder=True)
-    found = {id(text): text}
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if type(config) is type(text) and config.rope_parameters == text.rope_parameters:
-            found[id(config)] = config
-    return list(found.values())
 
 
 def _skeleton(model: PreTrainedModel, plan: ContextPlan) -> nn.Module:

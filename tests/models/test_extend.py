@@ -176,7 +176,7 @@ def test_gradients_stay_exact(name: str, when: str) -> None:
 
 
 def test_a_model_inside_another() -> None:
-    """The text model's config is a part of the whole's, and its modules have a copy of it."""
+    """The text model's config is a part of the whole's, which is what is saved."""
     text = {**SIZES, **WINDOW}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 14, "patch_size": 7}
