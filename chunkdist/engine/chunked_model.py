@@ -40,6 +40,7 @@ from chunkdist.models.peft_casts import leave_out_casts, put_back_casts
 from chunkdist.sharding.refuse_sequence import refuse_sequence_parallelism
 from chunkdist.sharding.sequence import SequenceGroup
 from chunkdist.sharding.zero3 import Zero3Layers
+from chunkdist.stream.positions import positions_in_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -175,10 +176,11 @@ class ChunkedModel(CopiedNotPickled):
                 nowhere.
         """
         group = self.context.sequence_group(self.model.training)
-        first = 0 if group is None else group.rank * arguments["labels"].shape[1]
-        losses = TokenLosses.of_outputs(outputs, arguments, first=first)
+        if group is not None:
+            arguments = _with_positions(group, arguments)
+        losses = TokenLosses.of_outputs(outputs, arguments)
         for by_token, has_label in found:
-            losses = TokenLosses.of(by_token, has_label, arguments, first=first)
+            losses = TokenLosses.of(by_token, has_label, arguments)
         if losses is not None:
             for observe in self.observers:
                 observe(losses)
@@ -265,6 +267,18 @@ def _shifted_labels(
     if group is None or not isinstance(labels, Tensor) or kwargs.get("shift_labels") is not None:
         return kwargs
     return {**kwargs, "shift_labels": group.shifted(labels, kwargs.get("ignore_index", -100))}
+
+
+def _with_positions(group: SequenceGroup, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments, with the positions of this rank's part of the rows in place of their mask."""
+    mask, labels = arguments.get("attention_mask"), arguments["labels"]
+    if mask is None and arguments.get("position_ids") is not None:
+        return arguments
+    num_rows, num_own = labels.shape
+    whole = {} if mask is None else {"attention_mask": group.gather((mask != 0).to(torch.int64))}
+    positions, _ = positions_in_sequences(whole, (num_rows, num_own * group.num_ranks), labels.device)
+    own = positions[:, group.rank * num_own : (group.rank + 1) * num_own]
+    return {**arguments, "attention_mask": None, "position_ids": own}
 
 
 def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:

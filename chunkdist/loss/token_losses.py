@@ -27,27 +27,20 @@ class TokenLosses:
     positions: Tensor
 
     @classmethod
-    def of(
-        cls, losses: Tensor, has_label: Tensor, arguments: Mapping[str, Any], *, first: int = 0
-    ) -> TokenLosses:
+    def of(cls, losses: Tensor, has_label: Tensor, arguments: Mapping[str, Any]) -> TokenLosses:
         """Args:
         arguments: Of the forward, by name: they say where sequences begin.
-        first: Tokens of the rows before these, where ranks share rows.
         """
         shifted, labels = arguments.get("shift_labels"), arguments.get("labels")
         whole: Tensor = labels if shifted is None else shifted  # type: ignore[assignment]
-        shape = (losses.shape[0], whole.shape[1])
-        positions, _ = positions_in_sequences(arguments, shape, losses.device, first=first)
-        return cls(
-            losses=losses,
-            has_label=has_label,
-            positions=positions.to(losses.device)[:, : losses.shape[1]] + 1,
-        )
+        positions, _ = positions_in_sequences(arguments, (losses.shape[0], whole.shape[1]), losses.device)
+        positions = positions.to(losses.device)[:, : losses.shape[1]] + 1
+        return cls(losses=losses, has_label=has_label, positions=positions)
 
     @classmethod
-    def of_outputs(cls, outputs: Any, arguments: Mapping[str, Any], *, first: int = 0) -> TokenLosses | None:
+    def of_outputs(cls, outputs: Any, arguments: Mapping[str, Any]) -> TokenLosses | None:
         """Of what TRL's fused head returns (1.16); `None`: these outputs have no number for each token."""
         log_probs, mask = getattr(outputs, "log_probs", None), getattr(outputs, "label_mask", None)
         if not isinstance(log_probs, Tensor) or log_probs.ndim != 2 or not isinstance(mask, Tensor):
             return None
-        return cls.of(-log_probs.detach(), mask, arguments, first=first)
+        return cls.of(-log_probs.detach(), mask, arguments)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def positions_in_sequences(
-    arguments: Mapping[str, Any], shape: tuple[int, int], device: torch.device, *, first: int = 0
+    arguments: Mapping[str, Any], shape: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """Positions (B, T) of tokens within their own sequences, and the mask (B, T) of tokens that are no
     padding; `None`: there is none. Padding has some position.
@@ -19,14 +19,11 @@ def positions_in_sequences(
     Args:
         arguments: Of a decoder's forward, by name.
         shape: (B, T).
-        first: Tokens of the rows before these, where ranks share rows.
     """
-    along_T = torch.arange(first, first + shape[1], device=device)
+    along_T = torch.arange(shape[1], device=device)
     mask, cu_seq_lens = arguments.get("attention_mask"), arguments.get("cu_seq_lens_q")
     position_ids = arguments.get("position_ids")
     if isinstance(mask, Tensor) and mask.shape == shape:  # padded rows are not packed
-        if first:  # padding is on the right
-            return along_T.expand(shape), mask
         return ((mask != 0).to(torch.int64).cumsum(-1) - 1).clamp(min=0), mask
     if isinstance(cu_seq_lens, Tensor):
         segment_T = torch.searchsorted(cu_seq_lens[1:].contiguous(), along_T, right=True)
