@@ -45,7 +45,7 @@ ROWS: dict[str, dict[str, Tensor]] = {
 
 
 def losses_of(inputs: dict[str, Tensor], *, shares: bool) -> tuple[Tensor, Tensor]:
-    """Losses and positions of the tokens of rows, or of this rank's part of them; 0 where there is no label."""
+    """Losses and positions of the tokens of rows, or of this rank's part; 0 where there is no label."""
     model = tiny_llama(num_layers=2, dtype=torch.float32)
     chunk_model(
         model,
