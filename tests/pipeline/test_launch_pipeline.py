@@ -110,6 +110,8 @@ def test_two_stages_train_as_one_process_and_go_on_from_a_checkpoint(
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-4)
     assert losses_of_evaluations(piped) == pytest.approx(losses_of_evaluations(alone), rel=1e-5)
+    logged = [row for row in log_history(piped) if "loss" in row]
+    assert [tuple(row[name] for name in FIGURES) for row in logged] == found
     lora = "use_peft" in options
     whole, trained = weights(alone, lora=lora), weights(piped, lora=lora)
     assert whole.keys() == trained.keys()
