@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import numbers
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 import trl.rewards
 
 from chunkdist.train.launch.output import first_line
 
+_NUMBERS = (numbers.Real, torch.Tensor, type(None))
 _OF_TRL = [name for name in dir(trl.rewards) if name.endswith("_reward") and not name.startswith("get_")]
 
 
@@ -43,7 +49,28 @@ def _reward(name: str) -> Any:
             f"reward_funcs: {name!r} is no function: write FILE.py:NAME, package.module:NAME, the folder of "
             f"a reward model, or one of TRL's: {', '.join(_OF_TRL)}"
         )
-    return found
+    return _checked(name, found) if place and not inspect.iscoroutinefunction(found) else found
+
+
+def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the user's, whose faults are lines: it runs when training has begun."""
+
+    @wraps(function)
+    def checked(*args: Any, **given: Any) -> Any:
+        try:
+            found = function(*args, **given)
+        except Exception as error:
+            raise ValueError(f"reward_funcs: {name} failed: {type(error).__name__}: {error}") from error
+        wanted = len(given.get("completions", ()))
+        fits = isinstance(found, Sequence | torch.Tensor) and len(found) == wanted
+        if not fits or not all(isinstance(x, _NUMBERS) for x in found):
+            raise ValueError(
+                f"reward_funcs: {name} returned {found!r:.80}: return a list of {wanted} numbers, one for "
+                "each completion (None where it does not apply)"
+            )
+        return found
+
+    return checked
 
 
 def _module(place: str) -> Any:

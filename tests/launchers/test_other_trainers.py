@@ -3,6 +3,7 @@ bad input."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from trl.trainer import utils
 
 from chunkdist.train.build import build_trainer
 from chunkdist.train.options.arguments import parse_options
+from chunkdist.train.options.trainer_rules import WORDS
 from tests.helpers.tiny_run import BYTE_LLAMA, ROOT, load_script, write_rows
 
 KINDS = ("dpo", "reward", "grpo")
@@ -120,6 +122,23 @@ FAULTS = [
     ("grpo", {"reward_funcs": "praise"}, "'praise' is no function"),
     ("grpo", {"max_length": 30}, "unknown option 'max_length'"),
     ("grpo", {"num_generations": 3}, "num_generations"),
+    ("dpo", {"beta": -1}, "beta=-1.0: write 0 or more"),
+    ("dpo", {"beta": "nan"}, "beta=nan"),
+    ("dpo", {"loss_type": "nope"}, "loss_type='nope': write one of sigmoid"),
+    ("dpo", {"label_smoothing": 2}, "label_smoothing=2.0"),
+    ("dpo", {"f_divergence_type": "nope"}, "f_divergence_type='nope'"),
+    ("reward", {"center_rewards_coefficient": "nan"}, "center_rewards_coefficient=nan"),
+    ("grpo", {"num_generations": 1}, "num_generations=1: write 2 or more"),
+    ("grpo", {"temperature": 0}, "temperature=0.0: write more than 0"),
+    ("grpo", {"top_p": 2}, "top_p=2.0"),
+    ("grpo", {"top_k": -5}, "top_k=-5"),
+    ("grpo", {"min_p": 2}, "min_p=2.0"),
+    ("grpo", {"repetition_penalty": 0}, "repetition_penalty=0.0"),
+    ("grpo", {"loss_type": "nope"}, "loss_type='nope': write one of grpo"),
+    ("grpo", {"scale_rewards": "nope"}, "scale_rewards='nope'"),
+    ("grpo", {"importance_sampling_level": "nope"}, "importance_sampling_level='nope'"),
+    ("grpo", {"num_iterations": 0}, "num_iterations=0"),
+    ("grpo", {"epsilon": -1}, "epsilon=-1.0"),
     ("grpo", {"beta": 0.1, "use_peft": None, "lora_target_modules": None, "from_scratch": True}, "beta=0.1"),
 ]
 
@@ -133,6 +152,47 @@ def test_bad_input_is_one_line(
     assert len(said) == 1
     assert line in said[0]
     assert not (tmp_path / "out").exists()
+
+
+REWARDS = """
+def raises(completions, **kwargs): raise KeyError("mine")
+def short(completions, **kwargs): return [1.0]
+def text(completions, **kwargs): return ["a"] * len(completions)
+def none(completions, **kwargs): return None
+def other(a, b): return [1.0]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("raises", "raises failed: KeyError: 'mine'"),
+        ("short", "short returned [1.0]: return a list of 2 numbers"),
+        ("text", "text returned ['a', 'a']"),
+        ("none", "none returned None"),
+        ("other", "other failed: TypeError"),
+    ],
+)
+def test_a_reward_that_fails_is_one_line(
+    name: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When it is called first, training has begun."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    given = {"reward_funcs": f"{tmp_path}/rewards.py:{name}", "chunk_check": False}
+    assert launch("grpo", options_of(tmp_path, "grpo", **given)) == 2
+    said = [text for text in capsys.readouterr().err.splitlines() if text.startswith("chunkdist: ")]
+    assert line in said[-1]
+
+
+def test_every_word_is_one_that_trl_knows() -> None:
+    """TRL has them in its code only, as it compares them."""
+    from trl.trainer import dpo_trainer, grpo_config, grpo_trainer
+
+    code = {"dpo": inspect.getsource(dpo_trainer)}
+    code["grpo"] = inspect.getsource(grpo_trainer) + inspect.getsource(grpo_config)
+    for (kind, name), words in WORDS.items():
+        for word in words:
+            assert f'"{word}"' in code[kind], (name, word)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +210,13 @@ def test_bad_samples_are_named(
     write_rows(tmp_path / "data.jsonl", rows)
     assert launch("dpo", arguments) == 2
     assert line in capsys.readouterr().err
+
+
+def test_a_prompt_of_no_token_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = options_of(tmp_path, "grpo")
+    write_rows(tmp_path / "data.jsonl", [ROWS[0], {**ROWS[1], "prompt": ""}])
+    assert launch("grpo", arguments) == 2
+    assert "train data, sample 1: 'prompt' has no token" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,7 @@ def print_once(line: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's message; without one, its kind."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    """The first line of the error's message; without one, its kind; of a missing key, both."""
+    text = f"no {error} is known" if isinstance(error, KeyError) else str(error)
+    lines = [line for line in text.splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__

@@ -30,6 +30,7 @@ from chunkdist.train.options.deepspeed_options import check_deepspeed
 from chunkdist.train.options.names import OLD_NAMES
 from chunkdist.train.options.rules import bool_or_word, check_values, is_bool_or_word
 from chunkdist.train.options.run_arguments import RunArguments
+from chunkdist.train.options.trainer_rules import check_trainer_values
 from chunkdist.train.options.yaml_options import read_yaml
 
 TrainerKind = Literal["sft", "dpo", "reward", "grpo"]
@@ -183,6 +184,7 @@ class OptionParser(TrlParser):
         types = (ChunkArguments, *KINDS[kind], ModelArguments, DatasetMixtureConfig)
         super().__init__(types, allow_abbrev=False)  # type: ignore[arg-type]  # TRL's annotation is a string
         self._from_yaml: set[str] = set()
+        self._kind = kind
         hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
         for action in self._actions:
             # argparse has one type an option: where that is bool, all words are refused.
@@ -218,6 +220,7 @@ class OptionParser(TrlParser):
         options = self._option_string_actions
         given = self._from_yaml | {options[word].dest for word in words if word in options}
         check_values(values, given, self.dataclass_types)
+        check_trainer_values(values, given, self._kind)
         check_deepspeed(values)
         return values, unknown
 

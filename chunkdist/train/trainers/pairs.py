@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer
 
 from chunkdist.data.pairs import LongPairs, fit_pairs
@@ -45,3 +46,16 @@ class CheckedRewardTrainer(_PairTrainer, RewardTrainer):
 
 class CheckedGRPOTrainer(CheckedTrainer, GRPOTrainer):
     """`GRPOTrainer` that loses no work."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _refuse_empty_prompts(self.train_dataset, self.processing_class)
+
+
+def _refuse_empty_prompts(dataset: Any, tokenizer: Any) -> None:
+    """Raises on a text that is no token: there is nothing to go on from."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer("")["input_ids"]:
+        return
+    for index, prompt in enumerate(dataset["prompt"]):
+        if prompt == "":
+            raise ValueError(f"train data, sample {index}: 'prompt' has no token: write some text")
