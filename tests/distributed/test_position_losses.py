@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed
+from transformers import AutoConfig
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.chunking import token_losses
+from chunkdist.models.context_length import made_for
 from tests.distributed.launched import arguments_of, save_initial_model, train
 from tests.distributed.ranks import Ranks
 from tests.helpers.models import batch, left_padded, packed_batch, padded_batch, tiny_llama
@@ -20,6 +22,7 @@ from tests.helpers.tiny_run import make_model_folder
 CASES: dict[str, dict[str, Any]] = {
     "chunked": {"per_device_train_batch_size": 1},
     "plain": {"per_device_train_batch_size": 1, "chunk_method": "none"},
+    "ZeRO-3, longer context": {"per_device_train_batch_size": 1, "context_length": 262144},
     "shared rows": {"sequence_parallel_size": 2},
     "shared streams": {"sequence_parallel_size": 2, "chunk_packing": True},
 }
@@ -32,8 +35,12 @@ def test_it_adds_up_to_the_loss(name: str, tmp_path: Path, two_ranks: Ranks) -> 
     model = make_model_folder(tmp_path / "model")
     save_initial_model(model)
     values = {**OPTIONS, "dataset_name": data_in(tmp_path / "data", 7), **CASES[name]}
-    assert two_ranks.run(train, *arguments_of("ddp", tmp_path, [], **values)) == [0, 0]
-    check_run(tmp_path / "out", 7, first_eval_loss=eval_loss(model, 7))
+    engine = "zero3" if name.startswith("ZeRO-3") else "ddp"
+    assert two_ranks.run(train, *arguments_of(engine, tmp_path, [], **values)) == [0, 0]
+    saved = made_for(AutoConfig.from_pretrained(tmp_path / "out"))
+    assert saved == values.get("context_length", 131072)
+    at_first = eval_loss(model, 7, context_length=values.get("context_length"))
+    check_run(tmp_path / "out", 7, first_eval_loss=at_first)
 
 
 ROWS: dict[str, dict[str, Tensor]] = {

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from chunkdist import extend_context
 from tests.helpers.tiny_run import write_rows
 
 LENGTHS = (40, 150, 9, 70, 300, 25, 130, 81)
@@ -80,9 +81,11 @@ def check_run(out: Path, num_eval: int = 6, first_eval_loss: float | None = None
     assert max(end for ranges, _ in trained for _, end in ranges) == 512
 
 
-def eval_loss(model: Path, num_eval: int) -> float:
+def eval_loss(model: Path, num_eval: int, *, context_length: int | None = None) -> float:
     """The mean over the tokens of `data_in`'s samples to evaluate, each row alone."""
     plain = AutoModelForCausalLM.from_pretrained(model)
+    if context_length is not None:
+        extend_context(plain, context_length)
     losses = []
     for row in _rows((90,) * num_eval):
         ids, labels = (torch.tensor(row[name]) for name in ("input_ids", "labels"))
