@@ -53,7 +53,7 @@ def records_in(out: Path) -> list[dict[str, Any]]:
 def check_sums(record: dict[str, Any], loss: float | None = None) -> tuple[list[list[int]], int]:
     """A line's table adds up to its loss, or to `loss`, and to the mean that is logged. The ranges of
     positions, and how many tokens there are."""
-    prefix = "eval_" if "eval_loss" in record else ""
+    prefix = "" if "loss" in record else "eval_"  # a run that goes on joins the lines of a step
     table = record[f"{prefix}loss_by_position"]
     num_tokens = sum(count for *_, count in table)
     mean = sum(loss * count for _, _, loss, count in table) / num_tokens
