@@ -25,6 +25,7 @@ from chunkdist.memory.auto import resolve_auto, resolve_keep
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.sharded import SINGLE
 from chunkdist.models.layers import causal_lm_of, find_layers, layer_states
+from chunkdist.sharding.fsdp2 import device_of
 from chunkdist.sharding.sequence import SequenceGroup
 from chunkdist.spaco.sample import SampleReport
 from chunkdist.stores.host_memory import HostMemory
@@ -282,7 +283,7 @@ def model_sizes(
             handle.context.requested,
             activation_bytes=activation_bytes,
             weights_dtype=weights_dtype,
-            device_type=next(handle.model.parameters()).device.type,
+            device_type=device_of(handle.model).type,
         )
     sizes: ModelSizes = handle.sizes[key]
     return sizes

@@ -5,25 +5,30 @@ The model is made from its config on the meta device; what is printed follows fr
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import get_peft_config
 
+from chunkdist.cli.plan_engine import planned_engine
 from chunkdist.cli.plan_options import PlanOptions
 from chunkdist.cli.plan_pipeline import run_pipeline_plan
+from chunkdist.cli.plan_report import (
+    all_auto,
+    print_choice,
+    print_generation,
+    print_simulation,
+    reference_bytes,
+    table_of_bytes,
+    table_of_job,
+)
 from chunkdist.config import ChunkConfig
 from chunkdist.memory.cards import GIB
-from chunkdist.memory.estimate import FIXED
 from chunkdist.memory.model_sizes import ModelSizes, quantized
 from chunkdist.memory.planner import (
-    CONTEXT_BYTES,
-    MARGIN_SHARE,
     Job,
     NothingFits,
     Plan,
@@ -34,7 +39,6 @@ from chunkdist.memory.planner import (
     usable_bytes,
 )
 from chunkdist.memory.sharded import Engine
-from chunkdist.memory.simulate import simulate
 from chunkdist.models.flops import StepFlops
 from chunkdist.train.model import with_context
 from chunkdist.train.options.arguments import TrainingOptions
@@ -60,20 +64,20 @@ def run_plan(options: TrainingOptions, asked: PlanOptions, console: Console) -> 
             "the config sets no length of a row, so there is none to plan for: write --length N"
             + (", a prompt and its completion" if options.kind == "grpo" else "")
         )
+    engine = planned_engine(asked, settings.activation_bytes)
     shared = asked.sequence_parallel or options.training.sequence_parallel_size
-    if asked.num_ranks % shared:
+    if engine.num_ranks % shared:
         raise ValueError(
-            f"--sequence-parallel {shared} with --num-ranks {asked.num_ranks}: write a multiple of {shared}"
+            f"--sequence-parallel {shared} with --num-ranks {engine.num_ranks}: write a multiple of {shared}"
         )
     if asked.simulate and shared > 1:
         raise ValueError(f"--simulate runs one rank alone, not {shared} that share rows: leave it out")
     model = meta_model(options)
-    engine = Engine(
-        name=asked.engine, num_ranks=asked.num_ranks, gathered_element_bytes=settings.activation_bytes
-    )
+    if engine.name == "fsdp2" and settings.activation_bytes == 2:
+        keep_in_fp32(model)
     sizes = sizes_of(model, options, config, engine)
     job = job_of(model, sizes, options, asked, engine)
-    table_of_job(console, job, options, asked, length)
+    table_of_job(console, job, options, length)
     chosen, is_asked = best_plan(console, job, config, length)
     if chosen is None:
         return 1
@@ -112,6 +116,13 @@ def meta_model(options: TrainingOptions) -> Any:
     return model.train()
 
 
+def keep_in_fp32(model: Any) -> None:
+    """What is trained, as Accelerate (1.15) does under FSDP2 with mixed precision, whatever `dtype` says."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def sizes_of(model: Any, options: TrainingOptions, config: ChunkConfig, engine: Engine) -> ModelSizes:
     """Sizes of the model as the run will have it on a GPU."""
     mixed = step_sizes(options.training).activation_bytes
@@ -147,32 +158,6 @@ def job_of(
     )
 
 
-def reference_bytes(sizes: ModelSizes, options: TrainingOptions, engine: Engine) -> int:
-    """Weights of a reference model, which stays on the device whole; with adapters it is the model without
-    them."""
-    training = options.training
-    has_one = options.kind == "dpo" and not training.precompute_ref_log_probs
-    has_one |= options.kind == "grpo" and bool(training.beta)
-    if not has_one or options.model.use_peft:
-        return 0
-    return sizes.all_weights.whole_bytes // engine.num_ranks
-
-
-def print_generation(console: Console, model: Any, job: Job, plan: Plan, length: int) -> None:
-    """The other moment of a step that generates: the rows' keys and values, of all layers."""
-    text: Any = model.config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    tokens = job.num_rows * length
-    cache = tokens * text.num_hidden_layers * 2 * heads * width * job.sizes.element_bytes
-    fixed = sum(size for name, size in plan.estimate.device.items() if name in FIXED)
-    verdict = "fits" if fixed + cache <= job.available_bytes else "is too much: fewer or shorter completions"
-    console.print(
-        f"while it generates: {gib(cache)} of keys and values for {job.num_rows} rows of {length:,} tokens, "
-        f"beside {gib(fixed)}, {verdict}"
-    )
-
-
 def best_plan(console: Console, job: Job, config: ChunkConfig, length: int) -> tuple[Plan | None, bool]:
     """The configured schedule if it fits, else what the planner chooses; and whether it is the configured
     one."""
@@ -180,7 +165,9 @@ def best_plan(console: Console, job: Job, config: ChunkConfig, length: int) -> t
         plan = plan_step(job, config, length) if config.has_auto else plan_as_configured(job, config, length)
         if job.fits(plan.estimate):
             return plan, True
-        console.print(f"as configured, a step needs {gib(plan.estimate.peak_bytes)}: too much\n")
+        estimate = plan.estimate
+        host = f" and {gib(estimate.host_bytes)} on the host" if estimate.host_bytes else ""
+        console.print(f"as configured, a step needs {gib(estimate.peak_bytes)}{host}: too much\n")
     except NothingFits as error:
         console.print(f"as configured: {error}\n")
     try:
@@ -190,110 +177,3 @@ def best_plan(console: Console, job: Job, config: ChunkConfig, length: int) -> t
         longest = longest_length(job, all_auto(config))
         console.print(f"longest length that fits: {longest:,} tokens")
         return None, False
-
-
-def all_auto(config: ChunkConfig) -> ChunkConfig:
-    """`config` with everything left to the planner."""
-    return replace(
-        config,
-        chunk_size="auto",
-        layers_per_group="auto",
-        retained_chunks="auto",
-        offload="auto",
-        rebuild_kv="auto",
-        keep_attention="auto",
-        control_variate="auto",
-    )
-
-
-def table_of_job(
-    console: Console, job: Job, options: TrainingOptions, asked: PlanOptions, length: int
-) -> None:
-    numbers = job.sizes.all_weights
-    table = Table(title="chunkdist plan", title_justify="left", header_style="", show_header=False)
-    rows = {
-        "model": f"{options.model.model_name_or_path}, {numbers.num_numbers / 1e9:.2f}B parameters, "
-        f"{numbers.num_trainable / 1e6:.1f}M trained",
-        "length": f"{length:,} tokens, {job.num_rows} row(s) a micro-batch",
-        "engine": f"{asked.engine}, {asked.num_ranks} rank(s), {job.optimizer}"
-        + (f"; {job.sequence_ranks} share each row" if job.sequence_ranks > 1 else ""),
-        "card": f"{job.card.name}, {gib(job.card.memory_bytes)}",
-        "may be used": f"{gib(job.available_bytes)}: less {gib(CONTEXT_BYTES)} for CUDA and others, and a "
-        f"margin of {MARGIN_SHARE:.0%} for gaps and scratch space; on the host {gib(job.host_bytes)} a rank",
-    }
-    if reference := reference_bytes(job.sizes, options, job.engine):
-        rows["reference model"] = f"{gib(reference)}, which the run cannot use otherwise"
-    for name, text in rows.items():
-        table.add_row(name, text)
-    console.print(table)
-
-
-def table_of_bytes(console: Console, plan: Plan, job: Job) -> None:
-    """Where every GiB goes."""
-    estimate = plan.estimate
-    table = Table(title=f"memory at the peak: {estimate.moment}", title_justify="left", header_style="")
-    table.add_column("what")
-    table.add_column("GiB", justify="right")
-    for name, size in estimate.device.items():
-        table.add_row(name, f"{size / GIB:.2f}")
-    table.add_row("all", f"{estimate.peak_bytes / GIB:.2f} of {job.available_bytes / GIB:.2f}")
-    for name, size in estimate.host.items():
-        table.add_row(name, f"{size / GIB:.2f}")
-    console.print(table)
-
-
-def print_choice(console: Console, job: Job, plan: Plan, length: int, *, is_asked: bool) -> None:
-    config, seconds = plan.config, plan.time.seconds
-    tokens = length * job.num_rows / job.sequence_ranks
-    console.print(
-        f"{'as configured' if is_asked else 'what would fit'}: chunk_size: {config.chunk_size}, "
-        f"layers_per_group: {config.layers_per_group}, retained_chunks: {config.retained_chunks}, "
-        f"chunk_rebuild_kv: {str(config.rebuilds_kv).lower()}, chunk_keep_attention: "
-        f"{str(config.keeps_attention).lower()}, chunk_offload: {config.offload}"
-    )
-    console.print(
-        f"a step takes about {seconds:,.1f} s, {tokens / seconds:,.0f} tokens/s a rank "
-        "(predicted from FLOPs, bytes moved and the card's ceilings, not measured)"
-    )
-    if not job.sizes.is_counted:
-        console.print("one cell's graph is rough: it depends on where experts send tokens")
-    if not plan.estimate.is_complete:
-        console.print(f"the states of {job.optimizer!r} are not known, and not counted")
-    free = all_auto(config)
-    now = longest_length(job, free)
-    more = replace(job, available_bytes=job.available_bytes + GIB)
-    console.print(
-        f"longest length that fits: {now:,} tokens; with 1 GiB more: {longest_length(more, free):,}"
-    )
-    fastest = plan_step(job, free, length)
-    faster = plan_step(more, free, length)
-    console.print(
-        f"fastest schedule: {fastest.time.seconds:,.1f} s (chunk_size: {fastest.config.chunk_size}, "
-        f"layers_per_group: {fastest.config.layers_per_group}, retained_chunks: "
-        f"{fastest.config.retained_chunks}, chunk_keep_attention: "
-        f"{str(fastest.config.keeps_attention).lower()}, chunk_offload: {fastest.config.offload}); "
-        f"with 1 GiB more: {faster.time.seconds:,.1f} s"
-    )
-
-
-def print_simulation(
-    console: Console, model: Any, job: Job, plan: Plan, length: int, activation_bytes: int | None
-) -> None:
-    """The formula against the real code: of one rank of FSDP2; else without an engine."""
-    engine = job.engine if job.engine.name == "fsdp2" else Engine()
-    found = simulate(
-        model,
-        job.sizes,
-        plan.config,
-        num_tokens=length,
-        num_rows=job.num_rows,
-        autocast=torch.bfloat16 if activation_bytes == 2 else None,
-        engine=engine,
-    )
-    single = replace(job, engine=engine, optimizer="sgd", num_micro_batches=1)
-    formula = single.estimate(plan.config, length).step_bytes
-    told = "one rank of FSDP2" if engine.num_ranks > 1 else "one rank"
-    console.print(
-        f"simulated ({found.num_layers_run} layers, {told}, without an optimizer): {gib(found.peak_bytes)} "
-        f"over the weights; the formula says {gib(formula)} ({formula / found.peak_bytes - 1:+.1%})"
-    )

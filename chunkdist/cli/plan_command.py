@@ -23,8 +23,14 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--memory-gib", type=float, help="override the card's memory, in GiB")
     parser.add_argument("--host-gib", type=float, default=64.0, help="host memory of a rank; default: 64")
     parser.add_argument("--length", type=int, help="tokens of a row; default: max_length")
-    parser.add_argument("--engine", choices=ENGINE_NAMES, default="single", help="default: single")
-    parser.add_argument("--num-ranks", type=int, default=1, help="default: 1")
+    parser.add_argument("--engine", choices=ENGINE_NAMES, help="default: single, or what the next two say")
+    parser.add_argument("--deepspeed", metavar="FILE", help="the run's DeepSpeed config")
+    parser.add_argument("--accelerate", metavar="FILE", help="the run's config file of accelerate launch")
+    parser.add_argument("--num-ranks", type=int, help="default: what --accelerate says, or 1")
+    parser.add_argument("--offload-weights", action="store_true", help="on the host between uses")
+    parser.add_argument(
+        "--offload-optimizer", action="store_true", help="its states on the host, and its update there"
+    )
     parser.add_argument(
         "--trainer",
         choices=("sft", "dpo", "reward", "grpo"),
@@ -54,6 +60,10 @@ def _plan(arguments: argparse.Namespace, options_given: list[str]) -> int:
         "length",
         "engine",
         "num_ranks",
+        "offload_weights",
+        "offload_optimizer",
+        "deepspeed",
+        "accelerate",
         "sequence_parallel",
         "simulate",
     )

@@ -16,6 +16,10 @@ class PlanOptions:
         card: A name in `CARDS`.
         memory_gib: Overrides the card's memory, in GiB.
         host_gib: Host memory for one rank.
+        engine, num_ranks: `None`: those of `deepspeed` or `accelerate`, else one process without an engine.
+        offload_weights, offload_optimizer: On the host between uses, whatever the files say.
+        deepspeed, accelerate: Files that say which engine it is, as `--deepspeed` and `--config_file` of the
+            launchers.
         length: Tokens of a row; `None`: the config's `max_length`.
         sequence_parallel: Ranks that share the tokens of a row; `None`: the config's
             `sequence_parallel_size`.
@@ -25,8 +29,12 @@ class PlanOptions:
     memory_gib: float | None = None
     host_gib: float = 64.0
     length: int | None = None
-    engine: EngineName = "single"
-    num_ranks: int = 1
+    engine: EngineName | None = None
+    num_ranks: int | None = None
+    offload_weights: bool = False
+    offload_optimizer: bool = False
+    deepspeed: str | None = None
+    accelerate: str | None = None
     sequence_parallel: int | None = None
     simulate: bool = False
 
@@ -42,8 +50,6 @@ class PlanOptions:
                 raise ValueError(f"--{name.replace('_', '-')} {value} plans for nothing: write more than 0")
         if self.host_gib < 0:
             raise ValueError(f"--host-gib {self.host_gib} is less than nothing: write 0 or more")
-        if (self.num_ranks > 1) == (self.engine == "single"):
-            raise ValueError(
-                f"--engine {self.engine} with --num-ranks {self.num_ranks}: single is one rank, the others "
-                "are several; write both"
-            )
+        given = [name for name in ("engine", "deepspeed", "accelerate") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"--{given[0]} and --{given[1]} both say which engine it is: write one of them")

@@ -25,7 +25,9 @@ def run_pipeline_plan(
         ValueError: something is asked for that a pipeline's plan does not have.
     """
     for name, is_set in (
-        ("--engine", asked.engine != "single"),
+        ("--engine", asked.engine not in (None, "single")),
+        ("--deepspeed", asked.deepspeed is not None),
+        ("--accelerate", asked.accelerate is not None),
         ("--length", asked.length is not None),
         ("--simulate", asked.simulate),
     ):

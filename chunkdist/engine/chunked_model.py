@@ -103,7 +103,7 @@ class ChunkedModel(CopiedNotPickled):
         if sequence is not None:
             self.context.refuse_shared_rows()
             _refuse_auto(config)
-        self._zero3 = Zero3Layers(layers, height)
+        self._zero3 = Zero3Layers(layers)
         self._without_casts = [module for layer in layers for module in leave_out_casts(layer)]
         self.groups: list[LayerGroup] = []
         self._forwards: list[tuple[nn.Module, Any, Any]] = []
@@ -167,6 +167,7 @@ class ChunkedModel(CopiedNotPickled):
             mixed = 2 if torch.is_autocast_enabled(tokens.device.type) else None
             num_rows, num_tokens = tokens.shape[:2]
             self.choose(self.model, num_tokens=num_tokens, num_rows=num_rows, activation_bytes=mixed)
+        self._zero3.join([layer.layer for layer in group.layers] for group in self.groups)
 
     def tell(self, found: list[tuple[Tensor, Tensor]], outputs: Any, arguments: dict[str, Any]) -> None:
         """Tells observers of a forward that has ended.
@@ -191,7 +192,6 @@ class ChunkedModel(CopiedNotPickled):
         height = self._height(layers_per_group, len(layers))
         if height == max(len(group.layers) for group in self.groups):
             return
-        self._zero3.check_height(height)
         starts = range(0, len(layers), height)
         self.groups = [LayerGroup(layers[start : start + height], self.context) for start in starts]
         self._number_groups()

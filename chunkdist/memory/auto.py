@@ -24,6 +24,7 @@ from chunkdist.memory.planner import (
 from chunkdist.memory.sharded import SINGLE, Engine
 from chunkdist.models.flops import StepFlops
 from chunkdist.models.layers import adds_between_layers
+from chunkdist.sharding.fsdp2 import device_of
 from chunkdist.stores.free_memory import free_host_bytes
 
 USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
@@ -73,7 +74,7 @@ def resolve_auto(
     Raises:
         ValueError: nothing fits; says what would be needed at least.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     share = USABLE_SHARE.get(device.type, min(USABLE_SHARE.values()))
     if available_bytes is None:
         available_bytes = int(free_bytes(device) * share)
@@ -137,7 +138,7 @@ def resolve_keep(
     """
     if config.sampler is not None:
         return False, "auto: dropped chunks, not known before the backward, would keep theirs for nothing"
-    device = next(model.parameters()).device
+    device = device_of(model)
     share = USABLE_SHARE.get(device.type, min(USABLE_SHARE.values()))
     free, free_host = int(free_bytes(device) * share), int(free_host_bytes() * USABLE_SHARE["cpu"])
     try:
@@ -203,6 +204,11 @@ def _alike(device: torch.device, available: int, host: int, num_tokens: int) -> 
 
 
 def _with_room_of_weights(job: Job, config: ChunkConfig, num_tokens: int) -> Job:
-    """`job` with the weights counted as available, too: they are on the device, and in its estimates."""
-    there = job.estimate(config, num_tokens).device["weights"]
-    return replace(job, available_bytes=job.available_bytes + there)
+    """`job` with the weights counted as available, too: they are on the device, or on the host, and in its
+    estimates."""
+    estimate = job.estimate(config, num_tokens)
+    return replace(
+        job,
+        available_bytes=job.available_bytes + estimate.device["weights"],
+        host_bytes=job.host_bytes + estimate.host.get("weights on the host", 0),
+    )

@@ -22,6 +22,8 @@ SEQUENCE = (
     *("states", "attention's outputs", "positions", "router logits"),
 )
 CELLS = ("one cell", "retained cells", "loss tile")
+FIXED_ON_HOST = ("weights on the host", "optimizer on the host", "gradients on the host", "optimizer, paged")
+"""Beside these, the host has what waits for the backward: written once in a step, and read once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,11 @@ class MemoryEstimate:
     @property
     def host_bytes(self) -> int:
         return sum(self.host.values())
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What is on the host from the forward to the backward."""
+        return sum(size for name, size in self.host.items() if name not in FIXED_ON_HOST)
 
     @property
     def step_bytes(self) -> int:

@@ -250,4 +250,11 @@ def _local_bytes(parameter: Tensor) -> int:
     local = getattr(parameter, "ds_tensor", None)  # ZeRO-3's shard
     if local is None:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return int(local.numel() * local.element_size())
+    return int(local.numel() * local.element_size()) + _scale_bytes(getattr(parameter, "quant_state", None))
+
+
+def _scale_bytes(state: Any) -> int:
+    """What bitsandbytes keeps beside a packed matrix: scales of blocks, perhaps quantised themselves."""
+    if state is None:
+        return 0
+    return int(state.absmax.nbytes + state.code.nbytes) + _scale_bytes(state.state2 if state.nested else None)

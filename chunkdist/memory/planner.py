@@ -16,6 +16,7 @@ from chunkdist.config import ChunkConfig
 from chunkdist.memory.cards import Card
 from chunkdist.memory.estimate import MemoryEstimate, estimate_memory
 from chunkdist.memory.model_sizes import ModelSizes
+from chunkdist.memory.optimizers import OptimizerMemory
 from chunkdist.memory.row_parts import config_of_part, sizes_of_part
 from chunkdist.memory.sharded import SINGLE, Engine
 from chunkdist.memory.step_time import StepTime, step_time
@@ -186,7 +187,6 @@ def gib(num_bytes: float) -> str:
 
 def _plan(job: Job, config: ChunkConfig, num_tokens: int) -> Plan:
     estimate = job.estimate(config, num_tokens)
-    waiting = sum(size for name, size in estimate.host.items() if name.endswith("on the host"))
     time = step_time(
         job.sizes_of_part,
         job.flops,
@@ -195,7 +195,9 @@ def _plan(job: Job, config: ChunkConfig, num_tokens: int) -> Plan:
         num_tokens=num_tokens,
         num_rows=job.num_rows,
         engine=job.engine,
-        host_bytes=waiting,
+        host_bytes=estimate.waiting_bytes,
+        traffic=job.engine.traffic(job.sizes, OptimizerMemory.named(job.optimizer)),
+        num_micro_batches=job.num_micro_batches,
         sequence_ranks=job.sequence_ranks,
     )
     return Plan(config=config, estimate=estimate, time=time)

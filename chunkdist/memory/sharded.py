@@ -2,7 +2,8 @@
 
 Sources: docs/sharding.md, and, read in their code, torch 2.13 (distributed/fsdp/_fully_shard: units, one
 prefetched, buffers of gathers and reductions), DeepSpeed 0.19 (runtime/zero/stage3.py, stage_1_and_2.py: fp32
-masters, gradient partitions, buckets), torch's DDP (gradients and buckets of the same size).
+masters, gradient partitions, buckets), torch's DDP (gradients and buckets of the same size). One rank is a
+case of each: nothing is then gathered from others, and what is offloaded is copied in whole.
 """
 
 from __future__ import annotations
@@ -23,17 +24,35 @@ _ZERO = ("zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostTraffic:
+    """Bytes of one rank in a step.
+
+    Args:
+        into, out: Over the bus, to the device and from it.
+        memory: Through the host's memory, while its processor runs the optimizer.
+    """
+
+    into: int = 0
+    out: int = 0
+    memory: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Engine:
     """How a job is spread over ranks.
 
     Args:
         gathered_element_bytes: Bytes of an element in gathered weights and reduced gradients; `None`: as
             stored (mixed precision keeps fp32 and gathers 2 bytes).
-        offloads_weights, offloads_optimizer: Whether they lie on the host between uses.
+        offloads_weights, offloads_optimizer: Whether they lie on the host between uses. FSDP2
+            offloads both, and gradients with them.
         max_live_numbers: Elements of gathered weights that ZeRO-3 keeps at a time
             (`stage3_max_live_parameters`).
         bucket_numbers: Elements of gradients that ZeRO reduces at a time; `None`: the square of the hidden
             size, what transformers puts for `"auto"`.
+        master_bytes: Bytes of an element of ZeRO's masters, and of the gradients that its offloaded optimizer
+            reads (2: `bf16_master_weights_and_grads`).
+        state_bytes: Bytes of an element of the states of these masters (2: `bf16_optimizer_states`).
     """
 
     name: EngineName = "single"
@@ -43,6 +62,8 @@ class Engine:
     offloads_optimizer: bool = False
     max_live_numbers: int = 10**9
     bucket_numbers: int | None = None
+    master_bytes: int = 4
+    state_bytes: int = 4
 
     @property
     def weights_dtype(self) -> torch.dtype | None:
@@ -53,6 +74,12 @@ class Engine:
     @property
     def shards_weights(self) -> bool:
         return self.name in ("fsdp2", "zero3")
+
+    @property
+    def overlaps_copies(self) -> bool:
+        """Whether offloaded weights are copied in ahead. A single rank of FSDP2 copies a unit when it
+        runs, on the stream of the kernels (torch 2.13, `FSDPParamGroup.wait_for_unshard`)."""
+        return self.name != "fsdp2" or self.num_ranks > 1
 
     def between_steps(
         self, sizes: ModelSizes, states: OptimizerMemory | None
@@ -72,6 +99,7 @@ class Engine:
             device["weights"], host["weights on the host"] = 0, weights
         if self.offloads_optimizer:
             device["optimizer"], host["optimizer on the host"] = 0, optimizer
+            host["gradients on the host"] = self._gradients_on_host(every)
         if states is not None and states.is_paged:
             device["optimizer"], host["optimizer, paged"] = 0, optimizer
         return device, host
@@ -82,6 +110,8 @@ class Engine:
         Args:
             are_summed: Over micro-batches, of which only the last is reduced, under FSDP2.
         """
+        if self._gradients_leave and not (self.name == "fsdp2" and are_summed):
+            return 0
         if self.name == "zero3":  # one buffer for all, from the beginning
             return self._share(sizes.all_weights.num_trainable * self._element(sizes.all_weights))
         if self.name == "fsdp2" and are_summed:
@@ -99,6 +129,34 @@ class Engine:
             return Zero3Gathered(sizes, self.max_live_numbers, self._element(sizes.all_weights))
         return Gathered()
 
+    def traffic(self, sizes: ModelSizes, states: OptimizerMemory | None) -> HostTraffic:
+        """What offloaded weights, gradients and states cost in a step of one micro-batch."""
+        every = sizes.all_weights
+        into = out = memory = 0
+        if self.offloads_weights:
+            # Layers come in once for the forward and once for the backward. A frozen embedding has no
+            # backward, and FSDP2 keeps the head whole between the two, and a tied embedding.
+            once = [] if self.name != "fsdp2" else [sizes.embedding if sizes.is_tied else sizes.head]
+            if not sizes.embedding_is_trained and not sizes.is_tied:
+                once.append(sizes.embedding)
+            into = 2 * self._weights(every) - sum(map(self._weights, once))
+        if self.offloads_optimizer:
+            numbers, trained = every.num_trainable, every.whole_trainable_bytes
+            if self.name == "fsdp2":
+                out, memory = (
+                    trained,
+                    3 * trained + 2 * trained,
+                )  # weights, gradients; the norm reads these too
+            else:
+                element = self._element(every)
+                out = (element + self.master_bytes) * numbers  # summed, then as the optimizer reads them
+                into += self._share(element * numbers)  # their norm is taken on the device
+                memory = (3 * self.master_bytes + element) * numbers
+                if not self.offloads_weights:
+                    into += self._share(element * numbers)
+            out, memory = self._share(out), self._share(memory) + 2 * self._states_bytes(sizes, states)
+        return HostTraffic(into=into, out=out, memory=memory)
+
     def update(self, sizes: ModelSizes, states: OptimizerMemory | None) -> dict[str, int]:
         """While the optimizer runs."""
         trained = sizes.all_weights.whole_trainable_bytes
@@ -106,16 +164,34 @@ class Engine:
         temporary = 0 if states is None or self.offloads_optimizer else states.update * trained // share
         return {"gradients": self.gradients(sizes, [sizes.all_weights]), "one cell": temporary}
 
+    @property
+    def _gradients_leave(self) -> bool:
+        """Whether gradients go to the host as soon as they are reduced."""
+        return self.offloads_optimizer and self.name in ("fsdp2", "zero2", "zero3")
+
+    def _gradients_on_host(self, every: Weights) -> int:
+        """ZeRO-3 has them twice: as they are summed, and as the optimizer reads them."""
+        if self.name == "fsdp2":
+            return self._share(every.whole_trainable_bytes)
+        summed = self._element(every) if self.name == "zero3" else 0
+        return self._share(every.num_trainable * (summed + self.master_bytes))
+
     def _optimizer_bytes(self, sizes: ModelSizes, states: OptimizerMemory | None) -> int:
+        """States, and ZeRO's masters."""
+        if states is None:
+            return 0
+        masters = self.master_bytes * sizes.all_weights.num_trainable if self.name in _ZERO else 0
+        return self._share(masters) + self._states_bytes(sizes, states)
+
+    def _states_bytes(self, sizes: ModelSizes, states: OptimizerMemory | None) -> int:
         if states is None:
             return 0
         every = sizes.all_weights
         numbers, size = every.num_trainable, every.whole_trainable_bytes
-        if self.name in ("single", "ddp"):
-            return states.state_bytes(numbers, size, every.factored_numbers)
-        if self.name in _ZERO:  # fp32 masters, and states of them
-            return self._share(4 * numbers + states.state_bytes(numbers, 4 * numbers, every.factored_numbers))
-        return self._share(states.state_bytes(numbers, size, every.factored_numbers))
+        if self.name in _ZERO:
+            size = self.state_bytes * numbers
+        found = states.state_bytes(numbers, size, every.factored_numbers)
+        return found if self.name in ("single", "ddp") else self._share(found)
 
     def _weights(self, every: Weights) -> int:
         """They may have been sharded already, or not yet; DeepSpeed keeps them as they are used."""

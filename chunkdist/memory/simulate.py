@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -127,7 +127,7 @@ def _run(
             twin.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
         if mesh is not None:
             layers = [layer.layer for layer in chunked.layers]
-            _shard_as_accelerate(twin, layers, mesh, autocast)
+            _shard_as_accelerate(twin, layers, mesh, autocast, offloads=engine.offloads_weights)
         ids = torch.zeros(num_rows, num_tokens, dtype=torch.long)
         host = chunked.context.host
         with LiveBytes(exclude=[*twin.parameters(), *twin.buffers(), ids], host=host) as live:
@@ -157,22 +157,42 @@ def _fake_ranks(num_ranks: int) -> Iterator[DeviceMesh]:
 
 
 def _shard_as_accelerate(
-    model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, gathered: torch.dtype | None
+    model: nn.Module,
+    layers: list[nn.Module],
+    mesh: DeviceMesh,
+    gathered: torch.dtype | None,
+    *,
+    offloads: bool,
 ) -> None:
-    """Units as Accelerate 1.15 makes them (`fsdp2_prepare_model`): each layer, the embedding, the head; one
-    for both where they are tied, with the norm.
+    """Units as Accelerate 1.15 makes them (`fsdp2_prepare_model`): each layer, the embedding, the head with
+    the norm; one for all three where they are tied.
 
     Args:
         gathered: The dtype in which weights are gathered and gradients reduced; `None`: as they are.
+        offloads: Weights and gradients are on the host between uses. Here both memories are the CPU's: a
+            gradient that has left for the host is let go.
     """
-    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=gathered)
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=gathered),
+        "offload_policy": CPUOffloadPolicy(pin_memory=False) if offloads else OffloadPolicy(),
+    }
     base = causal_lm_of(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, **settings)
+    tail = [base.get_decoder().norm, head]
     if head.weight is embedding.weight:
-        fully_shard([base.get_decoder().norm, embedding, head], mesh=mesh, mp_policy=policy)
+        tail.insert(1, embedding)
     else:
-        fully_shard(embedding, mesh=mesh, mp_policy=policy)
-        fully_shard(head, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(embedding, **settings)
+    fully_shard(tail, reshard_after_forward=False, **settings)
+    fully_shard(model, **settings)
+    if offloads:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_let_go)
+
+
+def _let_go(parameter: Tensor) -> None:
+    parameter.grad = None

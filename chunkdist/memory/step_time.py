@@ -13,17 +13,21 @@ from chunkdist.config import ChunkConfig
 from chunkdist.memory.cards import Card
 from chunkdist.memory.model_sizes import ModelSizes, Weights
 from chunkdist.memory.row_parts import exchanged_bytes
-from chunkdist.memory.sharded import SINGLE, Engine
+from chunkdist.memory.sharded import SINGLE, Engine, HostTraffic
 from chunkdist.models.flops import StepFlops, num_pairs
 
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.7, 0.55, 0.8, 0.8
 """What kernels are taken to reach of a card's ceilings."""
+HOST_MEMORY_BANDWIDTH = 51.2e9
+"""Rate of the host's memory, bytes/s: two channels of DDR4-3200, a desktop's. The optimizer's update on the
+host goes through it."""
 _LAUNCH_S = 5e-6
 _LAUNCHES, _LAUNCHES_OF_ADAPTERS = (42, 95), (69, 130)
 """Seconds of one launch; and how many a cell has in a run of its layer and in that run's backward, as counted
 for Llama-3-8B trained in full, and with adapters in fp32 on all matrices under autocast (torch 2.14)."""
 _FORWARD_TILE, _TILES_AT_ONCE = 128, 2
 """Queries of a block of flash attention's forward, and blocks that a multiprocessor runs side by side."""
+_NO_TRAFFIC = HostTraffic()
 _PASSES_OVER_GRAPH = 3
 """How often the bytes of a cell's graph go through the memory: written, read, and as gradients."""
 
@@ -39,6 +43,9 @@ class StepTime:
         exchange_s: Time of what ranks that share rows exchange in attention, between the kernels.
         num_chunks: Chunks of a row: a group's first chunk in the backward, and its last one in the forward,
             are waited for.
+        weights_s: Time of the copies of offloaded weights, and of gradients.
+        overlaps_weights: Whether these run beside the cells.
+        optimizer_s: Time of the optimizer on the host, which nothing runs beside.
     """
 
     compute_s: float
@@ -46,12 +53,22 @@ class StepTime:
     collectives_s: float
     num_chunks: int
     exchange_s: float = 0.0
+    weights_s: float = 0.0
+    overlaps_weights: bool = True
+    optimizer_s: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The slowest of the three that run beside each other, and the copies that nothing runs beside."""
-        slowest = max(self.compute_s + self.exchange_s, self.host_s, self.collectives_s)
-        return slowest + self.host_s / self.num_chunks
+        """The slowest of those that run beside each other, and what nothing runs beside."""
+        beside, alone = (self.weights_s, 0.0) if self.overlaps_weights else (0.0, self.weights_s)
+        slowest = max(self.compute_s + self.exchange_s, self.host_s + beside, self.collectives_s)
+        return slowest + alone + self.host_s / self.num_chunks + self.optimizer_s
+
+    @property
+    def seconds_in_turn(self) -> float:
+        """Without any copy beside the cells."""
+        copies = self.host_s + self.weights_s + self.collectives_s
+        return self.compute_s + self.exchange_s + copies + self.optimizer_s
 
 
 def step_time(
@@ -64,14 +81,17 @@ def step_time(
     num_rows: int = 1,
     engine: Engine = SINGLE,
     host_bytes: int = 0,
+    traffic: HostTraffic = _NO_TRAFFIC,
+    num_micro_batches: int = 1,
     sequence_ranks: int = 1,
 ) -> StepTime:
-    """Predicted time of one forward and backward of one rank.
+    """Predicted time of one forward and backward of one rank, and of its share of an optimizer on the host.
 
     Args:
         config: Without `"auto"`.
         num_tokens: Tokens of a row, one sequence.
         host_bytes: What waits on the host: written once, read once.
+        traffic: What offloaded weights, gradients and states cost.
         sequence_ranks: Ranks that share the row; `sizes` are then those of one rank's part.
     """
     num_layers, tokens = len(sizes.cells), num_tokens * num_rows // sequence_ranks
@@ -115,6 +135,9 @@ def step_time(
         collectives_s=sharded / (card.link_bandwidth * LINK_SHARE),
         num_chunks=num_chunks,
         exchange_s=sent / (card.link_bandwidth * LINK_SHARE),
+        weights_s=(traffic.into + traffic.out) / (card.host_bandwidth * LINK_SHARE),
+        overlaps_weights=engine.overlaps_copies,
+        optimizer_s=traffic.memory / (HOST_MEMORY_BANDWIDTH * BANDWIDTH_SHARE) / num_micro_batches,
     )
 
 

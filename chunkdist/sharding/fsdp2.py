@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from chunkdist.sharding.refuse_sequence import refuse_mesh
 
@@ -30,6 +32,14 @@ def refuse_inner_units(layer: nn.Module) -> None:
                 "gather it once a chunk, and ranks with other numbers of chunks would wait forever; apply "
                 "fully_shard to whole layers"
             )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model runs. Weights that FSDP2 has offloaded lie on the host, and its mesh tells."""
+    parameter = next(model.parameters())
+    if isinstance(parameter, DTensor):
+        return torch.device(parameter.device_mesh.device_type)
+    return parameter.device
 
 
 class GroupUnits:

@@ -2,11 +2,15 @@
 
 ZeRO-3 reduces a leaf's gradients in a full backward hook, which runs only where an input of the leaf requires
 grad: with frozen embeddings (LoRA) the first layer's does not, and is made to.
+
+It releases a layer when its call ends, and a group of several layers runs inside the call of its last one. To
+DeepSpeed, the weights of the others are external parameters of that one (`register_external_parameter`): it
+gathers them for its call and for its backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,26 +51,34 @@ def whole_weights(hf_deepspeed_config: Any) -> Iterator[None]:
 
 
 class Zero3Layers:
-    """The decoder layers of a model, made ready for ZeRO-3, which may or may not come.
+    """The decoder layers of a model, made ready for ZeRO-3, which may or may not come."""
 
-    Raises:
-        ValueError: ZeRO-3 is on, and `layers_per_group` is not 1.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module], layers_per_group: int) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = tuple(layers)
-        self.check_height(layers_per_group)
+        self._joined: list[tuple[nn.Module, nn.Parameter]] = []
         self._handles: list[RemovableHandle] = []
         for layer in layers:
             layer.__dict__[_LEAF] = True  # not by DeepSpeed's function: it may be imported later
         self._handles.append(layers[0].register_forward_pre_hook(_require_grad, prepend=True))
 
-    def check_height(self, layers_per_group: int) -> None:
-        """Raises `ValueError` for groups of several layers under ZeRO-3."""
-        if layers_per_group > 1 and (is_deepspeed_zero3_enabled() or is_sharded(self._layers[0])):
-            _refuse_group(layers_per_group)
+    def join(self, groups: Iterable[Sequence[nn.Module]]) -> None:
+        """Before the first call of a layer: has the last layer of each group gather the weights of all."""
+        if self._joined or not is_sharded(self._layers[0]):
+            return
+        from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+
+        for layers in groups:
+            self._joined += [(layers[-1], p) for layer in layers[:-1] for p in layer.parameters()]
+        for layer, parameter in self._joined:
+            register_external_parameter(layer, parameter)
 
     def remove(self) -> None:
+        if self._joined:
+            from deepspeed.runtime.zero.partition_parameters import unregister_external_parameter
+
+            for layer, parameter in self._joined:
+                unregister_external_parameter(layer, parameter)
+        self._joined = []
         for handle in self._handles:
             handle.remove()
         for layer in self._layers:
@@ -77,24 +89,15 @@ def check_group(layers: Sequence[nn.Module]) -> None:
     """Raises where ZeRO-3 cannot run a group of decoder layers.
 
     Raises:
-        ValueError: the group has several layers, or its layer was no leaf module when DeepSpeed took it.
+        ValueError: a layer was no leaf module when DeepSpeed took it.
     """
     if not is_sharded(layers[-1]):
         return
-    if len(layers) > 1:
-        _refuse_group(len(layers))
-    if not all(hasattr(parameter, "ds_z3_leaf_module") for parameter in layers[0].parameters()):
+    if not all(hasattr(p, "ds_z3_leaf_module") for layer in layers for p in layer.parameters()):
         raise ValueError(
             f"{type(layers[0]).__name__} is no leaf module of DeepSpeed ZeRO-3, its weights would be "
             "gathered once a chunk: call chunk_model before deepspeed.initialize"
         )
-
-
-def _refuse_group(layers_per_group: int) -> None:
-    raise ValueError(
-        f"layers_per_group={layers_per_group} with DeepSpeed zero_optimization.stage=3, which releases a "
-        "layer's weights when its call ends: write layers_per_group=1, or stage 2, or use FSDP2"
-    )
 
 
 def _require_grad(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

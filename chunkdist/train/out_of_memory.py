@@ -15,6 +15,7 @@ from chunkdist.memory.auto import USABLE_SHARE, card_of, free_bytes
 from chunkdist.memory.planner import Job, NothingFits, gib, plan_step
 from chunkdist.models.flops import StepFlops
 from chunkdist.recovery import is_out_of_memory
+from chunkdist.sharding.fsdp2 import device_of
 from chunkdist.stores.free_memory import free_host_bytes
 from chunkdist.train.launch.engine import engine_of
 from chunkdist.train.reports.start_table import step_sizes
@@ -48,7 +49,7 @@ def explanation(trainer: Trainer) -> str:
     num_tokens, config = settings.num_tokens, chunk_report(model).config
     if num_tokens is None:
         return "the length of the rows is not known: write max_length"
-    device = next(model.parameters()).device
+    device = device_of(model)
     reserved = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
     unused = reserved - torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     engine = engine_of(args)

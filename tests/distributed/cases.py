@@ -6,12 +6,12 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.sharding import RELEASED
@@ -25,6 +25,9 @@ from tests.helpers.sweep import double_precision
 EngineName = Literal["ddp", "fsdp2", "fsdp2 groups", "fsdp2 head", "zero1", "zero2", "zero3"]
 CHUNK_SIZE = 4
 LEARNING_RATE = 0.5
+_CPU = {"device": "cpu", "pin_memory": False}
+OFFLOADED = {"offload_param": _CPU, "offload_optimizer": _CPU}
+"""Of ZeRO-3, weights and optimizer on the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,8 @@ class Case:
         hybrid: A class of tests/helpers/hybrids.py instead of Llama.
         images: A class of tests/helpers/image_zoo.py instead of Llama: two padded rows with images a rank.
         trees: Three padded rows a rank, which begin alike.
+        weights_on_host: And gradients and optimizer states, between uses.
+        reuse_distance: ZeRO-3 keeps a module's weights that are used again within so many numbers.
     """
 
     engine: EngineName
@@ -61,6 +66,8 @@ class Case:
     chunked: bool = True
     sequence_ranks: int = 1
     offload: Literal["none", "host"] = "none"
+    weights_on_host: bool = False
+    reuse_distance: int = 0
 
 
 class EveryOther:
@@ -267,15 +274,17 @@ def shard_fsdp2(model: nn.Module, case: Case) -> None:
     height = len(layers) if case.layers_per_group == "all" else case.layers_per_group
     if case.engine != "fsdp2 groups":
         height = 1
+    policy = CPUOffloadPolicy(pin_memory=False) if case.weights_on_host else OffloadPolicy()
+    shard = partial(fully_shard, offload_policy=policy)
     for start in range(0, len(layers), height):
-        fully_shard(layers[start] if height == 1 else layers[start : start + height])
+        shard(layers[start] if height == 1 else layers[start : start + height])
     if case.engine == "fsdp2 head":
         if case.tied:
-            fully_shard([inner.model.norm, inner.model.embed_tokens, inner.lm_head])
+            shard([inner.model.norm, inner.model.embed_tokens, inner.lm_head])
         else:
-            fully_shard(inner.model.embed_tokens)
-            fully_shard(inner.lm_head)
-    fully_shard(model)
+            shard(inner.model.embed_tokens)
+            shard([inner.model.norm, inner.lm_head], reshard_after_forward=False)
+    shard(model)
 
 
 def _fsdp2_step(model: nn.Module, case: Case) -> Step:
@@ -299,8 +308,17 @@ def deepspeed_engine(model: nn.Module, case: Case, **settings: Any) -> Any:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": case.num_micro_batches,
         "gradient_clipping": case.max_grad_norm or 0.0,
-        "zero_optimization": {"stage": int(case.engine[-1]), **(RELEASED if case.engine == "zero3" else {})},
+        "zero_optimization": {
+            "stage": int(case.engine[-1]),
+            **(
+                RELEASED | {"stage3_max_reuse_distance": case.reuse_distance}
+                if case.engine == "zero3"
+                else {}
+            ),
+            **(OFFLOADED if case.weights_on_host else {}),
+        },
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         **settings,
     }
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.overrides import TorchFunctionMode
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.sharding import RELEASED
@@ -13,7 +15,7 @@ from chunkdist.memory import LiveBytes
 from chunkdist.memory.estimate import estimate_memory
 from chunkdist.memory.model_sizes import ModelSizes
 from chunkdist.memory.sharded import Engine
-from tests.distributed.cases import Case, shard_fsdp2
+from tests.distributed.cases import OFFLOADED, Case, shard_fsdp2
 from tests.helpers.models import batch, tiny_llama, with_lora
 
 CHUNK_SIZE = 64
@@ -57,8 +59,9 @@ def held_by(engine: str, lengths: tuple[int, ...]) -> Held:
     return Held(between_steps=between_steps, after_backward=after_backward, peaks=tuple(peaks))
 
 
-def formula_and_count_of_zero3(lora: bool, released: bool) -> tuple[int, int]:
-    """The formula's peak and the counted one, of weights, states and a step. Runs on every rank."""
+def formula_and_count_of_zero3(lora: bool, released: bool, offloads: bool) -> list[tuple[int, int]]:
+    """By formula and counted: the peak on the device, of weights, states and a step; and what is on the host,
+    if it is offloaded. Runs on every rank, where both memories are the CPU's."""
     num_tokens, hidden = 768, 256
     model: nn.Module = tiny_llama(dtype=torch.float32, hidden_size=hidden, intermediate_size=3 * hidden)
     model = with_lora(model) if lora else model  # type: ignore[arg-type]
@@ -68,16 +71,68 @@ def formula_and_count_of_zero3(lora: bool, released: bool) -> tuple[int, int]:
         name="zero3",
         num_ranks=distributed.get_world_size(),
         max_live_numbers=0 if released else 10**9,
+        offloads_weights=offloads,
+        offloads_optimizer=offloads,
     )
     optimizer = "adamw_torch_fused"
     estimate = estimate_memory(sizes, config, num_tokens=num_tokens, engine=engine, optimizer=optimizer)
-    with LiveBytes() as live:
-        step = _zero3_step(model, RELEASED if released else _as_transformers(hidden))
+    settings: dict[str, Any] = {**(RELEASED if released else _as_transformers(hidden))}
+    peak = between_steps = 0
+    with LiveBytes() as live, CopiesToTheDevice():
+        step = _zero3_step(model, settings | (OFFLOADED if offloads else {}))
         del model
         for _ in range(3):
+            between_steps = live.current_bytes
             live.reset_peak()
             step(num_tokens, live)
-    return estimate.peak_bytes, live.peak_bytes
+            peak = live.peak_bytes
+    if not offloads:
+        return [(estimate.peak_bytes, peak)]
+    of_step = estimate.peak_bytes - estimate.device["collectives"]  # a bucket is there all the time
+    return [(of_step, peak - between_steps), (estimate.host_bytes, between_steps)]
+
+
+class CopiesToTheDevice(TorchFunctionMode):
+    """Inside, what an engine moves to the device asynchronously is a copy, though it is on a CPU already.
+
+    `num_bytes` counts them.
+    """
+
+    num_bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.backward:  # else the mode would be off in it
+            with self:
+                return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.to or not (kwargs or {}).get("non_blocking"):
+            return result
+        self.num_bytes += result.nbytes
+        return (
+            result.clone() if result.untyped_storage()._cdata == args[0].untyped_storage()._cdata else result
+        )
+
+
+def bytes_over_the_bus(engine: str, lora: bool) -> tuple[int, int]:
+    """What one step copies in, counted and by formula. Runs on every rank."""
+    case = Case(engine="zero3" if engine == "zero3" else "fsdp2 head", weights_on_host=True)
+    model: nn.Module = tiny_llama(dtype=torch.float32)
+    model = with_lora(model) if lora else model  # type: ignore[arg-type]
+    config = ChunkConfig(chunk_size=CHUNK_SIZE, keep_attention=False)
+    sizes = ModelSizes.for_config(chunk_model(model, config), config)
+    on_host = {"offloads_weights": True, "offloads_optimizer": True}
+    known: Any = {"name": engine, "num_ranks": distributed.get_world_size(), **on_host}
+    expected = Engine(**known).traffic(sizes, None)
+    if engine == "zero3":
+        step = _zero3_step(model, {**RELEASED, **OFFLOADED})
+    else:
+        shard_fsdp2(model, replace(case, lora=lora))
+        step = _plain_step(model)
+    for _ in range(3):
+        with CopiesToTheDevice() as copies, LiveBytes() as live:
+            copies.num_bytes = 0
+            step(2 * CHUNK_SIZE, live)
+    return copies.num_bytes, expected.into
 
 
 def _as_transformers(hidden: int) -> dict[str, int]:
@@ -102,7 +157,7 @@ def _plain_step(model: nn.Module):  # type: ignore[no-untyped-def]
     return step
 
 
-def _zero3_step(model: nn.Module, settings: dict[str, int] = RELEASED):  # type: ignore[no-untyped-def]
+def _zero3_step(model: nn.Module, settings: dict[str, Any] = RELEASED):  # type: ignore[no-untyped-def]
     import deepspeed
 
     from chunkdist.train.launch.ranks import skip_shm_build
@@ -112,6 +167,7 @@ def _zero3_step(model: nn.Module, settings: dict[str, int] = RELEASED):  # type:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "sub_group_size": 10**6, **settings},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=False)

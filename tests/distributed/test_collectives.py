@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2, LoRA": {"engine": "fsdp2", "lora": True},
     "fsdp2, head and embeddings apart": {"engine": "fsdp2 head"},
     "zero3": {"engine": "zero3"},
+    "zero3, groups of 2": {"engine": "zero3", "layers_per_group": 2, "reuse_distance": 1},
     "zero3, LoRA": {"engine": "zero3", "lora": True},
     "zero3, retained chunks": {"engine": "zero3", "retained_chunks": 3},
 }

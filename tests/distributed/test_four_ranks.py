@@ -47,6 +47,6 @@ def test_memory_shrinks_by_the_ranks_and_the_bound_of_the_chunks_stays(four_rank
 
 @pytest.mark.parametrize(("lora", "released"), [(False, False), (False, True), (True, False)])
 def test_the_estimate_of_zero3_is_the_counted_peak(four_ranks: Ranks, lora: bool, released: bool) -> None:
-    """Of FSDP2: tests/memory/test_sharded.py."""
-    for formula, counted in four_ranks.run(formula_and_count_of_zero3, lora, released):
+    """Of FSDP2: tests/memory/test_sharded.py; with weights and optimizer on the host: test_offload.py."""
+    for ((formula, counted),) in four_ranks.run(formula_and_count_of_zero3, lora, released, False):
         assert formula == pytest.approx(counted, rel=0.05)

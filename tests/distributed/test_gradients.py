@@ -41,7 +41,7 @@ OF_GROUPS = ("1 chunk against 40", "LoRA, retained chunks, accumulation, clippin
 def cases(engines: Iterable[EngineName]) -> Iterator[Any]:
     for engine in engines:
         for name, values in (VARIANTS | (SPACO if engine in OF_SPACO else {})).items():
-            heights: tuple[Any, ...] = (1, 2, "all") if name in OF_GROUPS and engine != "zero3" else (1,)
+            heights: tuple[Any, ...] = (1, 2, "all") if name in OF_GROUPS else (1,)
             for height in heights:
                 case = Case(engine=engine, layers_per_group=height, **values)
                 yield pytest.param(case, id=f"{engine}-group{height}-{name}")

@@ -18,13 +18,6 @@ from chunkdist.train.launch.failures import FailureWatch, RankFailure, named_fai
 from tests.distributed.cases import Case, build, chunk_config, deepspeed_engine, micro_batches
 from tests.distributed.ranks import RankError, Ranks
 
-ZERO3 = Case(engine="zero3", layers_per_group=2)
-
-
-def zero3_with_groups() -> str:
-    model = chunk_model(build(ZERO3, torch.float32), chunk_config(ZERO3))
-    return _refusal(deepspeed_engine(model, ZERO3), ZERO3)
-
 
 def zero3_before_chunks() -> str:
     case = Case(engine="zero3")
@@ -32,14 +25,6 @@ def zero3_before_chunks() -> str:
     engine = deepspeed_engine(model, case)
     chunk_model(model, chunk_config(case))
     return _refusal(engine, case)
-
-
-def groups_on_a_sharded_model() -> str:
-    model = build(ZERO3, torch.float32)
-    deepspeed_engine(model, ZERO3)
-    with pytest.raises(ValueError, match="layers_per_group=2") as refused:
-        chunk_model(model, chunk_config(ZERO3))
-    return str(refused.value)
 
 
 def units_inside_a_layer() -> str:
@@ -67,11 +52,6 @@ def _refusal(model: torch.nn.Module, case: Case) -> str:
     with pytest.raises(ValueError, match=r".") as refused:
         model(**micro_batches(case, distributed.get_rank())[0])
     return str(refused.value)
-
-
-def test_zero3_refuses_groups_of_several_layers(two_ranks: Ranks) -> None:
-    for message in two_ranks.run(zero3_with_groups) + two_ranks.run(groups_on_a_sharded_model):
-        assert "layers_per_group=2 with DeepSpeed zero_optimization.stage=3" in message
 
 
 def test_zero3_refuses_layers_that_are_no_leaves(two_ranks: Ranks) -> None:

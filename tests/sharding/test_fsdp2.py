@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
+from chunkdist.sharding.fsdp2 import device_of
 from tests.helpers.models import batch, gradients, largest_difference, tiny_llama, with_lora
 
 
@@ -61,3 +62,14 @@ def test_hidden_states_of_a_unit_of_several_layers() -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
     found = whole(gradients(model, batch()))
     assert largest_difference(found, gradients(tiny_llama(), batch())) < 1e-10
+
+
+def test_offloaded_weights_run_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the mesh's device; on a GPU, memory would else be planned as the host's."""
+    model: Any = chunk_model(tiny_llama(), ChunkConfig(chunk_size=7))
+    assert device_of(model).type == "cpu"
+    fully_shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    parameter: Any = next(model.parameters())
+    monkeypatch.setattr(parameter.device_mesh, "_device_type", "cuda")
+    assert parameter.to_local().device.type == "cpu"
+    assert device_of(model).type == "cuda"

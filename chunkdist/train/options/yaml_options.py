@@ -27,29 +27,29 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The options of a YAML file.
+def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
+    """The options of a YAML file that `option` names.
 
     Raises:
         ValueError: the file cannot be read, holds no mapping of names, or a key twice; names the file.
     """
     if path.is_fifo():
-        raise ValueError(f"--config {path} is a pipe, which can be read only once: write a file")
+        raise ValueError(f"{option} {path} is a pipe, which can be read only once: write a file")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise ValueError(f"--config {path} cannot be read: {reason}") from error
+        raise ValueError(f"{option} {path} cannot be read: {reason}") from error
     except ValueError as error:
-        raise ValueError(f"--config {path}: {error}") from error
+        raise ValueError(f"{option} {path}: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"--config {path} cannot be read: it is nested too deeply") from error
+        raise ValueError(f"{option} {path} cannot be read: it is nested too deeply") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path} holds no options: write 'name: value' lines")
+        raise ValueError(f"{option} {path} holds no options: write 'name: value' lines")
     for key in content:
         if not isinstance(key, str):
-            raise ValueError(f"--config {path}: {key!r} is no option's name")
+            raise ValueError(f"{option} {path}: {key!r} is no option's name")
     variables = content.get("env", {})
     if not isinstance(variables, dict):
-        raise ValueError(f"--config {path}: env={variables!r} is no mapping of environment variables")
+        raise ValueError(f"{option} {path}: env={variables!r} is no mapping of environment variables")
     return content

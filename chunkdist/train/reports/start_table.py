@@ -131,7 +131,7 @@ def _schedule_rows(
         chunks += f": {-(-tokens // size):,} chunks of {tokens:,} tokens"
     height = report.layers_per_group
     groups = {
-        1: "the least K/V memory, what ZeRO-3 needs",
+        1: "the least K/V memory",
         report.num_layers: "all layers: the schedule of SeCO",
     }
     why_groups = groups.get(height, "as configured")
