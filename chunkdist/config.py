@@ -23,8 +23,7 @@ class ChunkConfig:
             with state other than K/V, chunks also end where sequences do, and 1 means 2. `"auto"`: what is
             fastest of what fits into free memory, determined once, before the first step.
         layers_per_group: Consecutive decoder layers that form one autograd node; `"all"` is the schedule of
-            SeCO (arXiv 2505.16710), 1 keeps the least K/V. `"auto"`: as
-            for `chunk_size`.
+            SeCO (arXiv 2505.16710), 1 keeps the least K/V. `"auto"`: as for `chunk_size`.
         retained_chunks: The last chunks of a stream, whose graphs are kept from the forward instead of being
             rebuilt in the backward (the K of ChunkFlow, arXiv 2503.02356). More is faster and takes more
             memory: no more than so many graphs exist at a time, whatever the stream holds. `"auto"`: as many

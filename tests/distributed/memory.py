@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.overrides import TorchFunctionMode
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.bench.sharding import RELEASED
@@ -92,25 +91,27 @@ def formula_and_count_of_zero3(lora: bool, released: bool, offloads: bool) -> li
     return [(of_step, peak - between_steps), (estimate.host_bytes, between_steps)]
 
 
-class CopiesToTheDevice(TorchFunctionMode):
+class CopiesToTheDevice:
     """Inside, what an engine moves to the device asynchronously is a copy, though it is on a CPU already.
 
     `num_bytes` counts them.
     """
 
-    num_bytes = 0
+    def __enter__(self) -> CopiesToTheDevice:
+        self.num_bytes, real = 0, torch.Tensor.to
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.backward:  # else the mode would be off in it
-            with self:
-                return func(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        if func is not torch.Tensor.to or not (kwargs or {}).get("non_blocking"):
-            return result
-        self.num_bytes += result.nbytes
-        return (
-            result.clone() if result.untyped_storage()._cdata == args[0].untyped_storage()._cdata else result
-        )
+        def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            result = real(tensor, *args, **kwargs)
+            if not kwargs.get("non_blocking"):
+                return result
+            self.num_bytes += result.nbytes
+            return result.clone() if result is tensor else result
+
+        torch.Tensor.to = to  # type: ignore[method-assign, assignment]
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        del torch.Tensor.to  # its base class has the real one
 
 
 def bytes_over_the_bus(engine: str, lora: bool) -> tuple[int, int]:
@@ -130,7 +131,6 @@ def bytes_over_the_bus(engine: str, lora: bool) -> tuple[int, int]:
         step = _plain_step(model)
     for _ in range(3):
         with CopiesToTheDevice() as copies, LiveBytes() as live:
-            copies.num_bytes = 0
             step(2 * CHUNK_SIZE, live)
     return copies.num_bytes, expected.into
 
