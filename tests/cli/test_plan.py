@@ -103,6 +103,22 @@ def test_presets_fit_on_their_card(
     assert "as configured: chunk_size: " in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_whole_of_8b_on_one_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """131,072 tokens, at most 120 GiB on the host; the best that others publish is 186 tokens a second."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    configs = Path(CONFIG).parent
+    launched = ["--accelerate", str(configs / "accelerate" / "fsdp2-offload.yaml"), "--num-ranks", "1"]
+    given = ["--model_name_or_path", str(tmp_path), *launched, "--host-gib", "120"]
+    assert main(["plan", str(configs / "llama3-8b-full-24gb.yaml"), *given]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "131,072 tokens" in out
+    assert "fsdp2, 1 rank(s)" in out
+    assert "as configured: chunk_size: " in out
+    assert float(re.search(r"s, ([\d,]+) tokens/s", out)[1].replace(",", "")) >= 186  # type: ignore[index]
+    assert float(re.search(r"gathered weights │ +([\d.]+)", out)[1]) <= 0.82  # type: ignore[index]
+    assert "over the bus: weights and gradients 28.94 GiB to the card and 14.96 GiB from it" in out
+
+
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_a_million_tokens_on_eight_cards(
     engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
