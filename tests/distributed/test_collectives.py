@@ -20,7 +20,6 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2, LoRA": {"engine": "fsdp2", "lora": True},
     "fsdp2, head and embeddings apart": {"engine": "fsdp2 head"},
     "zero3": {"engine": "zero3"},
-    "zero3, groups of 2": {"engine": "zero3", "layers_per_group": 2, "reuse_distance": 1},
     "zero3, LoRA": {"engine": "zero3", "lora": True},
     "zero3, retained chunks": {"engine": "zero3", "retained_chunks": 3},
 }
@@ -34,6 +33,17 @@ def test_as_many_as_without_chunks(two_ranks: Ranks, name: str) -> None:
     print(name, chunked)
     assert {"all-gather", "reduce-scatter"} <= chunked[0].keys(), "both must have been seen"
     assert all(found == chunked[0] for found in (*plain, *chunked)), (plain, chunked)
+
+
+def test_groups_under_zero3_gather_as_many_bytes(two_ranks: Ranks) -> None:
+    """In no more gathers; the reductions are the same."""
+    lengths = (CHUNK_SIZE, 20 * CHUNK_SIZE)
+    case = Case(engine="zero3", layers_per_group=2, reuse_distance=1, lengths=lengths)
+    plain = two_ranks.run(counts_of, replace(case, chunked=False))[0]
+    for found in two_ranks.run(counts_of, case):
+        assert found["reduce-scatter"] == plain["reduce-scatter"]
+        assert found["all-gather"].whole_bytes == plain["all-gather"].whole_bytes
+        assert found["all-gather"].count <= plain["all-gather"].count
 
 
 def test_collectives_are_counted_with_their_bytes(two_ranks: Ranks) -> None:
