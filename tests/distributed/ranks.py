@@ -107,6 +107,7 @@ def free_port() -> int:
 
 
 def _serve(pipe: Connection, rank: int, num_ranks: int, port: int) -> None:
+    faulthandler.enable()  # a rank that a signal kills writes the stacks of all its threads to stderr
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks),
@@ -115,6 +116,10 @@ def _serve(pipe: Connection, rank: int, num_ranks: int, port: int) -> None:
     )  # fmt: skip
     import torch
 
+    from chunkdist.train.launch.gloo import use_one_gloo_thread, wake_without_preempting
+
+    use_one_gloo_thread()
+    wake_without_preempting()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=num_ranks)
     while True:

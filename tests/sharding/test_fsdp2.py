@@ -14,11 +14,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from chunkdist import ChunkConfig, chunk_model
 from chunkdist.sharding.fsdp2 import device_of
+from chunkdist.train.launch.gloo import use_one_gloo_thread
 from tests.helpers.models import batch, gradients, largest_difference, tiny_llama, with_lora
 
 
 @pytest.fixture(autouse=True)
 def one_rank() -> Iterator[None]:
+    use_one_gloo_thread()
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         yield

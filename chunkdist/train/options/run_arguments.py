@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
+from chunkdist.train.launch.gloo import use_one_gloo_thread, wake_without_preempting
 from chunkdist.train.launch.ranks import (
     allow_fsdp,
     launcher_wants_fsdp,
@@ -47,6 +48,9 @@ class RunArguments(_Base):
             self.report_to = "none"  # transformers (5.23) would look for a tracker named None
         if not self.use_cpu:
             refuse_idle_gpu()
+        use_one_gloo_thread()
+        if needs_gloo():
+            wake_without_preempting()
         store = meet(self.ddp_timeout_delta)  # noqa: F841  # until the process group is made
         if self.deepspeed:
             skip_shm_build()
