@@ -1,5 +1,5 @@
-"""launchers/dpo.py and grpo.py on two ranks whose weights are sharded: losses and weights of the same run
-without chunks."""
+"""launchers/train.py, dpo.py and grpo.py on two ranks whose weights are sharded: losses and weights of the
+same run without chunks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed.launched import PRESETS, environment_of, figures, wrapping_engine
 from tests.distributed.ranks import Ranks
-from tests.helpers.tiny_run import ROOT, load_script
-from tests.launchers.test_other_trainers import options_of
+from tests.helpers.tiny_run import ROOT, load_script, write_rows
+from tests.launchers.test_other_trainers import ROWS, options_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
@@ -59,7 +59,7 @@ def engines_seen(seen: list[str]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+@pytest.mark.parametrize("kind", ["train", "dpo", "grpo"])
 def test_chunks_change_nothing(two_ranks: Ranks, tmp_path: Path, kind: str, engine: str) -> None:
     outcomes = []
     for method in ("none", "seco"):
@@ -68,6 +68,9 @@ def test_chunks_change_nothing(two_ranks: Ranks, tmp_path: Path, kind: str, engi
         given |= {"output_dir": tmp_path / method / "out", "optim": "sgd"}
         if kind == "grpo":
             given["beta"] = 0.0
+        elif kind == "train":
+            texts = [{"text": row["prompt"] + row["chosen"]} for row in ROWS]
+            given["dataset_name"] = write_rows(tmp_path / "texts.jsonl", texts)
         if engine == "zero3":
             given["deepspeed"] = PRESETS / "deepspeed" / f"{engine}.json"
         assert two_ranks.run(train, kind, engine, options_of(tmp_path, kind, **given)) == [0, 0]
