@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from chunkdist.evaluate.documents import longest_first
 from chunkdist.evaluate.recall import TASKS, Encode, Task, recall_rows
+from chunkdist.loss.by_position import LossByPosition, PositionSums
+from chunkdist.loss.token_losses import TokenLosses
 
 NO_LABEL = -100
-EDGES = (0, 2**10, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +45,13 @@ class LengthLoss:
     """Mean loss (nats a token) of the last `num_tokens` tokens of the same sequences.
 
     Args:
-        by_position: (first, end, loss) of each range of positions; `None`: it has no label.
-        tail: That of the last `EvalSettings.tail_tokens`, which are the same tokens at every length.
+        by_position: That of each range of positions, as training logs it.
+        tail: That of the last `EvalSettings.tail_tokens`, which are the same tokens at every length; `None`:
+            they have no labels.
     """
 
     num_tokens: int
-    by_position: tuple[tuple[int, int, float | None], ...]
+    by_position: dict[str, float]
     tail: float | None
 
 
@@ -169,24 +170,21 @@ def _length_loss(
     start: Sequence[int],
     settings: EvalSettings,
 ) -> LengthLoss:
-    log_probs, has_label = [], []
+    sums, of_tail = PositionSums(), []
     for ids, labels in rows:
-        cut = len(ids) - num_tokens + (len(start) if num_tokens < len(ids) else 0)
-        begin = list(start) if num_tokens < len(ids) else []
+        begin, cut = ([], 0) if num_tokens == len(ids) else (list(start), len(ids) - num_tokens + len(start))
         own = [*[NO_LABEL] * len(begin), *labels[cut:]]
-        log_probs.append(token_scores(model, [*begin, *ids[cut:]], own)[0])
-        has_label.append(torch.tensor([False, *(label != NO_LABEL for label in own[1:])]))
-    losses_RT, has_label_RT = -torch.stack(log_probs), torch.stack(has_label)
-
-    def mean(first: int, end: int) -> float | None:
-        count = int(has_label_RT[:, first:end].sum())
-        return float(losses_RT[:, first:end].double().sum() / count) if count else None
-
-    ends = [edge for edge in EDGES if edge < num_tokens] + [num_tokens]
+        losses_T = -token_scores(model, [*begin, *ids[cut:]], own)[0]
+        has_label_T = torch.tensor(own) != NO_LABEL
+        places = torch.arange(1, num_tokens)
+        sums.add(TokenLosses(losses=losses_T[1:], has_label=has_label_T[1:], positions=places))
+        last = slice(num_tokens - settings.tail_tokens, None)
+        of_tail.append(losses_T[last][has_label_T[last]])
+    tail = torch.cat(of_tail)
     return LengthLoss(
         num_tokens=num_tokens,
-        by_position=tuple((first, end, mean(first, end)) for first, end in pairwise(ends)),
-        tail=mean(num_tokens - settings.tail_tokens, num_tokens),
+        by_position=LossByPosition.of(sums.take(torch.device("cpu"))).means(),
+        tail=tail.double().mean().item() if len(tail) else None,
     )
 
 

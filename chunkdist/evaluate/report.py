@@ -29,13 +29,12 @@ def tables(found: Evaluation) -> Iterator[Table]:
     settings, longest = found.settings, found.losses[-1]
     table = Table(title=LOSS, title_justify="left")
     table.add_column("tokens", justify="right")
-    for first, end, _ in longest.by_position:
-        table.add_column(f"{tokens_name(first)}-{tokens_name(end)}", justify="right")
+    for name in longest.by_position:
+        table.add_column(name, justify="right")
     table.add_column(f"the last {tokens_name(settings.tail_tokens)}", justify="right")
     for row in found.losses:
-        losses = [_number(loss) for _, _, loss in row.by_position]
-        blank = [""] * (len(longest.by_position) - len(losses))
-        table.add_row(f"{row.num_tokens:,}", *losses, *blank, _number(row.tail))
+        losses = (_number(row.by_position.get(name)) for name in longest.by_position)
+        table.add_row(f"{row.num_tokens:,}", *losses, _number(row.tail))
     yield table
     table = Table(title=RECALL, title_justify="left")
     table.add_column("task")
@@ -61,13 +60,7 @@ def as_json(found: Evaluation) -> dict[str, Any]:
         "num_sequences_of_joined_documents": found.num_joined,
         "tail_tokens": settings.tail_tokens,
         "loss": [
-            {
-                "num_tokens": row.num_tokens,
-                "tail_loss": row.tail,
-                "by_position": [
-                    {"first": first, "end": end, "loss": loss} for first, end, loss in row.by_position
-                ],
-            }
+            {"num_tokens": row.num_tokens, "tail_loss": row.tail, "by_position": row.by_position}
             for row in found.losses
         ],
         "recall": [
