@@ -182,9 +182,9 @@ def _settings(arguments: argparse.Namespace, options: TrainingOptions) -> EvalSe
             raise ValueError(f"--{name} {getattr(arguments, name)} asks nothing: write at least {least}")
     lengths = arguments.lengths
     if lengths is None:
-        longest = options.training.max_length
+        longest = options.model.context_length or options.training.max_length
         if longest is None:
-            raise ValueError("the config has no max_length to evaluate at: write --lengths")
+            raise ValueError("the config has no context_length or max_length to evaluate at: write --lengths")
         lengths = [longest >> halvings for halvings in range(NUM_LENGTHS)]
         lengths = [length for length in lengths if length >= SHORTEST] or [longest]
     if min(lengths) < 2:

@@ -68,6 +68,13 @@ def test_a_table_a_picture_and_json(config: Path, tmp_path: Path, capsys: pytest
     assert max(row["recall"] for row in result["recall"]) == 0, "nothing was learnt"
 
 
+def test_lengths_go_up_to_context_length(config: Path, tmp_path: Path) -> None:
+    few, into = ["--depths", "1", "--trials", "1", "--rows", "1"], ["--into", str(tmp_path / "found")]
+    longer = ["--max_length", "320", "--context_length", "1280"]
+    assert main(["eval", str(config), "--base", *few, *into, *longer]) == 0
+    assert [row["num_tokens"] for row in result_of(tmp_path / "found")["loss"]] == [160, 320, 640, 1280]
+
+
 def test_which_model(config: Path, tmp_path: Path) -> None:
     """The saved one, the one before training, adapters on it; and chunks change nothing."""
     model, folder = saved_model(tmp_path / "out", config), tmp_path / "found"
