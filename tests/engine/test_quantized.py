@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_unchunked_model(
 
 def test_the_estimate_is_what_is_counted(folder: tuple[Path, bool]) -> None:
     """Weights, and the peak of a step over them."""
-    config = ChunkConfig(chunk_size=64, attention="math", keep_attention=False)
+    config = ChunkConfig(chunk_size=64, attention="cpu_flash", keep_attention=False)
     model = in_4_bits(folder)
     sizes = ModelSizes.for_config(model, config)
     with torch.device("meta"):
