@@ -52,6 +52,12 @@ def load_splits(
         ValueError: there is no such dataset, or it cannot be read; names the file, and the line where there
             is one.
     """
+    path = Path(name).expanduser()
+    if config is not None and (name == STDLIB_NAME or path.exists()):
+        raise ValueError(
+            f"dataset_config={config!r} with dataset_name={name!r}, which is not on the Hub and has no "
+            "configurations: leave dataset_config out"
+        )
     if name == STDLIB_NAME:
         splits = _standard_library(corpus_max_bytes)
         return (
@@ -59,7 +65,6 @@ def load_splits(
             if streaming
             else dict(splits)
         )
-    path = Path(name).expanduser()
     if path.is_dir():
         return load_folder(path, streaming=streaming)
     if reader_of(path) is not None:

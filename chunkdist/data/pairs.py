@@ -3,6 +3,7 @@ dropped unasked, and each fault is a line."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +59,13 @@ def check_columns(dataset: Dataset, needed: tuple[str, ...], *, name: str) -> di
         fault = _fault(sample, used)
         if fault is not None:
             raise ValueError(f"{name!r}, sample {number}: {fault}")
+    if "margin" in dataset.column_names and "prompt" not in needed:
+        for number, margin in enumerate(dataset["margin"]):
+            if not isinstance(margin, int | float) or not math.isfinite(margin):
+                raise ValueError(
+                    f"{name!r}, sample {number}: 'margin' is {margin!r:.40}: write a number in each one, or "
+                    "leave the column out"
+                )
     first: dict[str, Any] = dataset[0]
     return first
 

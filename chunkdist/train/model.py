@@ -11,6 +11,7 @@ from trl import get_peft_config, get_quantization_config
 
 from chunkdist.models.extend import extend_context
 from chunkdist.sharding.zero3 import whole_weights
+from chunkdist.train.adapter_names import refuse_unknown_names
 from chunkdist.train.checkpoints.initial_weights import load_model
 from chunkdist.train.launch.faults import asked_by
 from chunkdist.train.launch.output import first_line
@@ -38,6 +39,7 @@ def model_parts(options: TrainingOptions, *, is_chunked: bool, has_weights: bool
         given.attn_implementation = None  # nothing will attend
         with torch.device("meta"):
             model = with_context(_from_scratch(options), options)
+            refuse_unknown_names(model, adapters)
             model = model if adapters is None else get_peft_model(model, adapters)
         return {"model": model, "quantization_config": None, "peft_config": None}
     if given.from_scratch:
@@ -75,6 +77,7 @@ def model_parts(options: TrainingOptions, *, is_chunked: bool, has_weights: bool
         **values,
     )
     model = with_context(model, options)
+    refuse_unknown_names(model, adapters)
     return {"model": model, "quantization_config": None, "peft_config": adapters}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -67,6 +68,11 @@ def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(
                 f"reward_funcs: {name} returned {found!r:.80}: return a list of {wanted} numbers, one for "
                 "each completion (None where it does not apply)"
+            )
+        if odd := [x for x in found if x is not None and not math.isfinite(x)]:
+            raise ValueError(
+                f"reward_funcs: {name} returned {float(odd[0])}, which ranks no completion: "
+                "return numbers, and None where it does not apply"
             )
         return found
 

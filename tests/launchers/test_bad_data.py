@@ -349,6 +349,11 @@ WEIGHTS: dict[str, tuple[Edit, str]] = {
     "config not JSON": (file("config.json", lambda b: b"{"), "gives no tokenizer"),
     "config of an unknown model": (config(model_type="nonsense"), "nonsense"),
     "config of a wrong type": (config(hidden_size="wide"), "hidden_size"),
+    "no architectures": (config(architectures=None), "has no architectures"),
+    "generation config not JSON": (
+        lambda folder: (folder / "generation_config.json").write_text("{"),
+        "generation_config.json' is no JSON",
+    ),
     "tokenizer not JSON": (file("tokenizer.json", lambda b: b"{"), "gives no tokenizer"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from chunkdist.train.launch.roll_call import check_launch
 from tests.helpers.tiny_run import ROOT, TEXTS, command_line, load_script
 
 TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -39,6 +40,23 @@ def test_a_stale_local_rank_silences_nothing(
     assert "chunk_size" in line(launcher, capsys, command_line(tiny_model, TEXTS, chunk_size=-1))
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "chunk_size" in line(launcher, capsys, command_line(tiny_model, TEXTS, chunk_size=-1))
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"])
+def test_what_is_no_boolean_is_one_line(
+    launcher: Any,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    monkeypatch.setenv(name, "maybe")
+    assert f"{name}='maybe': write true or false" in line(launcher, capsys, command_line(tiny_model, TEXTS))
+    monkeypatch.setenv(name, "1")  # one place of Accelerate's code takes it for true, the others for false
+    if name == "ACCELERATE_USE_CPU":
+        check_launch()
+    else:
+        assert f"{name}='1'" in line(launcher, capsys, command_line(tiny_model, TEXTS))
 
 
 def test_a_rank_out_of_range_is_one_line(

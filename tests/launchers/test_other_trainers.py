@@ -139,6 +139,11 @@ FAULTS = [
     ("grpo", {"importance_sampling_level": "nope"}, "importance_sampling_level='nope'"),
     ("grpo", {"num_iterations": 0}, "num_iterations=0"),
     ("grpo", {"epsilon": -1}, "epsilon=-1.0"),
+    (
+        "grpo",
+        {"generation_kwargs": '{"num_beam": 2}'},
+        "has 'num_beam', which generation does not know: write num_beams",
+    ),
     ("grpo", {"beta": 0.1, "use_peft": None, "lora_target_modules": None, "from_scratch": True}, "beta=0.1"),
 ]
 
@@ -160,6 +165,8 @@ def short(completions, **kwargs): return [1.0]
 def text(completions, **kwargs): return ["a"] * len(completions)
 def none(completions, **kwargs): return None
 def other(a, b): return [1.0]
+def nan(completions, **kwargs): return [float("nan")] * len(completions)
+def infinite(completions, **kwargs): return [1.0, float("inf")]
 """
 
 
@@ -171,6 +178,8 @@ def other(a, b): return [1.0]
         ("text", "text returned ['a', 'a']"),
         ("none", "none returned None"),
         ("other", "other failed: TypeError"),
+        ("nan", "nan returned nan"),
+        ("infinite", "infinite returned inf"),
     ],
 )
 def test_a_reward_that_fails_is_one_line(
@@ -217,6 +226,20 @@ def test_a_prompt_of_no_token_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     write_rows(tmp_path / "data.jsonl", [ROWS[0], {**ROWS[1], "prompt": ""}])
     assert launch("grpo", arguments) == 2
     assert "train data, sample 1: 'prompt' has no token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("margin", ["much", None, float("nan")])
+def test_a_margin_that_is_no_number_is_named(
+    margin: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = options_of(tmp_path, "reward")
+    write_rows(
+        tmp_path / "data.jsonl",
+        [{**row, "margin": "0" if margin == "much" else 0} for row in ROWS[:1]]
+        + [{**ROWS[1], "margin": margin}],
+    )
+    assert launch("reward", arguments) == 2
+    assert "'margin' is " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

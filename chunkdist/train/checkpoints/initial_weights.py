@@ -16,12 +16,20 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 from trl.trainer.utils import create_model_from_path
 
 from chunkdist.recovery import is_out_of_memory
 from chunkdist.sharding.zero3 import whole_weights
 from chunkdist.train.launch.output import first_line, print_once
+from chunkdist.train.options.json_options import read_json_file
 
 _NUM_NAMED = 3
 _REPORT = "LOAD REPORT"
@@ -50,6 +58,7 @@ def load_model(
     """
     if Path(name).is_dir():
         _refuse_broken_files(Path(name))
+        _refuse_broken_configs(Path(name), needs_architecture=given.get("architecture") is None)
     takes_other_shapes = allow_missing or given.pop("ignore_mismatched_sizes", False)
     try:
         with _without_report():
@@ -107,6 +116,22 @@ def _differences(report: dict[str, Any], *, with_shapes: bool) -> list[str]:
 def _counted(keys: Collection[str]) -> str:
     named = ", ".join(sorted(keys)[:_NUM_NAMED])
     return f"{len(keys)} weight(s) ({named}{', ...' if len(keys) > _NUM_NAMED else ''})"
+
+
+def _refuse_broken_configs(folder: Path, *, needs_architecture: bool) -> None:
+    """transformers (5.23) takes a generation_config.json that it cannot read for one that is not there."""
+    generation, config = folder / GENERATION_CONFIG_NAME, folder / CONFIG_NAME
+    if generation.exists():
+        read_json_file(generation, GENERATION_CONFIG_NAME)
+    if (
+        needs_architecture
+        and config.exists()
+        and not read_json_file(config, CONFIG_NAME).get("architectures")
+    ):
+        raise ValueError(
+            f"{config} has no architectures, so that nobody knows the class of the model: write it, as "
+            '"architectures": ["LlamaForCausalLM"]'
+        )
 
 
 def _refuse_broken_files(folder: Path) -> None:

@@ -21,6 +21,15 @@ ONE_MACHINE_S = 300.0
 _NOTICE_S = 30.0
 _STEP_S = 0.5
 _NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+_FALSE = frozenset({"false", "no", "off", "0", "n", "f"})
+_TRUE = frozenset({"true", "yes", "on", "1", "y", "t"})
+# What Accelerate (1.15) reads them as; of these two, places of its code take other words than true for false.
+_FLAGS = {
+    "ACCELERATE_USE_FSDP": _FALSE | {"true"},
+    "ACCELERATE_USE_DEEPSPEED": _FALSE | {"true"},
+    "ACCELERATE_USE_CPU": _FALSE | _TRUE,
+    "ACCELERATE_DEBUG_MODE": _FALSE | _TRUE,
+}
 _UNSET = (
     "start it with torchrun, accelerate launch or deepspeed, or unset WORLD_SIZE and RANK for one process"
 )
@@ -59,6 +68,9 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> None:
     missing = [name for name in needed if size > 1 and not environment.get(name)]
     if missing:
         raise LaunchError(f"WORLD_SIZE={size} without {' and '.join(missing)}: {_UNSET}")
+    for name, words in _FLAGS.items():
+        if (value := environment.get(name, "false")).lower() not in words:
+            raise LaunchError(f"{name}={value!r}: write true or false, or unset it")
 
 
 def forget_stale_rank(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -108,7 +108,10 @@ _NULL_TOO = {"max_grad_norm", "debug", "model_revision"}
 """Options that transformers takes null for, against their annotation."""
 _LIST_TOO = {"fsdp"}
 """Likewise of lists."""
-_WORDS = {"include_num_input_tokens_seen": ("all", "non_padding", "no")}
+_WORDS = {
+    "include_num_input_tokens_seen": ("true", "false", "all", "non_padding", "no"),
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+}
 _FILES = {"accelerator_config", "fsdp_config", "deepspeed"}
 """Mappings that may be a JSON file."""
 _KEYS = {
@@ -160,13 +163,17 @@ def check_values(values: Namespace, given: set[str], types_of_options: Iterable[
     for name in sorted(given & set(hints)):
         value = getattr(values, name)
         _check_kind(name, value, hints[name])
+        if any(
+            "\0" in text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
+        ):
+            raise ValueError(f"{name}={_short(value)} holds a NUL character, which no name has: take it out")
         if isinstance(value, list | dict) and _holds_nan(value):
             raise ValueError(f"{name}={_short(value)} holds NaN: write a number")
         _check_mapping(name, value, hints[name])
         if name in RANGES and isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(name, value, RANGES[name])
         if name in _WORDS and isinstance(value, str) and value not in _WORDS[name]:
-            raise ValueError(f"{name}={value!r}: write true, false, or one of {', '.join(_WORDS[name])}")
+            raise ValueError(f"{name}={value!r}: write one of {', '.join(_WORDS[name])}")
     _check_together(values, given)
 
 

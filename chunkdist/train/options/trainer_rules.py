@@ -3,8 +3,13 @@ word, and fails in its first step, or trains NaN, or away from the data."""
 
 from __future__ import annotations
 
+import difflib
 from argparse import Namespace
+from typing import Any
 
+from transformers import GenerationConfig
+
+from chunkdist.train.options.json_options import read_json
 from chunkdist.train.options.rules import COUNT, NOT_NEGATIVE, POSITIVE, Range
 
 _SHARE = Range(low=0, high=1)
@@ -70,3 +75,16 @@ def check_trainer_values(values: Namespace, given: set[str], kind: str) -> None:
             is_written = of_kind == kind and name in given and isinstance(word, str)
             if is_written and word not in words:
                 raise ValueError(f"{name}={word!r}: write one of {', '.join(words)}")
+    generation = getattr(values, "generation_kwargs", None)
+    if generation and not values.use_vllm:  # vLLM refuses what it does not know
+        _check_generation(generation)
+
+
+def _check_generation(given: Any) -> None:
+    """transformers (5.23) takes any key for one of a model of its own, and generates without it."""
+    name, known = "generation_kwargs", [key for key in vars(GenerationConfig()) if not key.startswith("_")]
+    for key in read_json(given, where=name) if isinstance(given, str) else given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            advice = f"write {near[0]}" if near else "write a name of transformers' GenerationConfig"
+            raise ValueError(f"{name} has {key!r}, which generation does not know: {advice}, or leave it out")
