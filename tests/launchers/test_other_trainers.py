@@ -207,6 +207,11 @@ def test_every_word_is_one_that_trl_knows() -> None:
 @pytest.mark.parametrize(
     ("rows", "line"),
     [
+        ([{**ROWS[0], "prompt": ""}], "sample 0: 'prompt' has no token"),
+        (
+            [{key: row[key] for key in ("chosen", "rejected")} for row in ROWS],
+            "sample 0: there is no column 'prompt', and 'chosen' and 'rejected' do not begin alike",
+        ),
         ([{"text": "a"}], "has no column 'chosen' and no column 'rejected', only text"),
         ([ROWS[0], {**ROWS[1], "rejected": None}], "sample 1: 'rejected' is empty"),
         ([ROWS[0], {**ROWS[1], "chosen": [{"role": "user"}]}], "'chosen'"),

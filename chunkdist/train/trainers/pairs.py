@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
-from trl import DPOTrainer, GRPOTrainer, RewardTrainer
+from trl import DPOTrainer, GRPOTrainer, RewardTrainer, extract_prompt
 
 from chunkdist.data.pairs import LongPairs, fit_pairs
 from chunkdist.train.launch.output import print_once
@@ -39,6 +39,10 @@ class _PairTrainer(CheckedTrainer):
 class CheckedDPOTrainer(_PairTrainer, DPOTrainer):
     """`DPOTrainer` whose samples are looked at."""
 
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
+        _refuse_empty_prompts(dataset, processing_class, name=f"{dataset_name} data")
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
 
 class CheckedRewardTrainer(_PairTrainer, RewardTrainer):
     """`RewardTrainer` whose samples are looked at."""
@@ -49,13 +53,25 @@ class CheckedGRPOTrainer(CheckedTrainer, GRPOTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        _refuse_empty_prompts(self.train_dataset, self.processing_class)
+        _refuse_empty_prompts(self.train_dataset, self.processing_class, name="train data")
 
 
-def _refuse_empty_prompts(dataset: Any, tokenizer: Any) -> None:
+def _refuse_empty_prompts(dataset: Any, tokenizer: Any, *, name: str) -> None:
     """Raises on a text that is no token: there is nothing to go on from."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer("")["input_ids"]:
         return
-    for index, prompt in enumerate(dataset["prompt"]):
-        if prompt == "":
-            raise ValueError(f"train data, sample {index}: 'prompt' has no token: write some text")
+    if "prompt" in dataset.column_names:
+        prompts, advice = dataset["prompt"], "'prompt' has no token: write some text"
+    else:  # TRL (1.16) takes what both answers begin with, and most of the chosen one where that is nothing
+        begin_alike = (sample["chosen"][:1] == sample["rejected"][:1] for sample in dataset)
+        prompts = (
+            is_alike and extract_prompt(sample)["prompt"]
+            for is_alike, sample in zip(begin_alike, dataset, strict=True)
+        )
+        advice = (
+            "there is no column 'prompt', and 'chosen' and 'rejected' do not begin alike: write the prompt "
+            "into a column of its own, or before both"
+        )
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"{name}, sample {index}: {advice}")
