@@ -17,7 +17,7 @@ from chunkdist.engine.context import ChunkContext
 from chunkdist.engine.hidden_states import ARGUMENT, refuse_hidden_states
 from chunkdist.engine.layout import DecoderCall, ReadInside, in_stream, why_with_images
 from chunkdist.engine.parts import Parts
-from chunkdist.engine.sharing import sharing_rule
+from chunkdist.engine.sharing import sharing_rule, why_not_compared
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.sharding.refuse_sequence import refuse_sequence_parallelism
 from chunkdist.spaco.sample import ChunkSample
@@ -152,6 +152,7 @@ def _read(
     images = why_with_images(arguments)
     has_ids = arguments.get("input_ids") is not None
     untold = images or (None if has_ids else "inputs_embeds do not tell which tokens are equal")
+    untold = untold or why_not_compared(arguments)
     known = {"has_positions": arguments.get("position_ids") is not None}
     mask = arguments.get("attention_mask")
     if context.read_inside and mask is not None and getattr(mask, "ndim", 0) != 2:

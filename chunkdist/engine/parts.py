@@ -17,7 +17,7 @@ from chunkdist.engine.hidden_states import ARGUMENT
 from chunkdist.errors import UnsupportedModelError
 from chunkdist.sharding.sequence import SequenceGroup, TokenExchange
 from chunkdist.stream.from_inputs import read_stream
-from chunkdist.stream.packed import refuse_segments, why_right_padding
+from chunkdist.stream.packed import refuse_segments, rope_parameters, why_right_padding
 from chunkdist.stream.padding import ForwardLabels
 from chunkdist.stream.stream import Stream
 
@@ -121,6 +121,11 @@ def _refuse_decoder(decoder: nn.Module, arguments: dict[str, Any]) -> None:
         raise UnsupportedModelError(
             f"{name} takes no position_ids: a rank's part of a sequence would be numbered from 0; train it "
             "without sequence parallelism (chunks bound the memory of a sequence)"
+        )
+    if arguments.get("position_ids") is None and not rope_parameters(decoder):
+        raise UnsupportedModelError(
+            f"{name} has no rotary embedding, and numbers its positions itself, not always from 0: pass "
+            "position_ids of this rank's part of the rows"
         )
     if arguments.get(ARGUMENT, getattr(decoder.config, ARGUMENT, False)):
         raise ValueError(

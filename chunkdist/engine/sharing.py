@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.integrations.neftune import neftune_post_forward_hook
 
@@ -38,6 +38,17 @@ def sharing_rule(
         return PrefixRule(least=least, multiple=tokens_of_chunks(int(config.chunk_size)) if has_state else 1)
     if config.share_prefixes is True:
         raise ValueError(f"share_prefixes=True, but {reason}: write share_prefixes=False")
+    return None
+
+
+def why_not_compared(arguments: dict[str, Any]) -> str | None:
+    """Why a decoder's arguments do not tell which tokens are equal: numbers that are not whole belong to
+    them. `None`: they do."""
+    ids = arguments.get("input_ids")
+    for name, x in arguments.items():
+        is_told = name == "attention_mask" or not isinstance(x, Tensor) or not x.is_floating_point()
+        if ids is not None and not is_told and x.shape[:2] == ids.shape[:2]:
+            return f"{name} may differ where ids are equal"
     return None
 
 

@@ -22,6 +22,11 @@ from chunkdist.stream.stream import Stream, cut, cut_segments
 Starts = tuple[tuple[int, ...], ...]
 """For each row, the first token of each of its segments."""
 
+_TOLD_OTHERWISE = frozenset(
+    ("input_ids", "attention_mask", "position_ids", "cache_position", "labels", "shift_labels", "seq_idx")
+)
+"""Arguments that may have a number for each token. They are compared anyway, or make no token another one."""
+
 WhyNot = Callable[[int], str | None]
 """Why something cannot be done with rows of so many tokens, padding included; `None`: it can."""
 
@@ -72,7 +77,8 @@ def read_stream(
     labels = labels or ForwardLabels()
     mask = _checked_mask(arguments.get("attention_mask"), num_tokens)
     arguments = {**arguments, "attention_mask": mask}
-    arguments, has_labels = _on_host(arguments, labels, compares=rule is not None)
+    compared = () if rule is None else _compared(arguments, shape)
+    arguments, has_labels = _on_host(arguments, labels, compared=compared)
     labels.mask = None
     is_part = _is_part(arguments)
     cu_seq_lens, position_ids = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
@@ -100,7 +106,7 @@ def read_stream(
         _check_sequence_numbers(seq_idx, starts)
     sequences = padded or _sequences_of(starts, num_tokens)
     if (padded or (rule is not None and len(sequences) > 1)) and why_rows(num_tokens) is None:
-        keys = [] if rule is None else _keys(arguments, shape, sequences)
+        keys = [] if rule is None else _keys(arguments, compared, shape, sequences)
         layout = lay_out(shape, sequences, tokens.device, keys=keys, rule=rule)
         if padded or layout.num_tokens < layout.num_passed:
             return _stream_of(layout, chunk_size, cut_at_segments=cut_at_segments), layout
@@ -128,24 +134,23 @@ def _stream_of(layout: Layout, chunk_size: int, *, cut_at_segments: bool) -> Str
 
 
 def _on_host(
-    arguments: dict[str, Any], labels: ForwardLabels, *, compares: bool
+    arguments: dict[str, Any], labels: ForwardLabels, *, compared: Sequence[str]
 ) -> tuple[dict[str, Any], bool]:
     """The arguments with what is read of them in host memory, and whether padding has labels: one wait.
 
     Args:
-        compares: Whether ids and positions of all tokens are read.
+        compared: What is read of all tokens, positions too; empty: nothing is compared.
     """
     read = {
         key: arguments[key]
         for key in ("attention_mask", "position_ids", "cache_position", "cu_seq_lens_q", "seq_idx")
         if isinstance(arguments.get(key), Tensor) and not isinstance(arguments[key], FakeTensor)
     }
-    if compares:
-        read["input_ids"] = arguments["input_ids"]
+    read |= {key: arguments[key] for key in compared}
     if "attention_mask" in read:
         read["attention_mask"] = read["attention_mask"] != 0
         read["labels"] = labels.on_padding(read["attention_mask"])
-        if not compares and "position_ids" in read:
+        if not compared and "position_ids" in read:
             read["position_ids"] = read["position_ids"][..., :2]
     if any(x.device.type != "cpu" for x in read.values()):
         device = next(x.device for x in read.values() if x.device.type != "cpu")
@@ -204,11 +209,25 @@ def _sequences_of(starts: Starts, num_tokens: int) -> list[SequencePlace]:
     ]
 
 
+def _compared(arguments: dict[str, Any], shape: tuple[int, int]) -> list[str]:
+    """What tells tokens apart beside their positions: ids, and what else has a number for each token, such as
+    their types."""
+    others = (
+        key
+        for key, x in arguments.items()
+        if key not in _TOLD_OTHERWISE and isinstance(x, Tensor) and x.shape[:2] == shape
+    )
+    return ["input_ids", *others]
+
+
 def _keys(
-    arguments: dict[str, Any], shape: tuple[int, int], sequences: Sequence[SequencePlace]
+    arguments: dict[str, Any],
+    compared: Sequence[str],
+    shape: tuple[int, int],
+    sequences: Sequence[SequencePlace],
 ) -> list[Tensor]:
-    """By sequence, its tokens' ids, and positions where they were passed (tokens, any)."""
-    columns = [arguments["input_ids"][..., None].to(torch.int64)]
+    """By sequence, what its tokens are compared by, and positions where they were passed (tokens, any)."""
+    columns = [arguments[key].to(torch.int64)[..., None].flatten(2) for key in compared]
     positions = arguments.get("position_ids")
     if isinstance(positions, Tensor):
         planes = positions if positions.ndim == 3 else torch.atleast_2d(positions)[None]

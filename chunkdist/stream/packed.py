@@ -45,7 +45,7 @@ def why_rows(model: nn.Module, num_tokens: int, *, has_positions: bool) -> str |
             where they are not rotary, the model may count from elsewhere (RoBERTa: from its padding_idx).
     """
     name = type(model).__name__
-    if not has_positions and not _rope_parameters(model):
+    if not has_positions and not rope_parameters(model):
         return f"{name} has no rotary embedding, and numbers its positions itself: pass position_ids"
     if not _takes_positions(model):
         return f"{name} takes no position_ids, which would say where sequences begin"
@@ -61,7 +61,7 @@ def why_right_padding(model: nn.Module, num_tokens: int, *, has_positions: bool)
     Args:
         has_positions: Whether the caller passed position_ids.
     """
-    if has_positions or _rope_parameters(model):
+    if has_positions or rope_parameters(model):
         return why_rows(model, num_tokens, has_positions=has_positions)
     return (
         f"{type(model).__name__} has no rotary embedding, so its positions would count the padding: pass "
@@ -73,7 +73,8 @@ def _takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def _rope_parameters(model: nn.Module) -> Any:
+def rope_parameters(model: nn.Module) -> Any:
+    """Of the text model's rotary embedding, as its config has them; `None`: it has none."""
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(config, "rope_parameters", None)
@@ -84,7 +85,7 @@ def _limits(model: nn.Module) -> Iterator[tuple[str, int]]:
     do not."""
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for rope in _ropes(_rope_parameters(model)):
+    for rope in _ropes(rope_parameters(model)):
         kind = rope.get("rope_type", "default")
         if kind == "longrope" or "dynamic" in kind:
             yield kind, rope.get("original_max_position_embeddings") or config.max_position_embeddings

@@ -15,6 +15,7 @@ from chunkdist.attention.heads import HeadExchange
 from chunkdist.sharding.sequence import TokenExchange
 from tests.distributed.cases import Case, Errors, errors_of
 from tests.helpers.hybrids import model_of
+from tests.helpers.model_zoo import tiny_model
 from tests.helpers.models import (
     VOCAB_SIZE,
     batch,
@@ -194,6 +195,7 @@ def refusals() -> dict[str, str]:
         "forest": _refused(rows, share_prefixes=True),
         "labels of padding": _refused(part_of(labelled)),
         "state": _refused(rows, model_of("Qwen3_5ForCausalLM")),
+        "positions of its own": _refused(rows, tiny_model("RobertaForCausalLM")),
         "hidden states": _refused({**rows, "output_hidden_states": True}),
         "bounds": _refused({**rows, "cu_seq_lens_q": torch.tensor([0, NUM_TOKENS])}),
         "a cache": _refused({**rows, "use_cache": True}),

@@ -110,6 +110,7 @@ REFUSED = {
     "forest": "share_prefixes=True, but ranks share the tokens of each row as they were passed",
     "labels of padding": "labels of padding (where attention_mask is 0)",
     "state": "layers with state between tokens, which ranks do not hand on to each other",
+    "positions of its own": "RobertaModel has no rotary embedding, and numbers its positions itself",
     "hidden states": "output_hidden_states=True, but under sequence parallelism",
     "bounds": "cu_seq_lens_q was passed to LlamaModel under sequence parallelism",
     "a cache": "use_cache=True was passed while training",

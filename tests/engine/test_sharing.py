@@ -182,6 +182,24 @@ def test_windows_sinks_and_soft_caps(class_name: str, chunk_size: int) -> None:
         assert largest_difference(gradients(model, inputs), gradients_alone(alone, inputs)) < 1e-10
 
 
+def test_types_of_tokens_tell_them_apart() -> None:
+    """Equal rows, in which the 6th token has another type."""
+    inputs = with_positions(rows_of([draw(23, 1)] * 2))
+    types = torch.zeros_like(inputs["input_ids"])
+    types[1, 5:] = 3
+    inputs["token_type_ids"] = types
+    model, alone = (tiny_model("GPT2LMHeadModel") for _ in range(2))
+    chunk_model(model, ChunkConfig(chunk_size=7, share_prefixes=True, attention="math"))
+    with double_precision():
+        assert largest_difference(gradients(model, inputs), gradients(alone, inputs)) < 1e-10
+    seen = []
+    hook = model.transformer.h[0].mlp.register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    assert sum(seen) == 5 + 18 + 18
+
+
 def test_router_logits_and_their_loss() -> None:
     """Tokens count in each row that has them."""
 
