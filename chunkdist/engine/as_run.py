@@ -25,6 +25,7 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.weak import WeakIdKeyDictionary
 
 from chunkdist.errors import UnsupportedModelError
 
@@ -56,6 +57,25 @@ class Notes:
 
     def __init__(self) -> None:
         self._last: _Structure | None = None
+        self.own_writes: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        """By tensor, versions that come of the layers' own calls."""
+
+    @contextmanager
+    def own_call(self) -> Iterator[None]:
+        """Around a call of the layers. PEFT's adapters of parameters (`target_parameters`, 0.21) parametrise
+        a weight for the time of a call, which sets it to itself: a version, and no other numbers."""
+        tensors = self._last.tensors if self._last is not None and self._last.has_adapted_weights else []
+        before = [_version(x) for x in tensors]
+        try:
+            yield
+        finally:
+            for x, version in zip(tensors, before, strict=True):
+                if passed := _version(x) - version:
+                    self.own_writes[x] = self.own_writes.get(x, 0) + passed
+
+    def version(self, x: Tensor) -> int:
+        """Another one after a write that is not a call's own."""
+        return _version(x) - int(self.own_writes.get(x, 0))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Notes:
         return type(self)()
@@ -84,7 +104,7 @@ class LayersAsRun:
         self._notes, self._structure = notes, structure
         tensors = structure.tensors
         self._frozen = [x for x in tensors if not x.requires_grad]
-        self._versions = [] if is_sharded else [_version(x) for x in tensors]
+        self._versions = [] if is_sharded else [notes.version(x) for x in tensors]
         self._numbers = _numbers(tensors)
 
     @contextmanager
@@ -121,7 +141,9 @@ class LayersAsRun:
 
     def _refuse_written(self) -> None:
         tensors = self._structure.tensors
-        written = [x for x, before in zip(tensors, self._versions, strict=False) if _version(x) != before]
+        written = [
+            x for x, before in zip(tensors, self._versions, strict=False) if self._notes.version(x) != before
+        ]
         for state in self._structure.states if written else ():
             if name := state.name_of(written[0]):
                 _refuse(f"{name} of {type(state.module).__name__} has")
@@ -138,6 +160,7 @@ class _Structure:
         self.states: list[_ModuleState | _ClassState] = [_ModuleState(module) for module in modules]
         self.states += [_ClassState(class_) for class_ in self._classes]
         self.tensors = _tensors_of(modules)
+        self.has_adapted_weights = any(kind.__name__ == "ParamWrapper" for kind in self._classes)
         self._attributes = [module.__dict__ for module in modules]
         self._getters = [
             itemgetter(*(key for key in x if key not in _REPLACED_BY_NOBODY)) for x in self._attributes

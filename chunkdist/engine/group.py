@@ -371,7 +371,10 @@ class GroupCall:
         """
         relays = []
         saved = zip(self._stores, self.saved.states, self.saved.attention, strict=True)
-        with router_logits.recorded(self._wants_router_logits) as found:
+        with (
+            self.group.notes.own_call(),
+            router_logits.recorded(self._wants_router_logits) as found,
+        ):
             for number, (layer, arguments, (store, states, outputs)) in enumerate(
                 zip(self.group.layers, self.arguments, saved, strict=True), start=1
             ):

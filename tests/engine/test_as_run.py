@@ -404,3 +404,35 @@ def test_the_gradient_check_sees_a_model_that_writes_to_its_weights() -> None:
     model.register_forward_hook(lambda *_: through_data(model))
     with pytest.raises(ValueError, match="written to between the forward and its backward"):
         check_gradients(model, batch(num_tokens=40), ChunkConfig(chunk_size=8))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_adapters_of_parameters_are_not_writes(config: ChunkConfig) -> None:
+    """PEFT sets such a weight to itself in each call: here in another forward, and in that one's backward."""
+    results = []
+    for chunked in (False, True):
+        adapter = LoraConfig(r=2, target_parameters=["mlp.up_proj.weight"], init_lora_weights=False)
+        torch.manual_seed(0)
+        model: Any = get_peft_model(plain(), adapter).double().train()
+        if chunked:
+            chunk_model(model, config)
+
+        def run_again(model: Any) -> None:
+            with torch.no_grad():
+                model(**INPUTS)
+            torch.autograd.grad(model(**INPUTS).loss, [p for p in model.parameters() if p.requires_grad])
+
+        results.append(step(model, lambda model: None, run_again))
+    assert largest_difference(results[1], results[0]) < 1e-10
+
+
+def test_writes_to_adapted_parameters_are_seen() -> None:
+    adapter = LoraConfig(r=2, target_parameters=["mlp.up_proj.weight"], init_lora_weights=False)
+    model: Any = chunk_model(get_peft_model(plain(), adapter).double().train(), CONFIGS["rerun"])
+
+    def write(model: Any) -> None:
+        with torch.no_grad():
+            layer(model).mlp.down_proj.weight[0, 1] += 1
+
+    with pytest.raises(UnsupportedModelError, match="written to between the forward and its backward"):
+        step(model, lambda model: None, write)
