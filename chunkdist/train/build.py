@@ -41,7 +41,7 @@ from chunkdist.train.launch.ranks import (
     num_launched_ranks,
 )
 from chunkdist.train.launch.usable_gpu import try_first_kernel
-from chunkdist.train.model import model_parts
+from chunkdist.train.model import model_parts, with_context
 from chunkdist.train.options.amounts import check_amounts, chunk_size_line, context_line
 from chunkdist.train.options.arguments import TrainingOptions
 from chunkdist.train.options.combinations import check_options
@@ -147,6 +147,8 @@ def build_trainer(options: TrainingOptions, *, has_weights: bool = True) -> tupl
             processing_class=tokenizer,
             **parts,
         )
+    if isinstance(trainer, CheckedGRPOTrainer) and trainer.ref_model is not None:
+        with_context(trainer.ref_model, options)  # TRL has loaded it by its name, as it was made
     if options.kind == "sft":
         check_token_ids(trainer)
     else:

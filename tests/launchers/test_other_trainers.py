@@ -159,6 +159,18 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_the_reference_model_has_the_same_context(kind: str, tmp_path: Path) -> None:
+    """TRL loads GRPO's by the model's name: with other rotary frequencies, even an untrained policy would be
+    pulled away from itself."""
+    given = {"beta": 0.1, "use_peft": None, "lora_target_modules": None, "context_length": 8192}
+    trainer, _ = build_trainer(parse_options(options_of(tmp_path, kind, **given), kind))
+    policy, reference = trainer.model, trainer.ref_model
+    assert policy.config.rope_parameters["factor"] == 4.0
+    assert reference.config.rope_parameters == policy.config.rope_parameters
+    assert torch.equal(reference.model.rotary_emb.inv_freq, policy.model.rotary_emb.inv_freq)
+
+
 REWARDS = """
 def raises(completions, **kwargs): raise KeyError("mine")
 def short(completions, **kwargs): return [1.0]
