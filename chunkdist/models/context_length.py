@@ -19,7 +19,7 @@ Recipe = Literal["auto", "yarn", "linear", "ntk", "none"]
 
 _BY_WINDOW = ("sliding_attention", "chunked_attention")
 """Kinds of layers whose distances a window bounds: they stay as they are."""
-_WINDOW_ONLY = ("cohere2", "exaone4")
+_WINDOW_ONLY = ("afmoe", "cohere2", "exaone4", "exaone_moe", "flint", "kolibri1")
 """With a window, only layers that have it have rotary embeddings."""
 _CAN_GROW = ("default", "yarn", "linear", "llama3", "dynamic")
 _LLAMA3_THETA = 500_000
@@ -99,8 +99,9 @@ def plan_context(config: Any, tokens: int, recipe: Recipe | str, *, name: str) -
     kinds = sorted({part.get("rope_type", "default") for part in parts.values()})
     if len(kinds) != 1 or (kinds[0] not in _CAN_GROW and (recipe != "none" or kinds[0] == "longrope")):
         raise UnsupportedModelError(
-            f"context_length={tokens}, but {name} has rope_type={' and '.join(kinds)}, and no rule makes its "
-            f"factors for more than {before:,} tokens: take a max_length up to that, or another model"
+            f"context_length={tokens}, but {name} has rope_type={' and '.join(kinds) or 'none'} in layers "
+            f"without a window, and no rule makes its factors for more than {before:,} tokens: take a "
+            "max_length up to that, or another model"
         )
     (kind,) = kinds
     chosen, why = _choose(config, kind, recipe, name)

@@ -105,12 +105,20 @@ def context_length(model: nn.Module) -> int | None:
 def _apply(model: PreTrainedModel, plan: ContextPlan) -> None:
     """All or nothing."""
     config: Any = model.config.get_text_config(decoder=True)
-    rotary = {
+    with_frequencies = {
         path: module
         for path, module in model.named_modules()
         if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
-        and getattr(module, "config", None) is config
     }
+    rotary = {path: x for path, x in with_frequencies.items() if getattr(x, "config", None) is config}
+    copied = [
+        path for path, x in with_frequencies.items() if type(getattr(x, "config", None)) is type(config)
+    ]
+    if len(copied) > len(rotary):
+        raise UnsupportedModelError(
+            f"context_length={plan.tokens}, but {type(model).__name__} makes rotary frequencies of copies of "
+            f"its config ({copied[-1]}), which would not follow it: leave context_length out"
+        )
     if not rotary:
         raise UnsupportedModelError(
             f"context_length={plan.tokens}, but {type(model).__name__} has no module with rotary "

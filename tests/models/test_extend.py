@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma2Config,
@@ -28,6 +29,7 @@ from transformers import (
 from chunkdist import ChunkConfig, UnsupportedModelError, chunk_model, extend_context, unchunk_model
 from chunkdist.models import extend
 from chunkdist.models.context_length import made_for, plan_context
+from tests.helpers.model_zoo import tiny_model
 from tests.helpers.models import (
     VOCAB_SIZE,
     batch,
@@ -268,6 +270,14 @@ def test_published_configs(config: Any, tokens: int, expected: tuple[Any, ...]) 
     assert (*found, plan.max_position_embeddings) == expected
 
 
+@pytest.mark.parametrize("name", ["afmoe", "cohere2", "exaone4", "exaone_moe", "flint", "kolibri1"])
+def test_windows_bound_the_distances_of_all_rotary_layers(name: str) -> None:
+    config = AutoConfig.for_model(name, max_position_embeddings=BEFORE, sliding_window=8)
+    plan = plan_context(config, TOKENS, "auto", name="model")
+    assert plan is not None
+    assert (plan.recipe, plan.rope_parameters) == ("none", config.rope_parameters)
+
+
 def test_refused() -> None:
     gpt2 = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=BEFORE)
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -281,7 +291,8 @@ def test_refused() -> None:
     wrong, unsupported = ValueError, UnsupportedModelError
     cases: list[tuple[Any, str, type[ValueError], str]] = [
         (of(gpt2), "auto", unsupported, "GPT2LMHeadModel has no rotary embedding to scale"),
-        (of(phi3), "auto", unsupported, "rope_type=longrope, and no rule makes its factors"),
+        (tiny_model("GraniteSWAForCausalLM"), "auto", unsupported, "of copies of its config"),
+        (of(phi3), "auto", unsupported, "rope_type=longrope in layers without a window, and no rule"),
         (of(phi3), "none", unsupported, "rope_type=longrope"),
         (made("Llama 3.1", by_hand=False), "yarn", wrong, "is scaled by llama3 already"),
         (made("Gemma 3", by_hand=False), "ntk", wrong, "rotary parameters by kind of layer"),
