@@ -57,7 +57,7 @@ class Notes:
 
     def __init__(self) -> None:
         self._last: _Structure | None = None
-        self.own_writes: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        self.own_writes: Any = WeakIdKeyDictionary()
         """By tensor, versions that come of the layers' own calls."""
 
     @contextmanager

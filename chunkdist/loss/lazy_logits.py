@@ -116,7 +116,7 @@ def lazy_logits(model: PreTrainedModel, note: Note | None = None) -> Iterator[No
     try:
         outer._compiled_call_impl = call
         model._loss_function = (
-            tiled_causal_lm_loss if note is None else partial(tiled_causal_lm_loss, note=note)
+            tiled_causal_lm_loss if note is None else partial(tiled_causal_lm_loss, chunkdist_note=note)
         )
         yield
     finally:
@@ -143,7 +143,7 @@ def _loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
-    note: Note | None = None,
+    chunkdist_note: Note | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """transformers' `ForCausalLMLoss`, for `LazyLogits` without ever making them.
@@ -153,7 +153,7 @@ def _loss(
         labels: (B, T), shifted here; `shift_labels`: (B, T), shifted already.
         num_items_in_batch: The loss is the sum over tokens divided by this; else the mean, 0 if all are
             ignored.
-        note: As in `lazy_logits`.
+        chunkdist_note: `note` of `lazy_logits`; columns of a batch, of any name, come as arguments, too.
     """
     lazy = logits.for_tiles() if isinstance(logits, LazyLogits) else None
     if lazy is None or lazy.shape[-1] != vocab_size:
@@ -170,7 +170,9 @@ def _loss(
 
         def compute() -> Tensor:
             targets = shift_labels.to(hidden.device)
-            by_token = None if note is None else targets.new_zeros(targets.shape, dtype=torch.float32)
+            by_token = (
+                None if chunkdist_note is None else targets.new_zeros(targets.shape, dtype=torch.float32)
+            )
             loss = linear_cross_entropy(
                 hidden,
                 weight,
@@ -181,8 +183,8 @@ def _loss(
                 ignore_index=ignore_index,
                 token_losses=by_token,
             )
-            if note is not None and by_token is not None:
-                note(by_token, targets != ignore_index)
+            if chunkdist_note is not None and by_token is not None:
+                chunkdist_note(by_token, targets != ignore_index)
             return loss
 
         return attempt(compute, lambda: no_loss(hidden, weight, bias))

@@ -93,9 +93,11 @@ class CellSizes:
     window: int | None
     state_bytes: int
 
-    def kept_bytes(self, keeps_attention: bool | Literal["global"]) -> int:
-        """What of attention's outputs is kept, by `ChunkConfig.keeps_attention`, of a token."""
-        kept = self.window is None if keeps_attention == "global" else keeps_attention
+    def kept_bytes(self, keeps_attention: bool | Literal["global"], num_tokens: int) -> int:
+        """What of attention's outputs is kept, by `ChunkConfig.keeps_attention`, of one of a row's tokens. A
+        window that all of them fit into is none."""
+        is_global = self.window is None or self.window >= num_tokens
+        kept = is_global if keeps_attention == "global" else keeps_attention
         return self.attention_bytes if kept else 0
 
     def keys_workspace(self, num_keys: int, num_tokens: int) -> int:
@@ -298,7 +300,7 @@ def _cell_sizes(runs: dict[int, _Watch], number: int) -> CellSizes:
         kv_numbers=kv_numbers,
         kv_heads=kv_heads,
         attention_bytes=run.attention_bytes.get(number, 0),
-        window=run.windows.get(number),
+        window=runs[max(runs)].windows.get(number),
         state_bytes=run.state_bytes[number],
     )
 

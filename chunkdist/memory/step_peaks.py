@@ -238,7 +238,8 @@ class StepMoments:
 
     def _outputs(self, layers: range, num_tokens: int) -> int:
         """What attention has returned of so many tokens, where it is kept."""
-        return num_tokens * sum(self.sizes.cells[i].kept_bytes(self.keeps_attention) for i in layers)
+        cells = [self.sizes.cells[i] for i in layers]
+        return num_tokens * sum(cell.kept_bytes(self.keeps_attention, self.keys) for cell in cells)
 
     def _states(self, layers: range) -> int:
         return sum(self.sizes.cells[i].state_bytes for i in layers) * (self.num_chunks - 1) * self.num_rows

@@ -163,6 +163,11 @@ def test_windowed_layers_keep_nothing_where_only_the_others_pay() -> None:
     )
     kept = [plan.estimate.peak_bytes - none.estimate.peak_bytes for plan in (every, chosen)]
     assert kept[0] == pytest.approx(8 * kept[1], rel=0.02)
+    within = [
+        job.estimate(ChunkConfig(chunk_size=64, keep_attention=keep), 256).step_bytes
+        for keep in ("global", True)  # a window as long as the row is none
+    ]
+    assert within[0] == within[1]
     short = ChunkConfig(chunk_size=1024, keep_attention="global")
     found = simulate(model, job.sizes, short, num_tokens=4096).peak_bytes
     assert job.estimate(short, 4096).step_bytes == pytest.approx(found, rel=0.05)

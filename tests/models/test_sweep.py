@@ -169,7 +169,7 @@ def test_sees_state_that_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_decoder_that_is_passed_by_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "chunkdist.engine.chunked_model.running",
-        lambda context, decoder, args, kwargs, begin: nullcontext(DecoderCall(args, kwargs)),
+        lambda context, decoder, args, kwargs, **_: nullcontext(DecoderCall(args, kwargs)),
     )
     record = run_class("LlamaForCausalLM")
     assert record.outcome == "refused"
