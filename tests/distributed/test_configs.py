@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,8 @@ def test_a_config_trains_under_its_engine(
     values = {"config": tiny(name, tmp_path), **settings(name)}
     more = []
     if engine == "zero3-one-card":
-        if not (shutil.which("g++") and shutil.which("ninja")):
-            pytest.skip("DeepSpeed compiles its CPU Adam with g++ and ninja")
+        if not os.environ.get("CHUNKDIST_TEST_CPU_ADAM"):
+            pytest.skip("DeepSpeed compiles its CPU Adam, for minutes: set CHUNKDIST_TEST_CPU_ADAM=1")
         values |= of_comment(name, engine)
         more = ["--use_cpu", "true"]
     ranks = one_rank if num_ranks == 1 else two_ranks
