@@ -355,12 +355,17 @@ def test_a_fault_is_seen(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("chunkdist.engine.forward.in_stream", in_stream)
     found, truth = {}, expected("four levels")
     try:
+        # New memory is filled: what is not rebuilt may else lie where it lay in the forward.
+        torch.use_deterministic_algorithms(broken == "readers", warn_only=True)
         model = chunk_model(llama(), ChunkConfig(chunk_size=7, share_prefixes=True))
         found = gradients(model, rows_of(four_levels()))
     except AssertionError:
         assert broken == "readers"
         return
-    assert max((found[name] - truth[name]).norm() / truth[name].norm() for name in truth) > 1e-4
+    finally:
+        torch.use_deterministic_algorithms(False)
+    differences = [(found[name] - truth[name]).norm() / truth[name].norm() for name in truth]
+    assert not all(difference <= 1e-4 for difference in differences)
 
 
 def test_a_single_segment_is_one_part() -> None:
