@@ -140,6 +140,13 @@ class ChunkConfig:
         """Whose outputs of attention are kept; while `"auto"` is not resolved, none are."""
         return False if self.keep_attention == "auto" else self.keep_attention
 
+    def keeps_attention_of(self, window: int | None, num_tokens: int) -> bool:
+        """Whether attention's outputs are kept of a layer with a sliding window, or none, for a row of so
+        many tokens. A window that all of them fit into is none."""
+        if self.keeps_attention == "global":
+            return window is None or window >= num_tokens
+        return self.keeps_attention
+
     @property
     def rebuilds_kv(self) -> bool:
         """Whether K/V are rebuilt in the backward, with `"auto"` resolved."""

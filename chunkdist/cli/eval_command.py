@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from chunkdist.cli.config_command import add_config_command, nothing_written
 
 if TYPE_CHECKING:
     from chunkdist.evaluate.measure import EvalSettings
@@ -20,16 +21,15 @@ _ADAPTER_NAME = "evaluated"
 
 
 def add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = add_config_command(
+        commands,
         "eval",
         help="loss by position, and recall of needles by depth and length, of the model that a run has saved",
         description="Loss by position and recall (one needle, several, many keys) at several lengths, in "
         "chunks. Texts are those of the config's data, of its test split where it has one. Writes eval.json "
         "and eval.png into output_dir.",
-        epilog="Any option of the config can follow: chunkdist eval CONFIG --chunk_size 1024",
-        allow_abbrev=False,
+        config="the YAML file of an SFT run",
     )
-    parser.add_argument("config", metavar="CONFIG", help="the YAML file of an SFT run")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--adapter", type=Path, metavar="DIR", help="adapters to evaluate; default: the model in output_dir"
@@ -84,10 +84,9 @@ def _eval(arguments: argparse.Namespace, options_given: list[str]) -> int:
     _refuse_unwritable(into)
     started = time.monotonic()
     console = Console(highlight=False, width=None if os.isatty(1) else 110)
-    with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder, and nothing is to be written
-        silent = ["--output_dir", folder, "--report_to", "none", "--push_to_hub", "false"]
-        silent += ["--resume_from_checkpoint", "false", "--eval_strategy", "no"]
+    with nothing_written() as silent:
         given = ["--config", arguments.config, *options_given, *source.options, *silent]
+        given += ["--eval_strategy", "no"]
         options = parse_options(given)
         settings = _settings(arguments, options)
         split = held_out_split(options)

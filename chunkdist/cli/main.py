@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chunkdist.bench import BENCHMARKS
 from chunkdist.bench import run as run_benchmark
+from chunkdist.cli.config_command import add_config_command, nothing_written
 from chunkdist.cli.eval_command import add_eval
 from chunkdist.cli.plan_command import add_plan
 
@@ -50,29 +50,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = add_config_command(
+        commands,
         "check",
         help="compare the gradients of a short sample, chunked against unchunked",
         description="One step on a short sample of the config's data with its model, chunked and not: how "
         "far the gradients are apart, beside the model's own rounding error. Exit status 1 when chunks are "
         "worse.",
-        epilog="Any option of the config can follow: chunkdist check CONFIG --chunk_size 1024",
-        allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG", help="the YAML file of a training run")
     parser.set_defaults(run=_check)
 
 
 def _add_preview(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = add_config_command(
+        commands,
         "preview",
         help="show the first streams that a config trains on, with supervised tokens in colour",
         description="The first streams of a run: their sequences, where chunks begin, and in bright colour "
         "the tokens that are supervised. Nothing is written.",
-        epilog="Any option of the config can follow: chunkdist preview CONFIG --chunk_size 1024",
-        allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG", help="the YAML file of a training run")
     parser.add_argument("--streams", type=int, default=2, help="how many streams; default: 2")
     parser.add_argument(
         "--num-ranks", type=int, default=1, help="of the job whose streams are shown; default: 1"
@@ -150,9 +146,7 @@ def _trainer(
     from chunkdist.train.build import build_trainer
     from chunkdist.train.options.arguments import parse_options
 
-    with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder, and nothing is to be written
-        silent = ["--output_dir", folder, "--report_to", "none", "--push_to_hub", "false"]
-        silent += ["--resume_from_checkpoint", "false"]  # there is nothing in that folder
+    with nothing_written() as silent:
         options = parse_options(["--config", config, *options_given, *silent])
         return build_trainer(options, has_weights=has_weights)
 

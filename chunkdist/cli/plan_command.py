@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 
+from chunkdist.cli.config_command import add_config_command, nothing_written
 from chunkdist.memory.cards import CARDS
 from chunkdist.memory.sharded import ENGINE_NAMES
 
 
 def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
+    parser = add_config_command(
+        commands,
         "plan",
         help="where every GiB of a run goes, the longest length, the time of a step; without a GPU",
         description="Memory and time of a step, by formula, for a card that need not be there. No weights "
         "are loaded. Exit status 1 when nothing fits.",
-        epilog="Any option of the config can follow: chunkdist plan CONFIG --chunk_size 1024",
-        allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG", help="the YAML file of a training run")
     parser.add_argument("--card", choices=list(CARDS), default="rtx3090", help="default: rtx3090, 24 GiB")
     parser.add_argument("--memory-gib", type=float, help="override the card's memory, in GiB")
     parser.add_argument("--host-gib", type=float, default=64.0, help="host memory of a rank; default: 64")
@@ -68,9 +66,8 @@ def _plan(arguments: argparse.Namespace, options_given: list[str]) -> int:
         "simulate",
     )
     asked = PlanOptions(**{name: getattr(arguments, name) for name in names})
-    with tempfile.TemporaryDirectory() as folder:  # arguments make their folder, and nothing is to be written
-        silent = ["--output_dir", folder, "--report_to", "none", "--push_to_hub", "false"]
-        silent += ["--resume_from_checkpoint", "false", "--use_cpu", "true", "--tf32", "false"]
-        given = ["--config", arguments.config, *options_given, *silent]
+    with nothing_written() as silent:
+        here = ["--use_cpu", "true", "--tf32", "false"]
+        given = ["--config", arguments.config, *options_given, *silent, *here]
         options = parse_options(given, arguments.trainer)
         return run_plan(options, asked, Console(highlight=False))

@@ -82,9 +82,9 @@ class LossByPosition:
     def means(self) -> dict[str, float]:
         """Mean losses of the ranges that are logged, by their names: `"0-1K"`, `"1-4K"`, ... Those without
         tokens are left out."""
-        found = {}
+        found, table = {}, self.table()
         for start, end in zip(LOGGED, (*LOGGED[1:], math.inf), strict=True):
-            rows = [row for row in self.table() if start <= row[0] < end]
+            rows = [row for row in table if start <= row[0] < end]
             count = sum(row[3] for row in rows)
             if count:
                 found[range_name(start, end)] = sum(row[2] * row[3] for row in rows) / count
@@ -96,7 +96,7 @@ NOTHING = LossByPosition(losses=(0.0,) * (_NUM_ENDS + 1), num_tokens=(0,) * (_NU
 
 
 def mean_table(tables: Sequence[Table]) -> Table:
-    """Of all tokens of several tables. Rows whose loss is `None` (no number) are left out."""
+    """The table of all tokens of several tables. Rows whose loss is `None` (no number) are left out."""
     found: dict[float, list[float]] = {}
     for start, end, loss, count in (row for table in tables for row in table if row[2] is not None):
         before = found.get(start, [start, end, 0.0, 0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +93,9 @@ class CellSizes:
     window: int | None
     state_bytes: int
 
-    def kept_bytes(self, keeps_attention: bool | Literal["global"], num_tokens: int) -> int:
-        """What of attention's outputs is kept, by `ChunkConfig.keeps_attention`, of one of a row's tokens. A
-        window that all of them fit into is none."""
-        is_global = self.window is None or self.window >= num_tokens
-        kept = is_global if keeps_attention == "global" else keeps_attention
-        return self.attention_bytes if kept else 0
+    def kept_bytes(self, config: ChunkConfig, num_tokens: int) -> int:
+        """What of attention's outputs is kept, of one token of a row of `num_tokens`."""
+        return self.attention_bytes if config.keeps_attention_of(self.window, num_tokens) else 0
 
     def keys_workspace(self, num_keys: int, num_tokens: int) -> int:
         """Bytes that attention's backward takes for so many keys, of a chunk of so many tokens.

@@ -88,7 +88,7 @@ def simulate(
     if not config.rebuilds_kv and config.offload != "host":
         each += height * sizes.cells[0].kv_bytes * tokens
     if config.offload != "host":
-        each += height * sizes.cells[0].kept_bytes(config.keeps_attention, num_tokens) * tokens
+        each += height * sizes.cells[0].kept_bytes(config, num_tokens) * tokens
     return Simulated(peak_bytes=peak + missing * each, host_bytes=host, num_layers_run=run)
 
 

@@ -34,7 +34,6 @@ class StepMoments:
         retained = 0 if config.retained_chunks == "auto" else config.retained_chunks
         self.num_retained = min(retained, self.num_chunks)
         self.keeps_kv = not config.rebuilds_kv and self.num_chunks > 1
-        self.keeps_attention = config.keeps_attention
         rerun = max(0, num_tokens - self.num_retained * size)
         self.rerun_tokens = rerun * num_rows
         """Tokens of the chunks that are run again."""
@@ -239,7 +238,7 @@ class StepMoments:
     def _outputs(self, layers: range, num_tokens: int) -> int:
         """What attention has returned of so many tokens, where it is kept."""
         cells = [self.sizes.cells[i] for i in layers]
-        return num_tokens * sum(cell.kept_bytes(self.keeps_attention, self.keys) for cell in cells)
+        return num_tokens * sum(cell.kept_bytes(self.config, self.keys) for cell in cells)
 
     def _states(self, layers: range) -> int:
         return sum(self.sizes.cells[i].state_bytes for i in layers) * (self.num_chunks - 1) * self.num_rows

@@ -113,9 +113,7 @@ def step_time(
     arithmetic_s = matmul / (card.flops * MATMUL_SHARE)
     busy = _busy_share(sizes, flops, card, chunk / sequence_ranks)
     for window, cost in flops.per_pair:
-        is_global = window is None or window >= num_tokens
-        is_kept = is_global if config.keeps_attention == "global" else config.keeps_attention
-        forwards = 1 + (0 if is_kept else attention_reruns)
+        forwards = 1 + (0 if config.keeps_attention_of(window, num_tokens) else attention_reruns)
         # The kernels' backward has five products, their forward two.
         products = cost / 3 * num_pairs(num_tokens, window) * (forwards / busy + 2.5)
         arithmetic_s += products * num_rows / sequence_ranks / (card.flops * ATTENTION_SHARE)
